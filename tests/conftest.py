@@ -1,0 +1,34 @@
+"""Shared by all tests: where the golden vectors and the material outside the repository are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Both frameworks run on the CPU in one process; tests compare in float32, so nothing may be rounded lower.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The golden vectors that ship with the repository."""
+    return ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data sets and tokenizers that do not ship; absent in a user's clone, required in CI."""
+    path = Path(os.environ.get("OPENPI_PORT_SHARED", ROOT.parent / "shared"))
+    if path.is_dir():
+        return path
+    message = f"{path} is absent (real data sets and tokenizers; set OPENPI_PORT_SHARED)"
+    if os.environ.get("OPENPI_PORT_REQUIRE_SHARED"):
+        pytest.fail(message)
+    pytest.skip(message)
