@@ -1,0 +1,273 @@
+"""What a run is made of, as frozen dataclasses; the edge (ml_collections) is turned into these by `build`.
+
+Sizes are named: `base` is the published pi0, `mini` trains on a laptop, `debug` is for tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from openpi_port.errors import UserError, near
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Siglip:
+    """The vision transformer: [H, W] images to (H / patch) * (W / patch) tokens."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    patch_size: int = 14
+    image_size: int = 224
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma:
+    """One expert of the language stack. Experts attend together, so heads and depth agree among them."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Pi0:
+    """A flow-matching policy: pi0 (`suffix`, `mlp`) and pi0.5 (`prompt`, `adarms`) differ in two mechanisms.
+
+    Attributes:
+      state_in: the robot's state enters as a token of the suffix, or as text in the prompt.
+      time_in: the flow time is mixed into the action tokens by an MLP, or modulates the expert's norms (AdaRMS).
+      cameras: names of the images in the batch, in the order of their tokens.
+    """
+
+    vision: Siglip
+    language: Gemma
+    expert: Gemma
+    vocab_size: int = 257152
+    action_dim: int = 32
+    action_horizon: int = 50
+    max_token_len: int = 48
+    state_in: Literal["suffix", "prompt"] = "suffix"
+    time_in: Literal["mlp", "adarms"] = "mlp"
+    cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+    def __post_init__(self) -> None:
+        language, expert = self.language, self.expert
+        for field in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(language, field) != getattr(expert, field):
+                raise UserError(
+                    f"config.model: language.{field}={getattr(language, field)} and "
+                    f"expert.{field}={getattr(expert, field)} must be equal, because the experts attend together"
+                )
+        if self.vision.image_size % self.vision.patch_size:
+            raise UserError(
+                f"config.model.vision: image_size={self.vision.image_size} is no multiple of "
+                f"patch_size={self.vision.patch_size}"
+            )
+
+    @property
+    def prefix_len(self) -> int:
+        """Tokens of images and prompt."""
+        return len(self.cameras) * self.vision.num_tokens + self.max_token_len
+
+    @property
+    def suffix_len(self) -> int:
+        """Tokens of state (if it is one) and actions."""
+        return self.action_horizon + (self.state_in == "suffix")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model is computed; never what it computes.
+
+    Attributes:
+      dtype: of activations and matrix products; parameters keep their own (float32 while training).
+      remat: recompute each layer in the backward pass ("full") or keep its activations ("none").
+    """
+
+    dtype: Dtype = "float32"
+    remat: Literal["none", "full"] = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A data set and the way from its names and units to the model's.
+
+    Attributes:
+      repo_id: a name on the Hugging Face hub, `hf://...`, a local directory, or a data set that ships here.
+      robot: a module of `openpi_port.robots`.
+      cameras: model camera -> image key of the data set; model cameras not named here are black and masked.
+      state, actions: columns of the data set.
+      prompt: the instruction; None takes each episode's task.
+      delta: which action dimensions become differences to the state; empty for none.
+      norm: z-score, or quantiles to [-1, 1].
+      validation: share of episodes kept for validation.
+      augment: "default", "openpi" (what openpi's JAX training really does) or "none".
+      root: where data sets from the hub are kept; None takes the hub's own cache.
+      cache_gb: room on disk for decoded, resized frames; 0 decodes every time.
+      num_workers: processes that load; 0 loads in threads of the main process.
+      norm_stats: an openpi norm_stats.json to use; None computes them from the training episodes.
+    """
+
+    repo_id: str
+    robot: str
+    cameras: Mapping[str, str]
+    state: str = "observation.state"
+    actions: str = "action"
+    prompt: str | None = None
+    delta: tuple[bool, ...] = ()
+    norm: Literal["zscore", "quantile"] = "zscore"
+    validation: float = 0.1
+    augment: Literal["default", "openpi", "none"] = "default"
+    root: str | None = None
+    cache_gb: float = 8.0
+    num_workers: int = 0
+    norm_stats: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW with clipping, warm-up and cosine decay, and an exponential average of the weights."""
+
+    peak_lr: float = 2.5e-5
+    end_lr: float = 2.5e-6
+    warmup_steps: int = 1000
+    decay_steps: int = 30000
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 1e-10
+    clip_norm: float = 1.0
+    ema: float | None = 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """A whole run.
+
+    Attributes:
+      name: names the run's directory.
+      backend: "flax" or "torch".
+      size: which named size `model` was made from; informative.
+      tokenizer: "paligemma", "small" (ships with the project) or a path to a SentencePiece model.
+      init: a checkpoint to start from (local, gs://, hf://); None starts from fresh weights.
+      frozen: regular expressions over parameter paths (Flax names); what matches any is not trained.
+      loss_on_padding: count the repeated last action after an episode's end, as openpi does.
+      out: directory for checkpoints and metrics.
+    """
+
+    name: str
+    model: Pi0
+    data: Data
+    optimizer: Optimizer = Optimizer()
+    compute: Compute = Compute()
+    backend: Literal["flax", "torch"] = "flax"
+    size: str = "base"
+    tokenizer: str = "paligemma"
+    init: str | None = None
+    frozen: tuple[str, ...] = ()
+    batch_size: int = 32
+    num_steps: int = 30000
+    seed: int = 0
+    loss_on_padding: bool = False
+    out: str = "checkpoints"
+    log_every: int = 100
+    save_every: int = 1000
+    keep_every: int = 5000
+    eval_every: int = 1000
+    eval_batches: int = 8
+
+
+# width, depth, mlp, heads: big_vision's So400m/14; kv heads and head dim: Gemma's and openpi's variants.
+SIGLIP = {
+    "base": Siglip(width=1152, depth=27, mlp_dim=4304, num_heads=16),
+    "mini": Siglip(width=192, depth=4, mlp_dim=768, num_heads=4, patch_size=16),
+    "debug": Siglip(width=32, depth=2, mlp_dim=64, num_heads=2, patch_size=56),
+}
+LANGUAGE = {
+    "base": Gemma(width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256),
+    "mini": Gemma(width=192, depth=5, mlp_dim=384, num_heads=4, num_kv_heads=1, head_dim=48),
+    "debug": Gemma(width=64, depth=2, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16),
+}
+EXPERT = {
+    "base": Gemma(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256),
+    "mini": Gemma(width=192, depth=5, mlp_dim=432, num_heads=4, num_kv_heads=1, head_dim=48),
+    "debug": Gemma(width=32, depth=2, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=16),
+}
+SIZES = tuple(SIGLIP)
+
+
+def build(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
+    """Turns nested mappings into a frozen dataclass, strictly.
+
+    Args:
+      cls: the dataclass.
+      values: its fields; nested dataclasses as mappings. Anything with `items()`, such as a ConfigDict.
+      where: how messages name this level ("config", "config.data", ...).
+
+    Returns:
+      An instance of `cls`.
+
+    Raises:
+      UserError: an unknown or missing field, or a value of the wrong type; the message names the field.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"{where}.{key}: no such field; {near(key, fields)}")
+        kwargs[key] = _convert(hints[key], value, f"{where}.{key}")
+    missing = [
+        f"{where}.{f.name}"
+        for f in fields.values()
+        if f.name not in kwargs
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: no value given")
+    return cls(**kwargs)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """Checks one value against its type hint; tuples come from any sequence, floats from ints."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else build(hint, value, where)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{where}={value!r}: {near(str(value), map(str, args))}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not hasattr(value, "__iter__"):
+            raise UserError(f"{where}={value!r}: expected a sequence")
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if type(None) in args:
+        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    return value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested plain containers, ready for JSON; `build` reads it back."""
+    return dataclasses.asdict(config)

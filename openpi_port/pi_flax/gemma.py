@@ -1,0 +1,159 @@
+"""Gemma with experts: every layer holds one set of weights per expert, and all experts attend together.
+
+B batch, T queries, S keys, N heads, K kv heads, H head dim, D width, F width of the MLP, L layers, V vocabulary.
+
+Expert 0 is the language model of PaliGemma; pi0 adds expert 1 for state and actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from openpi_port.config import Compute
+from openpi_port.config import Gemma as Config
+from openpi_port.pi_flax.layers import AdaRMSNorm, Linear, RMSNorm, add_gated, attention, rope, stack
+
+
+class KVCache(NamedTuple):
+    """Rotated keys and values of tokens already seen: [L, B, S, K, H], or [B, S, K, H] inside a layer."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Expert(nnx.Module):
+    """One expert's weights in one layer."""
+
+    def __init__(self, config: Config, *, adarms: bool) -> None:
+        self.head_dim = config.head_dim
+        norm = AdaRMSNorm if adarms else RMSNorm
+        width, heads, kv_heads = config.width, config.num_heads, config.num_kv_heads
+        self.norm_attn = norm(width)
+        self.q = Linear(width, heads * config.head_dim)
+        self.k = Linear(width, kv_heads * config.head_dim)
+        self.v = Linear(width, kv_heads * config.head_dim)
+        self.o = Linear(heads * config.head_dim, width)
+        self.norm_mlp = norm(width)
+        self.gate = Linear(width, config.mlp_dim)
+        self.up = Linear(width, config.mlp_dim)
+        self.down = Linear(config.mlp_dim, width)
+
+    def qkv(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Scaled, rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
+        q, k, v = (rearrange(f(x), "B T (N H) -> B T N H", H=self.head_dim) for f in (self.q, self.k, self.v))
+        return rope(q, positions) * self.head_dim**-0.5, rope(k, positions), v
+
+    def mlp(self, x: jax.Array) -> jax.Array:
+        """GeGLU."""
+        return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
+
+
+class Layer(nnx.Module):
+    """One layer of all experts."""
+
+    def __init__(self, configs: Sequence[Config], adarms: Sequence[bool]) -> None:
+        self.experts = nnx.List([Expert(c, adarms=a) for c, a in zip(configs, adarms, strict=True)])
+
+    def __call__(
+        self,
+        xs: Sequence[jax.Array | None],
+        conds: Sequence[jax.Array | None],
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: KVCache | None,
+    ) -> tuple[list[jax.Array | None], KVCache]:
+        """See `Gemma.__call__`; returns the experts' outputs and the keys and values of their tokens."""
+        present = [i for i, x in enumerate(xs) if x is not None]
+        spans = _spans([xs[i].shape[1] for i in present])
+        normed, qs, ks, vs = {}, [], [], []
+        for i, (start, stop) in zip(present, spans, strict=True):
+            normed[i] = self.experts[i].norm_attn(xs[i], conds[i])
+            q, k, v = self.experts[i].qkv(normed[i][0], positions[:, start:stop])
+            qs.append(q), ks.append(k), vs.append(v)
+        q, new = jnp.concatenate(qs, 1), KVCache(jnp.concatenate(ks, 1), jnp.concatenate(vs, 1))
+        seen = new if cache is None else KVCache(*(jnp.concatenate(c, 1) for c in zip(cache, new, strict=True)))
+        attended = attention(q, seen.k, seen.v, mask)
+
+        outs: list[jax.Array | None] = [None] * len(xs)
+        for i, (start, stop) in zip(present, spans, strict=True):
+            expert = self.experts[i]
+            x = add_gated(xs[i], expert.o(attended[:, start:stop]), normed[i][1])
+            y, gate = expert.norm_mlp(x, conds[i])
+            outs[i] = add_gated(x, expert.mlp(y), gate)
+        return outs, new
+
+
+class Gemma(nnx.Module):
+    """The stack of layers, the token embedding of expert 0 and the final norms."""
+
+    def __init__(
+        self, configs: Sequence[Config], adarms: Sequence[bool], vocab_size: int, compute: Compute
+    ) -> None:
+        self.compute = compute
+        self.embedding = nnx.Param(jnp.zeros((vocab_size, configs[0].width)))
+        self.layers = stack(Layer(configs, adarms), configs[0].depth)
+        self.norms = nnx.List(
+            [(AdaRMSNorm if a else RMSNorm)(c.width) for c, a in zip(configs, adarms, strict=True)]
+        )
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Embeds token ids [B, T], scaled by sqrt(D): [B, T, D] in the working dtype."""
+        x = self.embedding[...][tokens].astype(self.compute.dtype)
+        return x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
+
+    def __call__(
+        self,
+        xs: Sequence[jax.Array | None],
+        conds: Sequence[jax.Array | None],
+        positions: jax.Array,
+        mask: jax.Array,
+        cache: KVCache | None = None,
+        *,
+        return_cache: bool = False,
+    ) -> tuple[list[jax.Array | None], KVCache | None]:
+        """Runs the tokens of every expert through all layers.
+
+        Args:
+          xs: tokens per expert, [B, T_i, D_i], None for an expert that takes no part.
+          conds: condition per expert, [B, D_i], None where the norms take none.
+          positions: int [B, T], of all tokens in the order of the experts.
+          mask: bool [B, T, S]; S counts the cache first, then the tokens.
+          cache: keys and values that the tokens also see.
+          return_cache: whether to keep the tokens' own keys and values.
+
+        Returns:
+          The normed outputs per expert, and the tokens' keys and values [L, B, T, K, H] or None.
+        """
+        graph, layers = nnx.split(self.layers)
+        xs = [None if x is None else x.astype(self.compute.dtype) for x in xs]
+
+        def body(xs: list, inputs: tuple) -> tuple[list, KVCache | None]:
+            layer, seen = inputs
+            xs, new = nnx.merge(graph, layer)(xs, conds, positions, mask, seen)
+            return xs, new if return_cache else None
+
+        if self.compute.remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        xs, new = jax.lax.scan(body, xs, (layers, cache))
+        outs = [
+            None if x is None else norm(x, cond)[0]
+            for x, cond, norm in zip(xs, conds, self.norms, strict=True)
+        ]
+        return outs, new
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Scores of the vocabulary [B, T, V] in float32, through the tied embedding."""
+        table = self.embedding[...].astype(x.dtype)
+        return jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+
+
+def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each expert's tokens lie in the concatenated sequence."""
+    stops = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return [(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]

@@ -1,0 +1,121 @@
+"""Linear maps, norms, rotary embedding and attention.
+
+B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim, D width, C width of the condition.
+
+Parameters stay in the dtype they were loaded in (float32 while training) and are cast to the dtype of the
+activations where they are used; norms and softmax are computed in float32. Modules are built with zeros and always
+filled from a checkpoint or from `openpi_port.init`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+MASKED = -2.3819763e38  # big_vision's value for a forbidden logit; a fully masked row becomes uniform
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` in the dtype of `x`."""
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool = False) -> None:
+        self.kernel = nnx.Param(jnp.zeros((d_in, d_out)))
+        self.bias = nnx.Param(jnp.zeros(d_out)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalises to mean 0 and variance 1, then scales and shifts."""
+
+    def __init__(self, dim: int) -> None:
+        self.scale = nnx.Param(jnp.zeros(dim))
+        self.bias = nnx.Param(jnp.zeros(dim))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(-1, keepdims=True)
+        var = jnp.square(x32 - mean).mean(-1, keepdims=True)
+        normed = (x32 - mean) * jax.lax.rsqrt(var + 1e-6)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Gemma's norm: a scale around 1. The condition is not used and there is no gate."""
+
+    def __init__(self, dim: int) -> None:
+        self.scale = nnx.Param(jnp.zeros(dim))
+
+    def __call__(self, x: jax.Array, cond: jax.Array | None) -> tuple[jax.Array, None]:
+        return (rms_normalize(x) * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype), None
+
+
+class AdaRMSNorm(nnx.Module):
+    """pi0.5's norm: scale, shift and the gate of the residual are linear in a condition (DiT's adaLN)."""
+
+    def __init__(self, dim: int) -> None:
+        self.modulation = Linear(dim, 3 * dim, bias=True)
+
+    def __call__(self, x: jax.Array, cond: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Takes x [B, T, D] and cond [B, D]; returns the normed x and a gate [B, 1, D]."""
+        scale, shift, gate = jnp.split(self.modulation(cond.astype(x.dtype))[:, None], 3, axis=-1)
+        return (rms_normalize(x) * (1 + scale) + shift).astype(x.dtype), gate
+
+
+def rms_normalize(x: jax.Array) -> jax.Array:
+    """Divides by the root mean square over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    return x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
+
+
+def add_gated(x: jax.Array, y: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """The residual connection, `x + y` or `x + y * gate`."""
+    return x + y if gate is None else x + y * gate
+
+
+def rope(x: jax.Array, positions: jax.Array, max_wavelength: float = 10_000.0) -> jax.Array:
+    """Rotary position embedding; channel i is paired with channel i + H/2, not with its neighbour.
+
+    Args:
+      x: [B, T, N, H].
+      positions: int [B, T].
+      max_wavelength: of the slowest pair.
+
+    Returns:
+      [B, T, N, H], rotated in float32 and cast back.
+    """
+    half = x.shape[-1] // 2
+    wavelength = max_wavelength ** (jnp.arange(half, dtype=jnp.float32) * (2.0 / x.shape[-1]))
+    angle = positions[..., None, None].astype(jnp.float32) / wavelength  # [B, T, 1, H/2]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Softmax attention with grouped queries; queries come scaled.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, S, K, H]; query head n reads kv head n // G.
+      mask: bool [B, T, S], or None for full attention.
+
+    Returns:
+      [B, T, N * H].
+    """
+    q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, MASKED)
+    probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return rearrange(jnp.einsum("BKGTS,BSKH->BTKGH", probs, v), "B T K G H -> B T (K G H)")
+
+
+def stack(layer: nnx.Module, depth: int) -> nnx.Module:
+    """`depth` copies of a layer as one module whose parameters carry a leading axis L, for `jax.lax.scan`."""
+    graph, state = nnx.split(layer)
+    return nnx.merge(graph, jax.tree.map(lambda x: jnp.broadcast_to(x, (depth, *x.shape)), state))
