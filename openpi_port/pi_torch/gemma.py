@@ -1,0 +1,162 @@
+"""Gemma with experts: every layer holds one set of weights per expert, and all experts attend together.
+
+B batch, T queries, S keys, N heads, K kv heads, H head dim, D width, F width of the MLP, L layers, V vocabulary.
+
+Expert 0 is the language model of PaliGemma; pi0 adds expert 1 for state and actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from openpi_port.config import Compute
+from openpi_port.config import Gemma as Config
+from openpi_port.pi_torch.layers import AdaRMSNorm, Linear, RMSNorm, add_gated, attention, rope, stack
+
+
+class KVCache(NamedTuple):
+    """Rotated keys and values of tokens already seen: [L, B, S, K, H], or [B, S, K, H] inside a layer."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Expert(nn.Module):
+    """One expert's weights in one layer."""
+
+    def __init__(self, config: Config, *, adarms: bool) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        norm = AdaRMSNorm if adarms else RMSNorm
+        width, heads, kv_heads = config.width, config.num_heads, config.num_kv_heads
+        self.norm_attn = norm(width)
+        self.q = Linear(width, heads * config.head_dim)
+        self.k = Linear(width, kv_heads * config.head_dim)
+        self.v = Linear(width, kv_heads * config.head_dim)
+        self.o = Linear(heads * config.head_dim, width)
+        self.norm_mlp = norm(width)
+        self.gate = Linear(width, config.mlp_dim)
+        self.up = Linear(width, config.mlp_dim)
+        self.down = Linear(config.mlp_dim, width)
+
+    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled, rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
+        q, k, v = (rearrange(f(x), "B T (N H) -> B T N H", H=self.head_dim) for f in (self.q, self.k, self.v))
+        return rope(q, positions) * self.head_dim**-0.5, rope(k, positions), v
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """GeGLU."""
+        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+
+
+class Layer(nn.Module):
+    """One layer of all experts."""
+
+    def __init__(self, configs: Sequence[Config], adarms: Sequence[bool]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([Expert(c, adarms=a) for c, a in zip(configs, adarms, strict=True)])
+
+    def forward(
+        self,
+        xs: Sequence[Tensor | None],
+        conds: Sequence[Tensor | None],
+        positions: Tensor,
+        mask: Tensor,
+        cache: KVCache | None,
+    ) -> tuple[list[Tensor | None], KVCache]:
+        """See `Gemma.forward`; returns the experts' outputs and the keys and values of their tokens."""
+        present = [i for i, x in enumerate(xs) if x is not None]
+        spans = _spans([xs[i].shape[1] for i in present])
+        normed, qs, ks, vs = {}, [], [], []
+        for i, (start, stop) in zip(present, spans, strict=True):
+            normed[i] = self.experts[i].norm_attn(xs[i], conds[i])
+            q, k, v = self.experts[i].qkv(normed[i][0], positions[:, start:stop])
+            qs.append(q), ks.append(k), vs.append(v)
+        q, new = torch.cat(qs, 1), KVCache(torch.cat(ks, 1), torch.cat(vs, 1))
+        seen = new if cache is None else KVCache(*(torch.cat(c, 1) for c in zip(cache, new, strict=True)))
+        attended = attention(q, seen.k, seen.v, mask)
+
+        outs: list[Tensor | None] = [None] * len(xs)
+        for i, (start, stop) in zip(present, spans, strict=True):
+            expert = self.experts[i]
+            x = add_gated(xs[i], expert.o(attended[:, start:stop]), normed[i][1])
+            y, gate = expert.norm_mlp(x, conds[i])
+            outs[i] = add_gated(x, expert.mlp(y), gate)
+        return outs, new
+
+
+class Gemma(nn.Module):
+    """The stack of layers, the token embedding of expert 0 and the final norms."""
+
+    def __init__(
+        self, configs: Sequence[Config], adarms: Sequence[bool], vocab_size: int, compute: Compute
+    ) -> None:
+        super().__init__()
+        self.compute = compute
+        self.embedding = nn.Parameter(torch.zeros(vocab_size, configs[0].width))
+        self.layers = stack(Layer(configs, adarms), configs[0].depth)
+        self.norms = nn.ModuleList(
+            [(AdaRMSNorm if a else RMSNorm)(c.width) for c, a in zip(configs, adarms, strict=True)]
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeds token ids [B, T], scaled by sqrt(D): [B, T, D] in the working dtype."""
+        x = F.embedding(tokens, self.embedding).to(getattr(torch, self.compute.dtype))
+        return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device)
+
+    def forward(
+        self,
+        xs: Sequence[Tensor | None],
+        conds: Sequence[Tensor | None],
+        positions: Tensor,
+        mask: Tensor,
+        cache: KVCache | None = None,
+        *,
+        return_cache: bool = False,
+    ) -> tuple[list[Tensor | None], KVCache | None]:
+        """Runs the tokens of every expert through all layers.
+
+        Args:
+          xs: tokens per expert, [B, T_i, D_i], None for an expert that takes no part.
+          conds: condition per expert, [B, D_i], None where the norms take none.
+          positions: int [B, T], of all tokens in the order of the experts.
+          mask: bool [B, T, S]; S counts the cache first, then the tokens.
+          cache: keys and values that the tokens also see.
+          return_cache: whether to keep the tokens' own keys and values.
+
+        Returns:
+          The normed outputs per expert, and the tokens' keys and values [L, B, T, K, H] or None.
+        """
+        xs = [None if x is None else x.to(getattr(torch, self.compute.dtype)) for x in xs]
+
+        news = []
+        for i, layer in enumerate(self.layers):
+            seen = None if cache is None else KVCache(cache.k[i], cache.v[i])
+            if self.compute.remat == "full" and torch.is_grad_enabled():
+                xs, new = checkpoint(layer, xs, conds, positions, mask, seen, use_reentrant=False)
+            else:
+                xs, new = layer(xs, conds, positions, mask, seen)
+            if return_cache:
+                news.append(new)
+        outs = [
+            None if x is None else norm(x, cond)[0]
+            for x, cond, norm in zip(xs, conds, self.norms, strict=True)
+        ]
+        return outs, KVCache(*map(torch.stack, zip(*news, strict=True))) if return_cache else None
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Scores of the vocabulary [B, T, V] in float32, through the tied embedding."""
+        return F.linear(x, self.embedding.to(x.dtype)).float()
+
+
+def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each expert's tokens lie in the concatenated sequence."""
+    stops = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return [(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]

@@ -1,0 +1,119 @@
+"""Linear maps, norms, rotary embedding and attention.
+
+B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim, D width, C width of the condition.
+
+Parameters stay in the dtype they were loaded in (float32 while training) and are cast to the dtype of the
+activations where they are used; norms and softmax are computed in float32. Modules are built on the meta device and
+always filled from a checkpoint or from `openpi_port.init`.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+MASKED = -2.3819763e38  # big_vision's value for a forbidden logit; a fully masked row becomes uniform
+
+
+class Linear(nn.Linear):
+    """`x @ weight.T + bias` in the dtype of `x`."""
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool = False) -> None:
+        super().__init__(d_in, d_out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Normalises to mean 0 and variance 1, then scales and shifts."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.scale.shape, self.scale.float(), self.bias.float(), 1e-6).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Gemma's norm: a scale around 1. The condition is not used and there is no gate."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, cond: Tensor | None) -> tuple[Tensor, None]:
+        return (rms_normalize(x) * (1 + self.scale.float())).to(x.dtype), None
+
+
+class AdaRMSNorm(nn.Module):
+    """pi0.5's norm: scale, shift and the gate of the residual are linear in a condition (DiT's adaLN)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.modulation = Linear(dim, 3 * dim, bias=True)
+
+    def forward(self, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes x [B, T, D] and cond [B, D]; returns the normed x and a gate [B, 1, D]."""
+        scale, shift, gate = self.modulation(cond.to(x.dtype))[:, None].chunk(3, dim=-1)
+        return (rms_normalize(x) * (1 + scale) + shift).to(x.dtype), gate
+
+
+def rms_normalize(x: Tensor) -> Tensor:
+    """Divides by the root mean square over the last axis, in float32."""
+    x32 = x.float()
+    return x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """The residual connection, `x + y` or `x + y * gate`."""
+    return x + y if gate is None else x + y * gate
+
+
+def rope(x: Tensor, positions: Tensor, max_wavelength: float = 10_000.0) -> Tensor:
+    """Rotary position embedding; channel i is paired with channel i + H/2, not with its neighbour.
+
+    Args:
+      x: [B, T, N, H].
+      positions: int [B, T].
+      max_wavelength: of the slowest pair.
+
+    Returns:
+      [B, T, N, H], rotated in float32 and cast back.
+    """
+    half = x.shape[-1] // 2
+    wavelength = max_wavelength ** (torch.arange(half, dtype=torch.float32, device=x.device) * (2.0 / x.shape[-1]))
+    angle = positions[..., None, None].float() / wavelength  # [B, T, 1, H/2]
+    sin, cos = torch.sin(angle), torch.cos(angle)
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention with grouped queries; queries come scaled.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, S, K, H]; query head n reads kv head n // G.
+      mask: bool [B, T, S], or None for full attention.
+
+    Returns:
+      [B, T, N * H].
+    """
+    q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
+    logits = torch.einsum("BTKGH,BSKH->BKGTS", q.float(), k.float())
+    if mask is not None:
+        logits = torch.where(mask[:, None, None], logits, MASKED)
+    probs = torch.softmax(logits, dim=-1).to(v.dtype)
+    return rearrange(torch.einsum("BKGTS,BSKH->BTKGH", probs, v), "B T K G H -> B T (K G H)")
+
+
+def stack(layer: nn.Module, depth: int) -> nn.ModuleList:
+    """`depth` copies of a layer."""
+    return nn.ModuleList([copy.deepcopy(layer) for _ in range(depth)])

@@ -1,0 +1,192 @@
+"""pi0 and pi0.5: a vision-language model whose action expert predicts the velocity of a flow over action chunks.
+
+B batch, A actions in a chunk (horizon), J action dim, T prompt tokens, D width, S sequence.
+
+    query \\ key   images + prompt   state   actions
+    images+prompt         x
+    state                 x            x               (pi0 only)
+    actions               x            x        x
+
+Flow time runs from 1 (noise) to 0 (data).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openpi_port.config import Compute
+from openpi_port.config import Pi0 as Config
+from openpi_port.masks import attention_mask, positions
+from openpi_port.pi_torch.gemma import Gemma, KVCache
+from openpi_port.pi_torch.layers import Linear
+from openpi_port.pi_torch.siglip import Siglip
+from openpi_port.schedule import euler_times
+
+Batch = Mapping[str, Any]
+
+
+class Tokens(NamedTuple):
+    """Embedded tokens [B, S, D], which of them are valid, and where new attention blocks start (both bool [B, S])."""
+
+    x: Tensor
+    valid: Tensor
+    starts_block: Tensor
+
+
+class Pi0(nn.Module):
+    """Images, prompt, state and noisy actions to the velocity of the actions."""
+
+    def __init__(self, config: Config, compute: Compute) -> None:
+        super().__init__()
+        self.config = config
+        adarms = config.time_in == "adarms"
+        width = config.expert.width
+        self.vision = Siglip(config.vision, config.language.width, compute)
+        self.gemma = Gemma([config.language, config.expert], [False, adarms], config.vocab_size, compute)
+        self.action_in_proj = Linear(config.action_dim, width, bias=True)
+        if config.state_in == "suffix":
+            self.state_proj = Linear(config.action_dim, width, bias=True)
+        if adarms:
+            self.time_mlp_in = Linear(width, width, bias=True)
+            self.time_mlp_out = Linear(width, width, bias=True)
+        else:
+            self.action_time_mlp_in = Linear(2 * width, width, bias=True)
+            self.action_time_mlp_out = Linear(width, width, bias=True)
+        self.action_out_proj = Linear(width, config.action_dim, bias=True)
+
+    def embed_prefix(self, batch: Batch) -> Tokens:
+        """Tokens of all cameras, then of the prompt; they all see one another."""
+        images = torch.stack([to_unit(batch["image"][name]) for name in self.config.cameras])  # [cameras, B, ...]
+        cameras, size = images.shape[:2]
+        image_tokens = self.vision(images.flatten(0, 1))
+        image_tokens = image_tokens.unflatten(0, (cameras, size))
+        prompt = self.gemma.embed(batch["tokenized_prompt"])
+        x = torch.cat([*image_tokens, prompt], dim=1)
+
+        per_image = image_tokens.shape[2]
+        seen = [batch["image_mask"][name][:, None] for name in self.config.cameras]
+        valid = [m.expand(size, per_image) for m in seen]
+        valid = torch.cat([*valid, batch["tokenized_prompt_mask"]], dim=1)
+        return Tokens(x, valid, torch.zeros_like(valid))
+
+    def embed_suffix(self, state: Tensor, x_t: Tensor, time: Tensor) -> tuple[Tokens, Tensor | None]:
+        """Tokens of the state (pi0) and of the noisy actions, and the condition of the norms (pi0.5).
+
+        Args:
+          state: [B, J].
+          x_t: [B, A, J].
+          time: [B].
+
+        Returns:
+          Tokens [B, 1 + A or A, D] and the condition [B, D] or None.
+        """
+        time_emb = embed_time(time, self.config.expert.width)
+        actions = self.action_in_proj(x_t)
+        cond = None
+        if self.config.time_in == "adarms":
+            cond = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time_emb))))
+        else:
+            time_emb = time_emb[:, None].expand_as(actions)
+            actions = self.action_time_mlp_in(torch.cat([actions, time_emb], dim=-1))
+            actions = self.action_time_mlp_out(F.silu(actions))
+
+        starts = [True] + [False] * (self.config.action_horizon - 1)
+        x = actions
+        if self.config.state_in == "suffix":
+            x = torch.cat([self.state_proj(state)[:, None], actions], dim=1)
+            starts = [True, *starts]
+        valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        return Tokens(x, valid, torch.tensor(starts, device=x.device).expand(x.shape[:2])), cond
+
+    def velocity(self, batch: Batch, x_t: Tensor, time: Tensor) -> Tensor:
+        """The predicted velocity [B, A, J] at noisy actions x_t [B, A, J] and flow times [B]; one joint pass."""
+        prefix = self.embed_prefix(batch)
+        suffix, cond = self.embed_suffix(batch["state"], x_t, time)
+        valid = torch.cat([prefix.valid, suffix.valid], dim=1)
+        starts_block = torch.cat([prefix.starts_block, suffix.starts_block], dim=1)
+        mask = attention_mask(valid, starts_block)
+        (_, out), _ = self.gemma([prefix.x, suffix.x], [None, cond], positions(valid), mask)
+        return self._project_out(out)
+
+    def loss(self, batch: Batch, noise: Tensor, time: Tensor) -> Tensor:
+        """Flow-matching loss: the velocity's mean squared error over the action dims.
+
+        Args:
+          batch: observation and `actions` [B, A, J].
+          noise: [B, A, J].
+          time: [B], in (0, 1].
+
+        Returns:
+          float32 [B, A].
+        """
+        actions = batch["actions"]
+        t = time[:, None, None]
+        x_t = t * noise + (1 - t) * actions
+        return (self.velocity(batch, x_t, time) - (noise - actions)).square().mean(-1)
+
+    def prefill(self, batch: Batch) -> tuple[Tokens, KVCache]:
+        """Runs the prefix once: its tokens, and the keys and values that every Euler step attends to."""
+        prefix = self.embed_prefix(batch)
+        mask = attention_mask(prefix.valid, prefix.starts_block)
+        _, cache = self.gemma(
+            [prefix.x, None], [None, None], positions(prefix.valid), mask, return_cache=True
+        )
+        return prefix, cache
+
+    def denoise(self, prefix: Tokens, cache: KVCache, state: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
+        """The same velocity as `velocity`, from the prefix's keys and values."""
+        suffix, cond = self.embed_suffix(state, x_t, time)
+        sees_prefix = prefix.valid[:, None].expand(*suffix.valid.shape, prefix.valid.shape[1])
+        mask = torch.cat([sees_prefix, attention_mask(suffix.valid, suffix.starts_block)], dim=-1)
+        pos = prefix.valid.sum(1, keepdim=True) + positions(suffix.valid)
+        (_, out), _ = self.gemma([None, suffix.x], [None, cond], pos, mask, cache)
+        return self._project_out(out)
+
+    def sample_actions(self, batch: Batch, noise: Tensor, num_steps: int = 10) -> Tensor:
+        """Integrates the flow from noise to actions with Euler steps.
+
+        Args:
+          batch: observation.
+          noise: [B, A, J], the starting point.
+          num_steps: number of Euler steps.
+
+        Returns:
+          Actions, float32 [B, A, J].
+        """
+        prefix, cache = self.prefill(batch)
+        times, dt = euler_times(num_steps)
+
+        x_t = noise
+        for time in torch.from_numpy(times).to(noise.device):
+            x_t = x_t + float(dt) * self.denoise(prefix, cache, batch["state"], x_t, time.expand(noise.shape[0]))
+        return x_t
+
+    def _project_out(self, out: Tensor) -> Tensor:
+        return self.action_out_proj(out[:, -self.config.action_horizon :].float())
+
+
+def to_unit(image: Tensor) -> Tensor:
+    """uint8 pixels to float32 in [-1, 1]; a float image is in that range already."""
+    return image.float() / 255 * 2 - 1 if image.dtype == torch.uint8 else image
+
+
+def embed_time(time: Tensor, dim: int, min_period: float = 4e-3, max_period: float = 4.0) -> Tensor:
+    """Sines and cosines of the flow time at periods from `min_period` to `max_period`, in float32.
+
+    Args:
+      time: [B].
+      dim: even.
+
+    Returns:
+      float32 [B, dim], sines first.
+    """
+    fraction = torch.linspace(0.0, 1.0, dim // 2, dtype=torch.float32, device=time.device)
+    period = min_period * (max_period / min_period) ** fraction
+    angle = time[:, None].float() * (1.0 / period * 2 * math.pi)
+    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1)
