@@ -1,0 +1,175 @@
+"""The two-armed ALOHA in simulation, one object for collecting data and for evaluating a policy.
+
+It is gym-aloha's scene and reward (dm_control on MuJoCo) with two differences in how it is driven: only the
+camera that policies use is rendered, at their resolution and without shadows or multisampling (15 times faster
+than gym-aloha's own observation), and joint targets are not clipped to its +-1 box, which would cut real ones.
+
+State and action are gym-aloha's [14]: left arm 6 joints (rad), left gripper (0 closed .. 1 open), right likewise.
+"""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import numpy as np
+
+from openpi_port.errors import UserError, near
+from openpi_port.sim import gl
+
+gl.choose()  # before dm_control, which settles on a renderer when it is imported
+
+# ruff: noqa: E402
+from dm_control import mujoco
+from dm_control.rl import control
+from gym_aloha import constants
+from gym_aloha.tasks import sim as gym_tasks
+from gym_aloha.utils import sample_box_pose
+
+CAMERA = "top"
+FPS = constants.FPS
+JOINTS = tuple(constants.JOINTS)
+SUCCESS = 4  # gym-aloha's own highest reward; the other tasks here keep to it
+
+_LEFT_FINGER = "vx300s_left/10_left_gripper_finger"
+_RIGHT_FINGER = "vx300s_right/10_right_gripper_finger"
+
+
+class TransferCube(gym_tasks.TransferCubeTask):
+    """gym-aloha's task and reward with the cube given from outside and no rendering in the observation."""
+
+    instruction = "Transfer cube"
+    cube_pose: np.ndarray  # [7] position (m) and quaternion (w, x, y, z); set before every reset
+
+    def initialize_episode(self, physics: mujoco.Physics) -> None:
+        """Puts the arms at gym-aloha's start pose and the cube at cube_pose."""
+        with physics.reset_context():
+            physics.data.qpos[:16] = constants.START_ARM_POSE
+            physics.data.ctrl[:] = constants.START_ARM_POSE
+            physics.data.qpos[16:23] = self.cube_pose
+
+    def get_observation(self, physics: mujoco.Physics) -> dict[str, Any]:
+        """The joints alone: AlohaSim renders."""
+        return collections.OrderedDict(qpos=self.get_qpos(physics))
+
+
+class LiftCube(TransferCube):
+    """The right arm picks the cube up and holds it; the left arm keeps out of it."""
+
+    instruction = "Lift the cube with the right arm and hold it"
+    height = 0.12  # m, of the cube's centre above the table
+
+    def get_reward(self, physics: mujoco.Physics) -> int:
+        """1 touched by the right gripper, 2 off the table, 4 held above `height` by the right gripper alone."""
+        touching = contacts(physics, "red_box")
+        if _RIGHT_FINGER not in touching:
+            return 0
+        if "table" in touching:
+            return 1
+        high = physics.data.qpos[18] >= self.height
+        return SUCCESS if high and _LEFT_FINGER not in touching else 2
+
+
+TASKS: dict[str, type[TransferCube]] = {"transfer_cube": TransferCube, "lift_cube": LiftCube}
+
+
+def contacts(physics: mujoco.Physics, geom: str) -> set[str]:
+    """Names of the geoms that touch one geom now."""
+    pairs = [(physics.model.id2name(c.geom1, "geom"), physics.model.id2name(c.geom2, "geom"))
+             for c in physics.data.contact]  # fmt: skip
+    return {b if a == geom else a for a, b in pairs if geom in (a, b)}
+
+
+def find_task(name: str) -> type[TransferCube]:
+    """The task of a name.
+
+    Raises:
+      UserError: no such task.
+    """
+    if name not in TASKS:
+        raise UserError(f"no simulated task {name!r}; {near(name, TASKS)}")
+    return TASKS[name]
+
+
+class AlohaSim:
+    """One simulated robot at 50 control steps per second.
+
+    Args:
+      task: a key of TASKS.
+      image_size: height and width of the rendered picture, pixels.
+      render: False leaves the pictures out of the observation and needs no OpenGL.
+
+    Raises:
+      UserError: unknown task, or no OpenGL while pictures are wanted.
+    """
+
+    def __init__(self, task: str = "transfer_cube", image_size: int = 224, render: bool = True):
+        self._task = find_task(task)()
+        self._image_size = image_size
+        self._render = render
+        if render:
+            gl.require()
+        path = constants.ASSETS_DIR / "bimanual_viperx_transfer_cube.xml"
+        self._physics = mujoco.Physics.from_xml_path(str(path))
+        # Read when the renderer is made, so they have to be set before the first picture.
+        self._physics.model.vis.quality.shadowsize = 0
+        self._physics.model.vis.quality.offsamples = 0
+        self._env = control.Environment(self._physics, self._task, control_timestep=constants.DT)
+
+    @property
+    def instruction(self) -> str:
+        """What a policy is told to do."""
+        return self._task.instruction
+
+    @property
+    def cube(self) -> np.ndarray:
+        """f64 [7] the cube's position (m) and quaternion (w, x, y, z) now; privileged, not in the observation."""
+        return self._physics.data.qpos[16:23].copy()
+
+    def reset(self, seed: int) -> dict[str, Any]:
+        """Starts an episode with the cube where gym-aloha puts it for a seed.
+
+        Args:
+          seed: of the cube's position, as in gym-aloha's reset.
+
+        Returns:
+          The observation, see `step`.
+        """
+        self._task.cube_pose = sample_box_pose(seed)
+        return self._observe(self._env.reset().observation)
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], int]:
+        """Drives the joints towards targets for one control step (20 ms).
+
+        Args:
+          action: [14] joint targets (rad) and gripper commands (0..1), not clipped to the environment's box.
+
+        Returns:
+          observation: {"images": {"top": uint8 [H,W,3]} (when rendering), "state": f32 [14]}.
+          reward: 0..4; SUCCESS is 4.
+
+        Raises:
+          UserError: an action of another shape, or not finite (MuJoCo would diverge from it).
+        """
+        action = np.asarray(action, np.float64)
+        if action.shape != (len(JOINTS),) or not np.isfinite(action).all():
+            raise UserError(f"the simulation takes {len(JOINTS)} finite joint targets, got {action!r}")
+        timestep = self._env.step(action)
+        return self._observe(timestep.observation), int(timestep.reward)
+
+    def _observe(self, observation: dict[str, Any]) -> dict[str, Any]:
+        images = {}
+        if self._render:
+            size = self._image_size
+            images[CAMERA] = self._physics.render(height=size, width=size, camera_id=CAMERA)
+        return {"images": images, "state": observation["qpos"].astype(np.float32)}
+
+    def close(self) -> None:
+        """Frees the renderer; without it dm_control complains at the interpreter's exit."""
+        self._physics.free()
+
+    def __enter__(self) -> AlohaSim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
