@@ -198,7 +198,9 @@ class TinyRange:
 
     def __str__(self) -> str:
         if self.refused:
-            return f"{self.key}[{self.dim}] spreads {self.spread:.2g} and reaches {self.worst:.2g} once normalised"
+            return (
+                f"{self.key}[{self.dim}] spreads {self.spread:.2g}, and normalised reaches {self.worst:.2g}"
+            )
         what = "is constant" if self.spread == 0 else f"spreads only {self.spread:.2g}"
         return f"{self.key}[{self.dim}] {what}"
 

@@ -1,11 +1,12 @@
 """Streaming, mergeable statistics: moments and extremes exactly, quantiles exactly while the data are few.
 
 Once there are more than `2 * block` rows, quantiles come from a deterministic compactor sketch (Munro and
-Paterson 1980; Manku, Rajagopalan and Lindsay 1998), one per dimension: whenever a level holds two blocks, they
-are sorted together and every second value goes up one level with twice the weight. One such step at weight w
-moves the rank of any value by at most w, down when the odd positions stay and up when the even ones stay. Both
-kinds alternate, and the sketch adds up what it did, so `rank_error` is a bound that holds for this very stream,
-merges included: about log2(n / block) / (4 * block) of the rows, which is 0.007 % after 10 million rows.
+Paterson 1980; Manku, Rajagopalan and Lindsay 1998), one per dimension: whenever a level holds two blocks,
+they are sorted together and every second value goes up one level with twice the weight. One such step at
+weight w moves the rank of any value by at most w, down when the odd positions stay and up when the even
+ones stay. Both kinds alternate, and the sketch adds up what it did, so `rank_error` is a bound that holds
+for this very stream, merges included: about log2(n / block) / (4 * block) of the rows, which is 0.007 %
+after 10 million rows.
 
 Axis letters: N rows, J dimensions.
 """

@@ -223,5 +223,7 @@ def test_tiny_ranges_warn_and_exploding_values_refuse():
     run.update(x)
     stats = {"state": run.finish()}
     assert n.before_training(stats, "zscore", "some/data") is None
-    with pytest.raises(UserError, match=r"some/data: state\[1\] spreads 0 and reaches 2e\+06.*norm=zscore"):
+    with pytest.raises(
+        UserError, match=r"some/data: state\[1\] spreads 0, and normalised reaches 2e\+06.*norm=zscore"
+    ):
         n.before_training(stats, "quantile", "some/data")
