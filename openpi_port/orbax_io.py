@@ -1,0 +1,161 @@
+"""Arrays in orbax's checkpoint layout, one at a time and without JAX.
+
+An orbax PyTree checkpoint is a directory: `_METADATA` (JSON, the tree) and one zarr array per leaf, usually inside an
+OCDBT key-value store. tensorstore, which orbax itself uses, reads slices of the arrays, so a model larger than the
+memory can be converted.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from openpi_port.errors import UserError
+
+MANIFEST = "manifest.ocdbt"
+TREE = "_METADATA"
+CHUNK_CACHE = 6_000_000_000  # bytes; holds one decoded chunk of the largest array of a 3 B model
+
+
+class Stored:
+    """An array on disk: `shape`, `dtype` and numpy indexing, which reads."""
+
+    def __init__(self, owner: Arrays, path: str) -> None:
+        self._owner, self._path = owner, path
+        array = owner.open(path)
+        self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self._owner.open(self._path)[index].read().result()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[()], dtype)
+
+
+class Arrays(Mapping[str, Stored]):
+    """The leaves of an orbax checkpoint under "/"-joined names.
+
+    Args:
+      path: the directory that holds `_METADATA`.
+
+    Raises:
+      UserError: the directory is no orbax checkpoint, or one of its files can't be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._last: tuple[str, ts.TensorStore] | None = None
+        try:
+            tree = json.loads((self.path / TREE).read_text())["tree_metadata"]
+            paths = [[entry["key"] for entry in leaf["key_metadata"]] for leaf in tree.values()]
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: no {TREE} here, so this is no orbax checkpoint") from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{self.path / TREE}: not readable as orbax metadata ({e})") from None
+        self._stored = {"/".join(map(str, p)): Stored(self, ".".join(map(str, p))) for p in paths}
+
+    def open(self, path: str) -> ts.TensorStore:
+        """The tensorstore of one leaf; keeps the last one open, because its decoded chunk serves the next slices."""
+        if self._last is None or self._last[0] != path:
+            self._last = None  # frees the cache before the next one fills
+            try:
+                self._last = (path, self._open(path))
+            except ValueError as e:
+                raise UserError(f"{self.path}: can't read {path}: {str(e).splitlines()[0][:300]}") from None
+        return self._last[1]
+
+    def _open(self, path: str) -> ts.TensorStore:
+        base = self.path.absolute().as_uri()
+        ocdbt = (self.path / MANIFEST).exists()
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"} if ocdbt else f"{base}/{path}/"
+        array = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+        shared_chunks = array.ndim > 1 and array.chunk_layout.read_chunk.shape[0] > 1
+        if shared_chunks:  # several layers in one chunk: decode it once
+            context = ts.Context({"cache_pool": {"total_bytes_limit": CHUNK_CACHE}})
+            array = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, context=context).result()
+        return array
+
+    def __getitem__(self, name: str) -> Stored:
+        return self._stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def write(path: str | Path, tensors: Mapping[str, Any], progress: Any = None) -> None:
+    """Writes arrays as an orbax checkpoint, one at a time; orbax and openpi restore it.
+
+    Args:
+      path: a directory that doesn't exist yet.
+      tensors: "/"-joined name -> array; each is asked for once.
+      progress: called with the number of bytes written, after each array.
+    """
+    path = Path(path)
+    path.mkdir(parents=True)
+    started = time.time_ns()
+    base = path.absolute().as_uri()
+    tree = {}
+    for name in tensors:
+        array = np.asarray(tensors[name])
+        keys = name.split("/")
+        # One chunk per leading index, so that a layer can be read alone.
+        chunks = [1, *array.shape[1:]] if array.ndim > 2 else list(array.shape)
+        store = ts.open(
+            {
+                "driver": "zarr",
+                "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(keys) + "/"},
+                "metadata": {
+                    "shape": list(array.shape),
+                    "chunks": chunks,
+                    "dtype": _zarr_dtype(array.dtype),
+                    "compressor": {"id": "zstd", "level": 1},
+                },
+                "store_data_equal_to_fill_value": True,
+            },
+            create=True,
+        ).result()
+        store.write(array).result()
+        tree[repr(tuple(keys))] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dict's key
+            "value_metadata": {
+                "value_type": "np.ndarray",  # restorable without a sharding
+                "skip_deserialize": False,
+                "write_shape": list(array.shape),
+            },
+        }
+        if progress is not None:
+            progress(array.nbytes)
+        del array  # before the next one is made
+    metadata = {
+        "tree_metadata": tree,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+    (path / TREE).write_text(json.dumps(metadata))
+    handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+    times = {"init_timestamp_nsecs": started, "commit_timestamp_nsecs": time.time_ns()}
+    (path / "_CHECKPOINT_METADATA").write_text(
+        json.dumps(
+            {
+                "item_handlers": handler,
+                "metrics": {},
+                "performance_metrics": {},
+                **times,
+                "custom_metadata": {},
+            }
+        )
+    )
+
+
+def _zarr_dtype(dtype: np.dtype) -> str:
+    return "bfloat16" if dtype.name == "bfloat16" else dtype.str

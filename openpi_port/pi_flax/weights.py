@@ -1,0 +1,72 @@
+"""Weights of an NNX model by name: what a model needs, filling it, and the `params/` directory (orbax).
+
+Names are the paths in the model, joined by "/": `gemma/layers/experts/0/q/kernel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from openpi_port import orbax_io, strict
+
+
+def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter; the model may be abstract (`nnx.eval_shape`)."""
+    return {_name(path): tuple(leaf.get_value().shape) for path, leaf in _flat(model)}
+
+
+def arrays(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Name -> array on the host of every parameter."""
+    return {_name(path): np.asarray(leaf.get_value()) for path, leaf in _flat(model)}
+
+
+def load(model: nnx.Module, mapping: Mapping[str, Any]) -> nnx.Module:
+    """Fills every parameter of a model, strictly.
+
+    Args:
+      model: built under `nnx.eval_shape` (nothing is allocated twice) or in earnest.
+      mapping: canonical name -> array; each is asked for once. Parameters take the arrays' dtype.
+
+    Returns:
+      A model of the same structure that holds the arrays.
+
+    Raises:
+      UserError: a missing, unknown or misshapen tensor, with the nearest candidates.
+    """
+    found = mapping.shapes if hasattr(mapping, "shapes") else {k: tuple(v.shape) for k, v in mapping.items()}
+    strict.check(found, shapes(model), "weights")
+    graph, state = nnx.split(model)
+    filled = [(path, leaf.replace(jnp.asarray(mapping[_name(path)]))) for path, leaf in _flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def read_params(path: str | Path) -> dict[str, Any]:
+    """The arrays of a `params/` directory: canonical name -> array on disk, read when indexed.
+
+    Raises:
+      UserError: no orbax checkpoint there.
+    """
+    return dict(orbax_io.Arrays(path))
+
+
+def write_params(path: str | Path, mapping: Mapping[str, Any]) -> None:
+    """Writes canonical weights as a `params/` directory, one array at a time."""
+    orbax_io.write(path, mapping)
+
+
+def _flat(model: nnx.Module) -> list[tuple[tuple, Any]]:
+    return _flat_state(nnx.state(model, nnx.Param))
+
+
+def _flat_state(state: nnx.State) -> list[tuple[tuple, Any]]:
+    return list(nnx.to_flat_state(state))
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))

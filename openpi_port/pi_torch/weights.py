@@ -1,0 +1,84 @@
+"""Weights of a torch model by name: what a model needs, filling it, and `model.safetensors`.
+
+Names are torch's: `gemma.layers.0.experts.0.q.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import nn
+
+from openpi_port import safetensors_io, strict
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter; the model may be on the meta device."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """Name -> array on the host of every parameter."""
+    return {name: _to_numpy(p.detach()) for name, p in model.named_parameters()}
+
+
+def load(model: nn.Module, mapping: Mapping[str, Any], device: str | torch.device = "cpu") -> nn.Module:
+    """Fills every parameter of a model, strictly.
+
+    Args:
+      model: built on the meta device (nothing is allocated twice) or in earnest.
+      mapping: torch name -> array; each is asked for once. Parameters take the arrays' dtype.
+      device: where the parameters go.
+
+    Returns:
+      The same model.
+
+    Raises:
+      UserError: a missing, unknown or misshapen tensor, with the nearest candidates.
+    """
+    found = mapping.shapes if hasattr(mapping, "shapes") else {k: tuple(v.shape) for k, v in mapping.items()}
+    strict.check(found, shapes(model), "weights")
+    for name in shapes(model):
+        owner, _, leaf = name.rpartition(".")
+        value = from_numpy(mapping[name]).to(device)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+    return model
+
+
+def read_params(path: str | Path) -> dict[str, Any]:
+    """The arrays of a `model.safetensors` file or of the directory that holds it, as views of a memory map.
+
+    Raises:
+      UserError: no such file, not safetensors, or cut off.
+    """
+    return dict(safetensors_io.Arrays(_file(path)))
+
+
+def write_params(path: str | Path, mapping: Mapping[str, Any]) -> None:
+    """Writes torch-named weights to a file, or to `model.safetensors` in a directory, one tensor at a time."""
+    safetensors_io.write(_file(path), mapping, {"format": "pt"})
+
+
+def from_numpy(array: Any) -> torch.Tensor:
+    """A tensor that owns a copy of the array; bfloat16 stays bfloat16."""
+    array = np.array(array, order="C")
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path / "model.safetensors" if path.is_dir() else path

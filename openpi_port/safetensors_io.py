@@ -1,0 +1,130 @@
+"""safetensors files in numpy, without a framework: read through a memory map, written one tensor at a time.
+
+The format: the header's length (uint64, little-endian), a JSON header with dtype, shape and byte range of each
+tensor, then the bytes. The official numpy reader has no bfloat16, and the official writer wants all in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from openpi_port.errors import UserError
+
+DTYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype("int64"),
+    "I32": np.dtype("int32"),
+    "I16": np.dtype("int16"),
+    "I8": np.dtype("int8"),
+    "U8": np.dtype("uint8"),
+    "BOOL": np.dtype("bool"),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # the official reader's limit
+
+
+class Arrays(Mapping[str, np.ndarray]):
+    """The tensors of a file, as read-only views of a memory map.
+
+    Args:
+      path: the file.
+
+    Raises:
+      UserError: the file is no safetensors file, or is cut off.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                size = self.path.stat().st_size
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        except OSError as e:
+            raise UserError(f"{self.path}: {e.strerror}") from None
+        length = struct.unpack("<Q", self._map[:8])[0] if size >= 8 else 0
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            if self._map[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
+                raise UserError(
+                    f"{self.path}: a pickle, not safetensors; pickles can run code and are never opened"
+                )
+            raise UserError(
+                f"{self.path}: no safetensors file, or cut off (its {size} bytes hold no whole header)"
+            )
+        try:
+            header = json.loads(self._map[8 : 8 + length])
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+            self._slots = {name: self._slot(name, 8 + length, size, **spec) for name, spec in header.items()}
+        except (ValueError, TypeError, AttributeError) as e:
+            raise UserError(f"{self.path}: its safetensors header is damaged ({e})") from None
+
+    def _slot(
+        self, name: str, start: int, size: int, *, dtype: str, shape: list, data_offsets: list
+    ) -> tuple:
+        if dtype not in DTYPES:
+            raise UserError(f"{self.path}: {name} has dtype {dtype}; known: {', '.join(DTYPES)}")
+        first, last = data_offsets
+        if last - first != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise UserError(
+                f"{self.path}: {name} holds {last - first} bytes, which don't fit {dtype} {shape}"
+            )
+        if start + last > size:
+            missing = start + last - size
+            raise UserError(
+                f"{self.path}: cut off; {name} ends {missing} bytes after the end: fetch it again"
+            )
+        return DTYPES[dtype], tuple(shape), start + first
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        dtype, shape, offset = self._slots[name]
+        return np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+
+def write(
+    path: str | Path,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Writes a safetensors file, asking for each tensor once.
+
+    Args:
+      path: of a file that doesn't exist yet.
+      tensors: name -> array. A mapping with `shapes` and `dtypes` (name -> ...) is read only while writing.
+      metadata: strings for the header.
+      progress: called with the number of bytes of each tensor written.
+    """
+    shapes = getattr(tensors, "shapes", None) or {name: array.shape for name, array in tensors.items()}
+    dtypes = getattr(tensors, "dtypes", None) or {name: array.dtype for name, array in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, shape in shapes.items():
+        dtype = np.dtype(dtypes[name])
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # keeps the tensors aligned
+    with Path(path).open("xb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name in shapes:
+            array = np.ascontiguousarray(tensors[name])
+            file.write(array.reshape(-1).view(np.uint8).data)
+            progress(array.nbytes)
+            del array  # before the next one is made
