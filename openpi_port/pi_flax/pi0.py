@@ -13,13 +13,13 @@ Flow time runs from 1 (noise) to 0 (data).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from openpi_port.batch import Batch
 from openpi_port.config import Compute
 from openpi_port.config import Pi0 as Config
 from openpi_port.masks import attention_mask, positions
@@ -27,8 +27,6 @@ from openpi_port.pi_flax.gemma import Gemma, KVCache
 from openpi_port.pi_flax.layers import Linear
 from openpi_port.pi_flax.siglip import Siglip
 from openpi_port.schedule import euler_times
-
-Batch = Mapping[str, Any]
 
 
 class Tokens(NamedTuple):
@@ -44,6 +42,7 @@ class Pi0(nnx.Module):
 
     def __init__(self, config: Config, compute: Compute) -> None:
         self.config = config
+        self.compute = compute
         adarms = config.time_in == "adarms"
         width = config.expert.width
         self.vision = Siglip(config.vision, config.language.width, compute)

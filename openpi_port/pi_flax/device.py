@@ -1,0 +1,36 @@
+"""The accelerator: which, how much memory, how arrays get there, how exact its products are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import jax
+
+from openpi_port.config import Compute
+
+
+def find(name: str | None) -> jax.Device:
+    """The device of that name ("cpu", "gpu", "tpu"), or the default one."""
+    return jax.devices(name)[0]
+
+
+def put(tree: Any, device: jax.Device) -> Any:
+    """Nested numpy arrays to arrays on a device."""
+    return jax.device_put(tree, device)
+
+
+def describe(device: jax.Device) -> tuple[str, int]:
+    """A name for people, and the bytes of memory that one program may use."""
+    if device.platform == "cpu":
+        return f"CPU ({os.cpu_count()} cores)", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    stats = device.memory_stats() or {}
+    return device.device_kind, stats.get("bytes_limit", 0)
+
+
+def precision(compute: Compute) -> contextlib.AbstractContextManager:
+    """A context in which float32 products are really float32, on accelerators too."""
+    if compute.dtype == "float32":
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()

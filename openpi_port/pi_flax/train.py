@@ -1,0 +1,150 @@
+"""One optimizer step: loss, gradient, clipping, AdamW, moving average; and the state that goes to disk.
+
+B batch, A actions in a chunk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from openpi_port import batch as batches
+from openpi_port import strict
+from openpi_port.batch import Batch
+from openpi_port.config import Train as Config
+from openpi_port.pi_flax import device as devices
+from openpi_port.pi_flax import weights as weights_io
+from openpi_port.pi_flax.infer import build
+from openpi_port.schedule import learning_rate
+
+
+class State(NamedTuple):
+    """Everything that a step reads and writes."""
+
+    trained: nnx.State
+    frozen: nnx.State
+    optimizer: optax.OptState
+    average: nnx.State | None
+
+
+class Trainer:
+    """A model in training.
+
+    Attributes:
+      step: number of optimizer steps done.
+    """
+
+    def __init__(self, config: Config, weights: Mapping[str, np.ndarray], device: str | None = None) -> None:
+        """Fills a model with `weights` (by Flax path, all of them) and makes a fresh optimizer state."""
+        self.config = config
+        self.step = 0
+        self._device = devices.find(device)
+        module = weights_io.load(build(config.model, config.compute), weights)
+        self._graph, trained, frozen = nnx.split(module, partial(is_trained, config), ...)
+        trained, frozen = devices.put((trained, frozen), self._device)
+        self._optimizer = optax.chain(
+            optax.clip_by_global_norm(config.optimizer.clip_norm),
+            optax.scale_by_adam(config.optimizer.b1, config.optimizer.b2, config.optimizer.eps),
+            optax.add_decayed_weights(config.optimizer.weight_decay),
+        )
+        average = None if config.optimizer.ema is None else jax.tree.map(jnp.copy, trained)
+        self._state = State(trained, frozen, self._optimizer.init(trained), average)
+        self._update = jax.jit(self._update_fn, donate_argnums=0)
+        self._evaluate = jax.jit(self._evaluate_fn)
+
+    def update(self, batch: Batch) -> dict[str, Any]:
+        """One optimizer step on a numpy batch; returns scalars that are still being computed."""
+        batch = devices.put(batches.select(batch, batches.TRAINING), self._device)
+        rate = np.float32(learning_rate(self.step, self.config.optimizer))
+        with devices.precision(self.config.compute):
+            self._state, metrics = self._update(self._state, batch, rate)
+        self.step += 1
+        return metrics
+
+    def evaluate(self, batch: Batch) -> float:
+        """The loss of the averaged weights on a numpy batch."""
+        batch = devices.put(batches.select(batch, batches.TRAINING), self._device)
+        trained = self._deployed()
+        with devices.precision(self.config.compute):
+            return float(self._evaluate(trained, self._state.frozen, batch))
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """What is deployed, by Flax path: averaged where an average is kept."""
+        return _named(nnx.merge_state(self._deployed(), self._state.frozen))
+
+    def train_state(self) -> dict[str, np.ndarray]:
+        """What else a resume needs: Adam's moments, and the raw weights where `weights` are averaged."""
+        _, adam, _ = self._state.optimizer
+        parts = {"mu": adam.mu, "nu": adam.nu}
+        if self._state.average is not None:
+            parts["raw"] = self._state.trained
+        return {f"{name}/{path}": value for name, part in parts.items() for path, value in _named(part).items()}
+
+    def restore(self, step: int, train_state: Mapping[str, np.ndarray]) -> None:
+        """Continues after `step` steps; the trainer was built from what `weights` gave at that step."""
+        parts = ["mu", "nu", *([] if self._state.average is None else ["raw"])]
+        names = [f"{part}/{name}" for part in parts for name in _names(self._state.trained)]
+        strict.check(dict.fromkeys(train_state, ()), dict.fromkeys(names, ()), "train_state")
+        mu, nu, *raw = (
+            devices.put(_filled(self._state.trained, train_state, f"{part}/"), self._device) for part in parts
+        )
+        clip, adam, decay = self._state.optimizer
+        adam = adam._replace(count=jnp.full_like(adam.count, step), mu=mu, nu=nu)
+        average = self._state.trained if raw else None  # what was deployed, and so loaded, is the average
+        trained = raw[0] if raw else self._state.trained
+        self._state = State(trained, self._state.frozen, (clip, adam, decay), average)
+        self.step = step
+
+    def _deployed(self) -> nnx.State:
+        return self._state.trained if self._state.average is None else self._state.average
+
+    def _update_fn(self, state: State, batch: Batch, rate: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+        loss, grads = jax.value_and_grad(self._loss)(state.trained, state.frozen, batch)
+        updates, optimizer = self._optimizer.update(grads, state.optimizer, state.trained)
+        trained = jax.tree.map(lambda p, u: p - rate * u, state.trained, updates)
+        average = state.average
+        if average is not None:
+            decay = self.config.optimizer.ema
+            average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "learning_rate": rate}
+        return State(trained, state.frozen, optimizer, average), metrics
+
+    def _evaluate_fn(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> jax.Array:
+        return self._loss(trained, frozen, batch)
+
+    def _loss(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> jax.Array:
+        loss = nnx.merge(self._graph, trained, frozen).loss(batch, batch["noise"], batch["time"])  # [B, A]
+        counted = jnp.ones_like(loss) if self.config.loss_on_padding else 1.0 - batch["action_is_pad"]
+        return (loss * counted).sum() / counted.sum()
+
+
+def is_trained(config: Config, path: tuple, _: Any = None) -> bool:
+    """Whether a parameter is trained: no pattern of `config.frozen` is found in its Flax path."""
+    name = "/".join(map(str, path))
+    return not any(re.search(pattern, name) for pattern in config.frozen)
+
+
+def _names(state: nnx.State) -> list[str]:
+    return ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
+
+
+def _named(state: nnx.State) -> dict[str, np.ndarray]:
+    """Arrays on the host by path."""
+    leaves = jax.device_get([leaf.get_value() for _, leaf in nnx.to_flat_state(state)])
+    return dict(zip(_names(state), leaves, strict=True))
+
+
+def _filled(like: nnx.State, arrays: Mapping[str, np.ndarray], prefix: str) -> nnx.State:
+    """A state of the same structure with the arrays of that prefix."""
+    flat = zip(_names(like), nnx.to_flat_state(like), strict=True)
+    return nnx.from_flat_state(
+        [(path, leaf.replace(jnp.asarray(arrays[prefix + name]))) for name, (path, leaf) in flat]
+    )

@@ -1,0 +1,46 @@
+"""The accelerator: which, how much memory, how arrays get there, how exact its products are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from openpi_port.config import Compute
+
+
+def find(name: str | None) -> torch.device:
+    """The device of that name ("cpu", "cuda:1"), or the first GPU, or the CPU."""
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def put(tree: Any, device: torch.device) -> Any:
+    """Nested numpy arrays to tensors on a device."""
+    if isinstance(tree, Mapping):
+        return {key: put(value, device) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return [put(value, device) for value in tree]
+    return torch.from_numpy(np.require(tree, requirements=["C", "W"])).to(device, non_blocking=True)
+
+
+def describe(device: torch.device) -> tuple[str, int]:
+    """A name for people, and the bytes of memory that one program may use."""
+    if device.type == "cpu":
+        return f"CPU ({os.cpu_count()} cores)", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.total_memory
+
+
+@contextlib.contextmanager
+def precision(compute: Compute) -> Iterator[None]:
+    """A context in which float32 products are really float32, on accelerators too."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if compute.dtype == "float32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
