@@ -1,0 +1,298 @@
+"""Random access to the frames of a LeRobot data set, as raw samples under the data set's own names.
+
+States and actions of all chosen episodes are read once and kept in memory (some hundred bytes a frame); images are
+decoded when asked for, through the frame cache if there is one.
+
+N frames of all chosen episodes, A actions of a chunk, J state or action dims, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+
+from openpi_port.data.embedded import EmbeddedImages
+from openpi_port.data.frame_cache import Entry, FrameCache
+from openpi_port.data.lerobot_meta import Episode, Metadata, load_metadata, read_parquet, resolve
+from openpi_port.data.video import Videos, nearest_frame, to_rgb
+from openpi_port.errors import UserError
+from openpi_port.images import resize_with_pad
+
+__all__ = ["Episode", "LeRobotDataset", "Metadata", "load_metadata", "resolve"]
+
+# A recorded time may be off its grid by this share of a frame: the nearest frame is then beyond doubt.
+TOLERANCE = 0.25
+
+
+class LeRobotDataset:
+    """A LeRobot data set, v2.0, v2.1 or v3.0, or some of its episodes.
+
+    Args:
+      source: what `resolve` takes, or the metadata if they were read already.
+      cameras: {model camera: image key}; the keys say what is decoded, each once however often it is named.
+      horizon: A.
+      state, action: columns.
+      image_size: frames are resized and padded to this square; None leaves them as recorded.
+      cache: where decoded frames are kept; needs the same image_size.
+      episodes: which ones, by number; None takes all. Files of others may be absent.
+      root: where data sets from the hub are kept.
+
+    Raises:
+      UserError: anything wrong with the data: an unknown key, a missing or damaged file, values that are not finite
+        or of another size than info.json says, times that are off the grid of fps.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | Metadata,
+        *,
+        cameras: Mapping[str, str],
+        horizon: int,
+        state: str = "observation.state",
+        action: str = "action",
+        image_size: int | None = None,
+        cache: FrameCache | None = None,
+        episodes: Sequence[int] | None = None,
+        root: str | None = None,
+    ):
+        self.metadata = source if isinstance(source, Metadata) else load_metadata(resolve(str(source), root))
+        self.horizon, self.state, self.action, self.image_size = horizon, state, action, image_size
+        self.camera_keys = tuple(dict.fromkeys(cameras.values()))
+        self.episodes = self._choose(episodes)
+        for key in self.camera_keys:
+            self.metadata.feature(key, "camera")
+        self._read_columns()
+        self._check_times()
+        self._check_files()
+        if cache is not None and cache.image_size != image_size:
+            raise ValueError(f"the cache holds images of {cache.image_size}, not of {image_size}")
+        self._cache = cache
+        self._videos = Videos()
+        self._embedded = EmbeddedImages()
+        if cache is not None:
+            # Of all episodes, so that training and validation agree on what is admitted.
+            sources = {self._source(e, key) for e in self.metadata.episodes for key in self.camera_keys}
+            cache.plan(sorted(sources), max(1, self.metadata.num_frames * len(self.camera_keys)))
+
+    def __len__(self) -> int:
+        return len(self._row_episode)
+
+    @property
+    def fps(self) -> float:
+        """Frames per second."""
+        return self.metadata.fps
+
+    @property
+    def features(self) -> Mapping[str, Mapping[str, Any]]:
+        """Names, shapes and types of all columns, as in info.json."""
+        return self.metadata.features
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """A raw sample.
+
+        Returns:
+          {image key: uint8 [H,W,3] for every camera, the state column: f32 [J], the action column: f32 [A,J],
+          "action_is_pad": bool [A], "task": str, "episode_index": int, "frame_index": int, "timestamp": float (s)}.
+          Action i is the one at i / fps after the frame; after the episode's end the last one is repeated and
+          marked as padding, as LeRobot does with delta_timestamps.
+
+        Raises:
+          UserError: a video is damaged.
+        """
+        index = range(len(self))[index]  # negative numbers count from the end; others raise IndexError
+        return {key: self._image(key, index) for key in self.camera_keys} | self.numbers(index)
+
+    def numbers(self, index: int) -> dict[str, Any]:
+        """A raw sample without its images; nothing is decoded."""
+        number = self._row_episode[index]
+        # `_check_times` has shown that times lie on the grid of fps, so nearest in time is next in number.
+        rows = index + np.arange(self.horizon)
+        last = self._starts[number + 1] - 1
+        return {
+            self.state: self._state[index],
+            self.action: self._action[np.minimum(rows, last)],
+            "action_is_pad": rows > last,
+            "task": self._task(index),
+            "episode_index": self.episodes[number].index,
+            "frame_index": int(index - self._starts[number]),
+            "timestamp": float(self._timestamp[index]),
+        }
+
+    def iterate_numbers(self) -> Iterator[list[dict[str, Any]]]:
+        """Episode by episode, the samples without images: what norm statistics are made from."""
+        for start, end in zip(self._starts[:-1], self._starts[1:], strict=True):
+            yield [self.numbers(index) for index in range(start, end)]
+
+    def _choose(self, episodes: Sequence[int] | None) -> tuple[Episode, ...]:
+        if episodes is None:
+            return self.metadata.episodes
+        by_index = {episode.index: episode for episode in self.metadata.episodes}
+        unknown = [e for e in episodes if e not in by_index]
+        if unknown:
+            raise UserError(
+                f"{self.metadata.root}: no episode {unknown[0]}; there are {len(by_index)}, "
+                f"{min(by_index, default=0)} to {max(by_index, default=0)}"
+            )
+        return tuple(by_index[e] for e in episodes)
+
+    def _read_columns(self) -> None:
+        """Fills the arrays of all chosen episodes, in their order: state and action f32 [N,J], the rest [N]."""
+        meta = self.metadata
+        dims = {
+            key: _size(meta.feature(key, what), meta.root, key)
+            for key, what in ((self.state, "state column"), (self.action, "action column"))
+        }
+        lengths = [episode.length for episode in self.episodes]
+        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        total = int(self._starts[-1])
+        if not total:
+            raise UserError(f"{meta.root}: no frames in the chosen episodes")
+        values = {key: np.empty((total, dim), np.float32) for key, dim in dims.items()}
+        self._state, self._action = values[self.state], values[self.action]
+        self._timestamp = np.empty(total, np.float64)
+        self._task_index = np.empty(total, np.int64)
+        self._row_episode = np.repeat(np.arange(len(self.episodes)), lengths)
+        self._first_row = np.empty(len(self.episodes), np.int64)  # of each episode in its file
+
+        files: dict[Path, list[int]] = {}
+        for number, episode in enumerate(self.episodes):
+            files.setdefault(episode.data, []).append(number)
+        scalars = ["timestamp", "episode_index", "task_index"]
+        for path, numbers in files.items():
+            table = read_parquet(path, [*dict.fromkeys(dims), *scalars])
+            owner = table["episode_index"].to_numpy()
+            timestamp, task = table["timestamp"].to_numpy(), table["task_index"].to_numpy()
+            columns = {key: _matrix(table[key], dim, path, key) for key, dim in dims.items()}
+            for number in numbers:
+                episode = self.episodes[number]
+                rows = np.flatnonzero(owner == episode.index)
+                if len(rows) != episode.length or (len(rows) and rows[-1] - rows[0] != len(rows) - 1):
+                    raise UserError(
+                        f"{path}: episode {episode.index} has {len(rows)} frames in one piece, meta/ says "
+                        f"{episode.length}; download the data set again"
+                    )
+                place = slice(self._starts[number], self._starts[number + 1])
+                self._first_row[number] = rows[0] if len(rows) else 0
+                self._timestamp[place], self._task_index[place] = timestamp[rows], task[rows]
+                for key, column in columns.items():
+                    values[key][place] = _finite(column[rows], key, path, episode.index)
+
+    def _check_times(self) -> None:
+        """Frame k of an episode must be at k / fps, or chunks of actions would not be what they say."""
+        frame = np.arange(len(self)) - self._starts[self._row_episode]
+        off = np.abs(self._timestamp * self.fps - frame)
+        worst = int(np.argmax(off))
+        if not off[worst] <= TOLERANCE:
+            episode = self.episodes[self._row_episode[worst]]
+            raise UserError(
+                f"{episode.data}: episode {episode.index}, frame {frame[worst]} has timestamp "
+                f"{self._timestamp[worst]:.4f} s, expected {frame[worst] / self.fps:.4f} s at {self.fps:g} fps; frames "
+                "were dropped, or fps in meta/info.json is wrong"
+            )
+        unknown = set(np.unique(self._task_index).tolist()) - set(self.metadata.tasks)
+        if unknown:
+            raise UserError(f"{self.metadata.root}: meta/ has no task of index {min(unknown)}")
+
+    def _check_files(self) -> None:
+        """A missing video should be known before training, not when a sample happens to fall on it."""
+        for path in {e.videos[k][0] for e in self.episodes for k in self.camera_keys if k in e.videos}:
+            if not path.is_file():
+                raise UserError(f"{path}: video file is missing; download the data set again, or leave the episode out")
+
+    def _task(self, index: int) -> str:
+        return self.metadata.tasks[int(self._task_index[index])]
+
+    def _source(self, episode: Episode, key: str) -> tuple[Path, str]:
+        """The file that holds an episode's images, and the column in it ("" for a video)."""
+        return (episode.videos[key][0], "") if key in episode.videos else (episode.data, key)
+
+    def _image(self, key: str, index: int) -> np.ndarray:
+        number = self._row_episode[index]
+        episode = self.episodes[number]
+        if key in episode.videos:
+            path, start = episode.videos[key]
+            return self._from_video(path, start + self._timestamp[index])
+        return self._from_table(episode.data, key, int(index - self._starts[number] + self._first_row[number]))
+
+    def _from_video(self, path: Path, seconds: float) -> np.ndarray:
+        """The frame at a time of a video file, from the cache or decoded."""
+        cache, tolerance = self._cache, TOLERANCE / self.fps
+        entry = None if cache is None else cache.entry(path)
+        if entry is not None:
+            image = cache.get(entry, nearest_frame(entry.times, seconds, tolerance, path))
+            if image is not None:
+                return image
+        with self._videos.use(path) as video:
+            if cache is not None and entry is None:
+                entry = cache.create(path, video.index.times)
+
+            def passed(number: int, picture: av.VideoFrame) -> None:
+                # Somebody will ask for it soon, and decoding it again would cost more than keeping it.
+                if cache.wants(entry, number):
+                    self._keep(entry, number, to_rgb(picture))
+
+            frame = nearest_frame(video.index.times, seconds, tolerance, path)
+            image = video.read(frame, None if cache is None else passed)
+        return self._keep(entry, frame, image)
+
+    def _from_table(self, path: Path, key: str, row: int) -> np.ndarray:
+        """An image embedded in a row of a parquet file, from the cache or decoded."""
+        cache = self._cache
+        entry = None
+        if cache is not None:
+            entry = cache.entry(path, key)
+            if entry is None:
+                entry = cache.create(path, np.arange(self._embedded.rows(path)) / self.fps, key)
+            image = cache.get(entry, row)
+            if image is not None:
+                return image
+        return self._keep(entry, row, self._embedded.read(path, key, row))
+
+    def _keep(self, entry: Entry | None, frame: int, image: np.ndarray) -> np.ndarray:
+        """Resizes a decoded frame and stores it."""
+        if self.image_size is not None:
+            image = resize_with_pad(image, self.image_size)
+        if entry is not None:
+            self._cache.put(entry, frame, image)
+        return image
+
+
+def _size(feature: Mapping[str, Any], root: Path, key: str) -> int:
+    """Length of a vector feature."""
+    shape = tuple(feature["shape"])
+    if len(shape) != 1:
+        raise UserError(f"{root}: {key} has shape {shape} in meta/info.json; a state or action is a vector")
+    return shape[0]
+
+
+def _matrix(column: pa.ChunkedArray, dim: int, path: Path, key: str) -> np.ndarray:
+    """A column of lists (or, for one dimension, of numbers) as [rows, dim]."""
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # what pyarrow returns for a column without rows
+        array = pa.concat_arrays(array.chunks)
+    nested = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+    nested = nested or pa.types.is_fixed_size_list(array.type)
+    flat = array.flatten() if nested else array
+    lengths = array.value_lengths().to_numpy(zero_copy_only=False) if nested and len(array) else None
+    wrong = dim != 1 if lengths is None else (lengths != dim).any()
+    if len(array) and (wrong or array.null_count):
+        found = "1 number" if lengths is None else f"{lengths[np.argmax(lengths != dim)]} numbers"
+        raise UserError(f"{path}: {key} has {found} in a row, meta/info.json says {dim}; they don't belong together")
+    return flat.to_numpy(zero_copy_only=False).reshape(len(array), dim)
+
+
+def _finite(values: np.ndarray, key: str, path: Path, episode: int) -> np.ndarray:
+    """The values [rows, J], if all of them are numbers."""
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        frame, dim = bad[0]
+        raise UserError(
+            f"{path}: {key} is {values[frame, dim]} in dimension {dim} at episode {episode}, frame {frame}; repair it, "
+            "or leave the episode out"
+        )
+    return values
