@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pyarrow as pa
 
+from openpi_port.check_sample import split_keys
 from openpi_port.data.embedded import EmbeddedImages
 from openpi_port.data.frame_cache import Entry, FrameCache
 from openpi_port.data.lerobot_meta import Episode, Metadata, load_metadata, read_parquet, resolve
@@ -36,7 +37,7 @@ class LeRobotDataset:
       source: what `resolve` takes, or the metadata if they were read already.
       cameras: {model camera: image key}; the keys say what is decoded, each once however often it is named.
       horizon: A.
-      state, action: columns.
+      state, action: columns; several, separated by commas, where a robot's are recorded apart.
       image_size: frames are resized and padded to this square; None leaves them as recorded.
       cache: where decoded frames are kept; needs the same image_size.
       episodes: which ones, by number; None takes all. Files of others may be absent.
@@ -61,7 +62,8 @@ class LeRobotDataset:
         root: str | None = None,
     ):
         self.metadata = source if isinstance(source, Metadata) else load_metadata(resolve(str(source), root))
-        self.horizon, self.state, self.action, self.image_size = horizon, state, action, image_size
+        self.horizon, self.image_size = horizon, image_size
+        self._state_keys, self._action_keys = split_keys(state), split_keys(action)
         self.camera_keys = tuple(dict.fromkeys(cameras.values()))
         self.episodes = self._choose(episodes)
         for key in self.camera_keys:
@@ -96,7 +98,7 @@ class LeRobotDataset:
         """A raw sample.
 
         Returns:
-          {image key: uint8 [H,W,3] for every camera, the state column: f32 [J], the action column: f32 [A,J],
+          {image key: uint8 [H,W,3] for every camera, state column: f32 [J], action column: f32 [A,J],
           "action_is_pad": bool [A], "task": str, "episode_index": int, "frame_index": int, "timestamp": float (s)}.
           Action i is the one at i / fps after the frame; after the episode's end the last one is repeated and
           marked as padding, as LeRobot does with delta_timestamps.
@@ -113,9 +115,10 @@ class LeRobotDataset:
         # `_check_times` has shown that times lie on the grid of fps, so nearest in time is next in number.
         rows = index + np.arange(self.horizon)
         last = self._starts[number + 1] - 1
+        chunk = np.minimum(rows, last)
         return {
-            self.state: self._state[index],
-            self.action: self._action[np.minimum(rows, last)],
+            **{key: self._columns[key][index] for key in self._state_keys},
+            **{key: self._columns[key][chunk] for key in self._action_keys},
             "action_is_pad": rows > last,
             "task": self._task(index),
             "episode_index": self.episodes[number].index,
@@ -141,19 +144,19 @@ class LeRobotDataset:
         return tuple(by_index[e] for e in episodes)
 
     def _read_columns(self) -> None:
-        """Fills the arrays of all chosen episodes, in their order: state and action f32 [N,J], the rest [N]."""
+        """Fills the arrays of all chosen episodes, in their order: states and actions f32 [N,J], the rest [N]."""
         meta = self.metadata
-        dims = {
-            key: _size(meta.feature(key, what), meta.root, key)
-            for key, what in ((self.state, "state column"), (self.action, "action column"))
-        }
+        if both := set(self._state_keys) & set(self._action_keys):
+            raise UserError(f"{meta.root}: {min(both)} can't be state and action at once; see config.data")
+        wanted = [(key, "state column") for key in self._state_keys]
+        wanted += [(key, "action column") for key in self._action_keys]
+        dims = {key: _size(meta.feature(key, what), meta.root, key) for key, what in wanted}
         lengths = [episode.length for episode in self.episodes]
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         total = int(self._starts[-1])
         if not total:
             raise UserError(f"{meta.root}: no frames in the chosen episodes")
-        values = {key: np.empty((total, dim), np.float32) for key, dim in dims.items()}
-        self._state, self._action = values[self.state], values[self.action]
+        self._columns = {key: np.empty((total, dim), np.float32) for key, dim in dims.items()}
         self._timestamp = np.empty(total, np.float64)
         self._task_index = np.empty(total, np.int64)
         self._row_episode = np.repeat(np.arange(len(self.episodes)), lengths)
@@ -164,7 +167,7 @@ class LeRobotDataset:
             files.setdefault(episode.data, []).append(number)
         scalars = ["timestamp", "episode_index", "task_index"]
         for path, numbers in files.items():
-            table = read_parquet(path, [*dict.fromkeys(dims), *scalars])
+            table = read_parquet(path, [*dims, *scalars])
             owner = table["episode_index"].to_numpy()
             timestamp, task = table["timestamp"].to_numpy(), table["task_index"].to_numpy()
             columns = {key: _matrix(table[key], dim, path, key) for key, dim in dims.items()}
@@ -180,7 +183,7 @@ class LeRobotDataset:
                 self._first_row[number] = rows[0] if len(rows) else 0
                 self._timestamp[place], self._task_index[place] = timestamp[rows], task[rows]
                 for key, column in columns.items():
-                    values[key][place] = _finite(column[rows], key, path, episode.index)
+                    self._columns[key][place] = _finite(column[rows], key, path, episode.index)
 
     def _check_times(self) -> None:
         """Frame k of an episode must be at k / fps, or chunks of actions would not be what they say."""

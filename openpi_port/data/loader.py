@@ -1,0 +1,232 @@
+"""Batches for training and validation: a data set's samples, transformed, augmented, stacked, in a fixed random order.
+
+Batch k of a run is a pure function of (seed, k). Sample i of the run (k * batch_size + its place in the batch) is row
+`shuffle(i)` of the data set; its noise, time and augmentation are keyed by i. So nothing has to be saved for a resume
+but the step, and the number of workers or processes changes nothing. grain does the shuffling (an index permutation
+that needs no memory), the worker processes and the order of their results.
+
+B batch, A actions, J action dim, H W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import multiprocessing.connection
+import os
+import re
+import signal
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import cv2
+import grain
+import numpy as np
+from absl import flags
+
+from openpi_port import transforms
+from openpi_port.augment import Kind, augment
+from openpi_port.errors import UserError
+from openpi_port.rng import draw_noise, draw_time, generator
+
+Batch = dict[str, Any]
+MAX_THREADS = 8  # without workers; beyond that Python's lock is the limit
+
+
+class RandomAccess(Protocol):
+    """What a data set has to offer."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeSample:
+    """Row of the data set and index in the run to what is stacked. Travels to the workers."""
+
+    dataset: RandomAccess
+    steps: tuple[transforms.Transform, ...]
+    seed: int
+    augment: Kind
+    noise_shape: tuple[int, int]
+
+    def __call__(self, index: int, row: int) -> dict[str, Any]:
+        sample = transforms.forward(self.steps, self.dataset[int(row)])
+        index = int(index)
+        # Cameras that the robot lacks stay black.
+        mask = sample.get("image_mask", {})
+        seen = {camera: image for camera, image in sample["image"].items() if mask.get(camera, True)}
+        changed = augment(seen, self.augment, generator(self.seed, index, "augment"))
+        return {
+            **sample,
+            "image": {camera: changed.get(camera, image) for camera, image in sample["image"].items()},
+            "noise": draw_noise(self.seed, index, self.noise_shape),
+            "time": draw_time(self.seed, index),
+        }
+
+
+class Batches:
+    """An iterator over batches of numpy arrays. Workers end with `close`, with the program, or with its death."""
+
+    def __init__(self, source: grain.IterDataset):
+        self._iterator = iter(source)
+        # Also runs when the program ends, while the modules that closing needs are still there.
+        self._finalizer = weakref.finalize(self, self._iterator.close)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            # Arrays from workers lie in shared memory that is unmapped with them; the framework may still be
+            # copying to the device then, so it gets memory of its own (3 ms for 32 samples).
+            return _map_leaves(np.array, next(self._iterator))
+        except RuntimeError as error:
+            died = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+            if died is None:
+                raise
+            raise UserError(_why(int(died[1]))) from error
+
+    def close(self) -> None:
+        """Ends workers and threads; the iterator can't be used any more."""
+        self._finalizer()
+
+
+def train_batches(
+    dataset: RandomAccess,
+    steps: Sequence[transforms.Transform],
+    *,
+    batch_size: int,
+    seed: int,
+    action_dim: int,
+    action_horizon: int,
+    augment: Kind = "default",
+    start_step: int = 0,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """Endless batches, each epoch in its own order.
+
+    Args:
+      dataset: raw samples; must pickle if there are workers.
+      steps: raw sample to the model's, without randomness.
+      batch_size: B, of all processes together.
+      seed: of order, noise, time and augmentation.
+      action_dim, action_horizon: J and A of the noise.
+      augment: "default", "openpi" or "none".
+      start_step: the first batch's number; where a resumed run goes on.
+      num_workers: processes of this process that load; 0 loads in threads. A program that uses workers must
+        guard its start with `if __name__ == "__main__"`, because workers import its main module.
+      process_index, process_count: of a run over several processes; each gets its B / process_count samples, in
+        order, of every batch.
+
+    Returns:
+      Batches with every leaf of a sample stacked, and "noise" f32 [B,A,J], "time" f32 [B].
+
+    Raises:
+      UserError: B does not divide among the processes; while iterating, anything wrong with the data, or a worker
+        that died.
+    """
+    rows = grain.MapDataset.range(len(dataset)).shuffle(seed=seed % 2**32).repeat(None)
+    make = _MakeSample(dataset, tuple(steps), seed, augment, (action_horizon, action_dim))
+    return _batches(rows, make, batch_size, start_step, num_workers, process_index, process_count)
+
+
+def eval_batches(
+    dataset: RandomAccess,
+    steps: Sequence[transforms.Transform],
+    *,
+    batch_size: int,
+    seed: int,
+    action_dim: int,
+    action_horizon: int,
+    num_batches: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Batches:
+    """A fixed set of batches for validation: the same samples, noise and times whenever it is called.
+
+    Samples are spread evenly over the data set, without augmentation; a data set of fewer than one batch is
+    repeated to fill it. Loads in threads.
+
+    Args:
+      num_batches: at most; less where the data set has not that many.
+      dataset, steps, batch_size, seed, action_dim, action_horizon, process_index, process_count: see
+        `train_batches`.
+
+    Returns:
+      min(num_batches, len(dataset) // batch_size) batches, at least one.
+    """
+    count = max(1, min(num_batches, len(dataset) // batch_size)) * batch_size
+    rows = grain.MapDataset.source([i * len(dataset) // count for i in range(count)])
+    make = _MakeSample(dataset, tuple(steps), seed, "none", (action_horizon, action_dim))
+    return _batches(rows, make, batch_size, 0, 0, process_index, process_count)
+
+
+def _batches(
+    rows: grain.MapDataset[int],
+    make: _MakeSample,
+    batch_size: int,
+    start_step: int,
+    num_workers: int,
+    process_index: int,
+    process_count: int,
+) -> Batches:
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(f"config.batch_size={batch_size} must be a positive multiple of the {process_count} processes")
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads its own flags and refuses to if nobody called absl.app.run
+    cv2.setNumThreads(1)  # images are small and samples many: parallel by sample
+    samples = rows.map_with_index(make)
+    # Local batch j = k * process_count + p is the p-th part of global batch k.
+    local = samples.batch(batch_size // process_count, batch_fn=_stack)
+    mine = local[process_index::process_count][start_step:]
+    if num_workers:
+        source = mine.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
+        return Batches(source.mp_prefetch(options, worker_init_fn=_start_worker))
+    threads = min(os.cpu_count() or 1, MAX_THREADS)
+    return Batches(mine.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)))
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in every worker."""
+    del index, count
+    cv2.setNumThreads(1)
+    # Ctrl-C goes to all processes of the terminal; the parent decides what it means and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _why(exit_code: int) -> str:
+    """One line about a worker's death."""
+    reasons = {
+        -signal.SIGKILL: "killed, most likely because memory ran out",
+        -signal.SIGBUS: "no room in shared memory; give a container more with --shm-size",
+    }
+    reason = reasons.get(exit_code, f"exit code {exit_code}; what it printed is above")
+    return f"a data worker died ({reason}); fewer --config.data.num_workers, or 0 for threads, may help"
+
+
+def _stack(samples: Sequence[Any]) -> Any:
+    """Stacks every leaf of nested dictionaries on a new axis 0."""
+    first = samples[0]
+    if isinstance(first, dict):
+        return {key: _stack([sample[key] for sample in samples]) for key in first}
+    return np.stack(samples)
+
+
+def _map_leaves(function: Any, tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _map_leaves(function, value) for key, value in tree.items()}
+    return function(tree)
