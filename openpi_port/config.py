@@ -52,6 +52,7 @@ class Pi0:
       state_in: the robot's state enters as a token of the suffix, or as text in the prompt.
       time_in: the flow time is mixed into the action tokens by an MLP, or modulates the expert's norms (AdaRMS).
       cameras: names of the images in the batch, in the order of their tokens.
+      size: the named size that this is, for people.
     """
 
     vision: Siglip
@@ -64,6 +65,7 @@ class Pi0:
     state_in: Literal["suffix", "prompt"] = "suffix"
     time_in: Literal["mlp", "adarms"] = "mlp"
     cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    size: str = dataclasses.field(default="custom", compare=False)
 
     def __post_init__(self) -> None:
         language, expert = self.language, self.expert
@@ -110,7 +112,8 @@ class Data:
     Attributes:
       repo_id: a name on the Hugging Face hub, `hf://...`, a local directory, or a data set that ships here.
       robot: a module of `openpi_port.robots`.
-      cameras: model camera -> image key of the data set; model cameras not named here are black and masked.
+      cameras: model camera -> image key of the data set; model cameras that are absent or empty are black
+        and masked.
       state, actions: columns of the data set.
       prompt: the instruction; None takes each episode's task.
       delta: which action dimensions become differences to the state; empty for none.
@@ -138,10 +141,13 @@ class Data:
     num_workers: int = 0
     norm_stats: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cameras", {k: v for k, v in self.cameras.items() if v})
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW with clipping, warm-up and cosine decay, and an exponential average of the weights."""
+    """AdamW with clipping, warm-up and cosine decay, and an exponential average of the weights (`ema`; 0 for none)."""
 
     peak_lr: float = 2.5e-5
     end_lr: float = 2.5e-6
@@ -152,7 +158,7 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 1e-10
     clip_norm: float = 1.0
-    ema: float | None = 0.99
+    ema: float = 0.99
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +168,6 @@ class Train:
     Attributes:
       name: names the run's directory.
       backend: "flax" or "torch".
-      size: which named size `model` was made from; informative.
       tokenizer: "paligemma", "small" (ships with the project) or a path to a SentencePiece model.
       init: a checkpoint to start from (local, gs://, hf://); None starts from fresh weights.
       frozen: regular expressions over parameter paths (Flax names); what matches any is not trained.
@@ -176,7 +181,6 @@ class Train:
     optimizer: Optimizer = Optimizer()
     compute: Compute = Compute()
     backend: Literal["flax", "torch"] = "flax"
-    size: str = "base"
     tokenizer: str = "paligemma"
     init: str | None = None
     frozen: tuple[str, ...] = ()

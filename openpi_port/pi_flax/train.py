@@ -55,7 +55,7 @@ class Trainer:
             optax.scale_by_adam(config.optimizer.b1, config.optimizer.b2, config.optimizer.eps),
             optax.add_decayed_weights(config.optimizer.weight_decay),
         )
-        average = None if config.optimizer.ema is None else jax.tree.map(jnp.copy, trained)
+        average = jax.tree.map(jnp.copy, trained) if config.optimizer.ema else None
         self._state = State(trained, frozen, self._optimizer.init(trained), average)
         self._update = jax.jit(self._update_fn, donate_argnums=0)
         self._evaluate = jax.jit(self._evaluate_fn)

@@ -55,7 +55,7 @@ class Trainer:
             fused=True,
         )
         average = None
-        if config.optimizer.ema is not None:
+        if config.optimizer.ema:
             average = {name: p.detach().clone() for name, p in trained.items()}
         self._state = State(trained, optimizer, average)
 
@@ -87,9 +87,9 @@ class Trainer:
 
     def train_state(self) -> dict[str, np.ndarray]:
         """What else a resume needs: Adam's moments, and the raw weights where `weights` are averaged."""
-        moments = self._state.optimizer.state
+        moments, zero = self._state.optimizer.state, torch.zeros_like
         parts = {
-            part: {name: moments[p][key] if p in moments else torch.zeros_like(p) for name, p in self._state.trained.items()}
+            part: {n: moments[p][key] if p in moments else zero(p) for n, p in self._state.trained.items()}
             for part, key in (("mu", "exp_avg"), ("nu", "exp_avg_sq"))
         }
         if self._state.average is not None:
@@ -102,7 +102,8 @@ class Trainer:
         names = [f"{part}/{name}" for part in parts for name in self._state.trained]
         strict.check(dict.fromkeys(train_state, ()), dict.fromkeys(names, ()), "train_state")
         for name, parameter in self._state.trained.items():
-            mu, nu, *raw = (torch.from_numpy(np.array(train_state[f"{part}/{name}"])).to(self._device) for part in parts)
+            arrays = (weights_io.from_numpy(train_state[f"{part}/{name}"]) for part in parts)
+            mu, nu, *raw = (array.to(self._device) for array in arrays)
             count = torch.tensor(float(step), device=self._device)
             self._state.optimizer.state[parameter] = {"step": count, "exp_avg": mu, "exp_avg_sq": nu}
             if raw:  # what was deployed, and so loaded, is the average

@@ -1,0 +1,35 @@
+"""pi0 on any LeRobot data set: name it, and say which of its images is which of the model's cameras.
+
+    python -m experiments.train --config=pi0_lerobot --config.data.repo_id=user/name \\
+        --config.data.cameras.base_0_rgb=observation.images.front \\
+        --config.data.cameras.right_wrist_0_rgb=observation.images.wrist
+
+Cameras that are not named are black and masked. State and actions are `observation.state` and `action` unless
+`--config.data.state=` and `--config.data.actions=` say otherwise; `--config.data.delta="(True, ...)"` makes action
+dimensions relative to the state. The instruction is each episode's task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import pi0_aloha
+from configs.edge import to_edge
+from openpi_port.config import Data, Pi0, Train, build
+
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+def get_config(size: str = "base") -> ConfigDict:
+    """The run at a named size."""
+    aloha = build(Train, pi0_aloha.get_config(size))
+    data = Data(repo_id="", robot="lerobot", cameras={})
+    model: Pi0 = dataclasses.replace(aloha.model, cameras=CAMERAS, action_dim=32)
+    if size != "base":
+        model = dataclasses.replace(model, max_token_len=48)
+    config = to_edge(dataclasses.replace(aloha, name=f"pi0_lerobot_{size}", model=model, data=data))
+    with config.unlocked():
+        config.data.cameras = {camera: "" for camera in CAMERAS}
+    return config

@@ -1,0 +1,119 @@
+"""`--config=NAME[:SIZE] --config.field=value ...` to the frozen dataclasses, for every program here.
+
+NAME is a file of `configs/` without `.py`, or a path. Without a SIZE, the largest that the device can train is taken.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from openpi_port import memory
+from openpi_port.backends import Backend
+from openpi_port.config import SIZES, Train, build
+from openpi_port.errors import UserError, near
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIG = config_flags.DEFINE_config_file("config", None, "NAME[:SIZE] of configs/, or a path; then --config.field=value")
+
+
+def config() -> Train:
+    """The run that the command line asks for."""
+    return build(Train, CONFIG.value)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses the command line and runs a program; user errors become one line and exit status 2."""
+
+    def guarded(argv: Sequence[str]) -> int | None:
+        if len(argv) > 1:
+            raise UserError(f"{argv[1]!r}: no such argument; flags start with --")
+        return main()
+
+    try:
+        app.run(guarded, flags_parser=_parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(_resolve(list(argv)))
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def _resolve(argv: list[str]) -> list[str]:
+    """Replaces a bare config name by its path, and adds the size where none is given."""
+    argv = [part for i, arg in enumerate(argv) for part in _join(argv, i, arg)]
+    at = next((i for i, arg in enumerate(argv) if arg.startswith("--config=")), None)
+    if at is None:
+        return argv
+    name, _, size = argv[at].removeprefix("--config=").partition(":")
+    path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
+    if not path.exists():
+        known = [p.stem for p in CONFIGS.glob("*.py") if "get_config" in p.read_text() and p.stem != "edge"]
+        raise UserError(f"--config={name}: no file {path.name} in configs/; {near(name, known)}")
+    override = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config.model.size=")), None)
+    if size and override and size != override:
+        raise UserError(f"--config={name}:{size} and --config.model.size={override} disagree; give one")
+    size = size or override or _largest(argv, path)
+    if size not in SIZES:
+        raise UserError(f"--config={name}:{size}: no such size; {near(size, SIZES)}")
+    argv[at] = f"--config={path}:{size}"
+    _check_fields(path, size, argv)
+    return argv
+
+
+def _check_fields(path: Path, size: str, argv: Sequence[str]) -> None:
+    """Refuses an override of a field that the config doesn't have."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    fields = module.get_config(size)
+    for arg in argv:
+        if not arg.startswith("--config."):
+            continue
+        node, where = fields, "config"
+        for key in arg.partition("=")[0].split(".")[1:]:
+            if not isinstance(node, ConfigDict) or key not in node:
+                known = node if isinstance(node, ConfigDict) else [f"{where} has no fields"]
+                raise UserError(f"--{where}.{key}: no such field; {near(key, known)}")
+            node, where = node[key], f"{where}.{key}"
+
+
+def _join(argv: list[str], i: int, arg: str) -> list[str]:
+    """`--config NAME` and `-config=NAME` as `--config=NAME`."""
+    if i and argv[i - 1] in ("--config", "-config"):
+        return []
+    if arg in ("--config", "-config"):
+        if i + 1 == len(argv):
+            raise UserError("--config needs a name: one of configs/")
+        return [f"--config={argv[i + 1]}"]
+    return ["-" + arg if re.match(r"-config[.=]", arg) else arg]
+
+
+def _largest(argv: list[str], path: Path) -> str:
+    """`base` if the device holds its training state, else `mini`; says which and why."""
+    _check_fields(path, "base", argv)
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    values([argv[0], f"--config={path}:base", *(arg for arg in argv if arg.startswith("--config."))])
+    base = build(Train, holder.value)
+    backend = Backend(base.backend)
+    name, room = backend.device.describe(backend.device.find(None))
+    need = memory.plan(base).total
+    size = "base" if need < 0.95 * room else "mini"
+    print(
+        f"size {size}: training base needs {need / memory.GIB:.0f} GiB, {name} has {room / memory.GIB:.0f} GiB "
+        f"(--config.model.size= overrides)"
+    )
+    return size
+

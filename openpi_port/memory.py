@@ -1,0 +1,81 @@
+"""How much memory a training run needs, computed from its configuration before anything is allocated.
+
+B batch, S tokens of the whole sequence, T tokens per image, D width, F width of the MLP, N heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from convert import layout, tables
+from openpi_port.config import Gemma, Pi0, Siglip, Train
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes by purpose.
+
+    Attributes:
+      num_params: parameters in all; `num_trained` of them are trained.
+    """
+
+    num_params: int
+    num_trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The peak, without the framework's own buffers."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+
+    def __str__(self) -> str:
+        parts = ("weights", "gradients", "optimizer", "average", "activations")
+        return f"{self.total / GIB:.1f} GiB (" + ", ".join(f"{p} {getattr(self, p) / GIB:.1f}" for p in parts) + ")"
+
+
+def count_params(model: Pi0, frozen: tuple[str, ...] = ()) -> tuple[int, int]:
+    """Number of parameters, and of those that no pattern of `frozen` matches."""
+    shapes = layout.side_shapes(tables.entries(model), layout.OURS)
+    trained = {n: s for n, s in shapes.items() if not any(re.search(p, n) for p in frozen)}
+    return layout.num_elements(shapes), layout.num_elements(trained)
+
+
+def plan(config: Train) -> Plan:
+    """Float32 weights, gradients, Adam's two moments and the average, and the activations of one batch."""
+    total, trained = count_params(config.model, config.frozen)
+    return Plan(
+        num_params=total,
+        num_trained=trained,
+        weights=4 * total,
+        gradients=4 * trained,
+        optimizer=8 * trained,
+        average=4 * trained if config.optimizer.ema else 0,
+        activations=config.batch_size * _activations(config),
+    )
+
+
+def _activations(config: Train) -> int:
+    """Bytes per sample that the backward pass needs, and the workspace of one layer."""
+    model, size = config.model, 2 if config.compute.dtype == "bfloat16" else 4
+    vision = _layer(model.vision, model.vision.num_tokens, model.vision.num_tokens, size)
+    vision_inputs = model.vision.num_tokens * model.vision.width * size
+    prefix, suffix = model.prefix_len, model.suffix_len
+    joint = _layer(model.language, prefix, prefix + suffix, size) + _layer(model.expert, suffix, prefix + suffix, size)
+    joint_inputs = (prefix * model.language.width + suffix * model.expert.width) * size
+    cameras, vision_depth, depth = len(model.cameras), model.vision.depth, model.language.depth
+    if config.compute.remat == "full":
+        return cameras * (vision_depth * vision_inputs + vision) + depth * joint_inputs + joint
+    return cameras * vision_depth * vision + depth * joint
+
+
+def _layer(config: Siglip | Gemma, queries: int, keys: int, size: int) -> int:
+    """Activations of one layer: norms, projections and MLP per token, and attention logits and probabilities."""
+    per_token = 10 * config.width + 4 * config.mlp_dim
+    return size * queries * per_token + config.num_heads * queries * keys * (4 + size)
