@@ -1,16 +1,17 @@
 """Writes a LeRobot v3.0 data set, episode by episode, and makes it appear whole or not at all.
 
-Everything goes into a hidden directory beside the destination, which gets its name only when it is complete. Layout:
+Everything goes into a hidden directory beside the destination, renamed when it is complete. The layout is
 
     meta/info.json  meta/stats.json  meta/tasks.parquet  meta/episodes/chunk-000/file-000.parquet
     data/chunk-000/file-000.parquet                      rows of all episodes, one row group each
-    videos/<camera>/chunk-000/file-000.mp4               pictures of many episodes in one file, one after the other
+    videos/<camera>/chunk-000/file-000.mp4               pictures of many episodes in one file, in their order
 
 T frames of an episode, J dimensions of state and action, H W pixels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -33,10 +34,14 @@ QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 _DATA_MB, _VIDEO_MB, _CHUNK = 100, 200, 1000
 _STAT_FRAMES = 50  # pictures of an episode that its colour statistics are computed from
 _INDEX_COLUMNS = ("frame_index", "episode_index", "index", "task_index")
-_DATA_SCHEMA = pa.schema([
-    ("observation.state", pa.list_(pa.float32())), ("action", pa.list_(pa.float32())), ("timestamp", pa.float32()),
-    *((name, pa.int64()) for name in _INDEX_COLUMNS),
-])  # fmt: skip
+_DATA_SCHEMA = pa.schema(
+    [
+        ("observation.state", pa.list_(pa.float32())),
+        ("action", pa.list_(pa.float32())),
+        ("timestamp", pa.float32()),
+        *((name, pa.int64()) for name in _INDEX_COLUMNS),
+    ]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +114,8 @@ class _Video:
     def abandon(self) -> None:
         """Closes without completing."""
         if self._container is not None:
-            self._container.close()
+            with contextlib.suppress(OSError):
+                self._container.close()
             self._container = None
 
 
@@ -129,9 +135,11 @@ class LeRobotWriter:
         refuse_existing(self._root)
         try:
             self._root.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = Path(tempfile.mkdtemp(prefix=f".{self._root.name}.partial-", dir=self._root.parent))
+            hidden = tempfile.mkdtemp(prefix=f".{self._root.name}.partial-", dir=self._root.parent)
         except OSError as error:
-            raise UserError(f"{self._root} can't be written: {error.strerror}; choose another directory") from error
+            reason = error.strerror
+            raise UserError(f"{self._root} can't be written: {reason}; choose another directory") from error
+        self._temporary = Path(hidden)
         self._videos = {key: _Video(self._temporary, key, description) for key in description.cameras}
         path = self._temporary / file_name("data", 0, "parquet")
         path.parent.mkdir(parents=True)
@@ -189,7 +197,8 @@ class LeRobotWriter:
             "index": np.arange(first, first + length),
             "task_index": np.full(length, task_index),
         }
-        self._data.write_table(pa.table({k: v if v.ndim == 1 else list(v) for k, v in columns.items()}, _DATA_SCHEMA))
+        rows = {key: value if value.ndim == 1 else list(value) for key, value in columns.items()}
+        self._data.write_table(pa.table(rows, _DATA_SCHEMA))
         stats = {key: _image_stats(images[key]) for key in self._videos}
         stats |= {key: _stats(value) for key, value in columns.items()}
         row |= {f"stats/{key}/{name}": value for key, stat in stats.items() for name, value in stat.items()}
@@ -200,15 +209,20 @@ class LeRobotWriter:
         about = self._about
         if set(images) != set(about.cameras):
             raise UserError(f"an episode has cameras {sorted(images)}, the data set {sorted(about.cameras)}")
-        for name, value, names in (("state", state, about.state_names), ("action", action, about.action_names)):
-            if value.ndim != 2 or value.shape[1] != len(names) or len(value) != len(state) or not len(value):
-                raise UserError(f"an episode's {name} is {value.shape}, expected [{len(state)} frames, {len(names)}]")
+        length = len(state)
+        for name, value, names in (
+            ("state", state, about.state_names),
+            ("action", action, about.action_names),
+        ):
+            if value.shape != (length, len(names)) or not length:
+                expected = (length, len(names))
+                raise UserError(f"an episode's {name} is {value.shape}, expected {expected} and no fewer than 1")
             if not np.isfinite(value).all():
                 raise UserError(f"an episode's {name} has NaN or infinite values")
         for key, size in about.cameras.items():
-            expected = (len(state), *size, 3)
-            if images[key].shape != expected or images[key].dtype != np.uint8:
-                raise UserError(f"{key} is {images[key].dtype} {images[key].shape}, expected uint8 {expected}")
+            expected, given = (length, *size, 3), images[key]
+            if given.shape != expected or given.dtype != np.uint8:
+                raise UserError(f"{key} is {given.dtype} {given.shape}, expected uint8 {expected}")
 
     def finish(self) -> Path:
         """Completes the data set and gives it its name.
@@ -240,7 +254,8 @@ class LeRobotWriter:
         """Removes what was written. Does nothing after `finish`."""
         for video in self._videos.values():
             video.abandon()
-        self._data.close()
+        with contextlib.suppress(OSError):
+            self._data.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
     def __enter__(self) -> LeRobotWriter:
@@ -300,7 +315,7 @@ class LeRobotWriter:
 def refuse_existing(root: Path) -> None:
     """Raises UserError where something is in the way of a new data set."""
     if root.exists() or root.is_symlink():
-        raise UserError(f"{root} exists already; remove it or choose another directory (nothing is overwritten)")
+        raise UserError(f"{root} exists already and is not overwritten: remove it or choose another")
 
 
 def _stats(values: np.ndarray) -> dict[str, list]:
@@ -317,7 +332,7 @@ def _stats(values: np.ndarray) -> dict[str, list]:
 
 
 def _image_stats(images: np.ndarray) -> dict[str, list]:
-    """Statistics of uint8 [T,H,W,3] per colour in [0,1], from evenly spaced pictures; shape [3][1][1] as LeRobot's."""
+    """Statistics of uint8 [T,H,W,3] per colour in [0,1], as LeRobot's [3][1][1], from evenly spaced ones."""
     chosen = images[np.unique(np.linspace(0, len(images) - 1, _STAT_FRAMES).astype(int))]
     found = _stats(chosen.reshape(-1, 3))
     shaped = {name: [[[v / 255]] for v in found[name]] for name in ("min", "max", "mean", "std")}
@@ -343,7 +358,8 @@ def _merge_image_stats(stats: list[dict[str, Any]]) -> dict[str, list]:
 def _tasks_table(tasks: list[str]) -> pa.Table:
     """meta/tasks.parquet: a pandas frame with the text as its index, which is how LeRobot looks tasks up."""
     index = "__index_level_0__"
-    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), index: pa.array(tasks, pa.string())})
+    numbers = pa.array(range(len(tasks)), pa.int64())
+    table = pa.table({"task_index": numbers, index: pa.array(tasks, pa.string())})
     columns = [
         {"name": name, "field_name": field, "pandas_type": kind, "numpy_type": numpy, "metadata": None}
         for name, field, kind, numpy in (("task_index", "task_index", "int64", "int64"),

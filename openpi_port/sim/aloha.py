@@ -1,10 +1,10 @@
 """The two-armed ALOHA in simulation, one object for collecting data and for evaluating a policy.
 
-It is gym-aloha's scene and reward (dm_control on MuJoCo) with two differences in how it is driven: only the
-camera that policies use is rendered, at their resolution and without shadows or multisampling (15 times faster
-than gym-aloha's own observation), and joint targets are not clipped to its +-1 box, which would cut real ones.
+It is gym-aloha's scene and reward (dm_control on MuJoCo), driven in two other ways: only the camera that
+policies use is rendered, at their resolution and without shadows or multisampling (15 times faster than
+gym-aloha's own observation), and joint targets are not clipped to its +-1 box, which would cut real ones.
 
-State and action are gym-aloha's [14]: left arm 6 joints (rad), left gripper (0 closed .. 1 open), right likewise.
+State and action are gym-aloha's [14]: left arm 6 joints (rad), left gripper (0 closed .. 1 open), then right.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ import collections
 from typing import Any
 
 import numpy as np
-
-from openpi_port.errors import UserError, near
-from openpi_port.sim import gl
-
-gl.choose()  # before dm_control, which settles on a renderer when it is imported
-
-# ruff: noqa: E402
 from dm_control import mujoco
 from dm_control.rl import control
 from gym_aloha import constants
 from gym_aloha.tasks import sim as gym_tasks
 from gym_aloha.utils import sample_box_pose
+
+from openpi_port.errors import UserError, near
+from openpi_port.sim import gl
 
 CAMERA = "top"
 FPS = constants.FPS
@@ -60,7 +56,7 @@ class LiftCube(TransferCube):
     height = 0.12  # m, of the cube's centre above the table
 
     def get_reward(self, physics: mujoco.Physics) -> int:
-        """1 touched by the right gripper, 2 off the table, 4 held above `height` by the right gripper alone."""
+        """1 touched by the right gripper, 2 off the table, 4 held above `height` by that gripper alone."""
         touching = contacts(physics, "red_box")
         if _RIGHT_FINGER not in touching:
             return 0
@@ -92,7 +88,7 @@ def find_task(name: str) -> type[TransferCube]:
 
 
 class AlohaSim:
-    """One simulated robot at 50 control steps per second.
+    """One simulated robot at 50 control steps per second; a context manager that frees the renderer.
 
     Args:
       task: a key of TASKS.
@@ -123,7 +119,7 @@ class AlohaSim:
 
     @property
     def cube(self) -> np.ndarray:
-        """f64 [7] the cube's position (m) and quaternion (w, x, y, z) now; privileged, not in the observation."""
+        """f64 [7] the cube's position (m) and quaternion (w, x, y, z) now; not in the observation."""
         return self._physics.data.qpos[16:23].copy()
 
     def reset(self, seed: int) -> dict[str, Any]:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context, util
 
 import numpy as np
 
@@ -29,8 +34,7 @@ class Episode:
 
 
 def disturbance(delicate: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Ornstein-Uhlenbeck noise for joint targets: pushes the arms off the expert's path, so that the data show the
-    way back to it.
+    """Ornstein-Uhlenbeck noise for joint targets: off the expert's path, so that the data show the way back.
 
     Args:
       delicate: bool [T] where the noise is kept small.
@@ -48,13 +52,7 @@ def disturbance(delicate: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return noise * scale[:, None] * _ARMS
 
 
-def record(
-    sim: aloha.AlohaSim,
-    plan: expert.Expert,
-    seed: int,
-    disturbed: bool,
-    stop: Callable[[], bool] = lambda: False,
-) -> Episode | None:
+def record(sim: aloha.AlohaSim, plan: expert.Expert, seed: int, disturbed: bool) -> Episode | None:
     """Runs one demonstration.
 
     Args:
@@ -62,11 +60,10 @@ def record(
       plan: the expert for the same task.
       seed: of the cube's position and of the disturbance.
       disturbed: whether noise is added to the executed targets.
-      stop: asked at every step; True gives the demonstration up.
 
     Returns:
-      The episode up to AFTER_SUCCESS steps past the first success, or None where it failed (no success, or the cube
-      was lost again) or was given up.
+      The episode up to AFTER_SUCCESS steps past the first success, or None where it failed (no success, or
+      the cube was lost again).
     """
     observation = sim.reset(seed)
     demonstration = plan(sim.cube, tail=AFTER_SUCCESS)
@@ -76,7 +73,7 @@ def record(
     observations, rewards = [], []
     end = len(executed)
     for t, action in enumerate(executed):
-        if t >= end or stop():
+        if t >= end:
             break
         observations.append(observation)
         observation, reward = sim.step(action)
@@ -98,3 +95,53 @@ def record(
 def _held(rewards: list[int]) -> bool:
     """Succeeded and still succeeding at the end; a contact that flickers for a step or two is not a loss."""
     return max(rewards) == aloha.SUCCESS and np.mean(np.array(rewards[-10:]) == aloha.SUCCESS) > 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What to try."""
+
+    task: str  # a key of aloha.TASKS
+    seed: int
+    disturbed: bool
+
+
+def record_all(attempts: Iterable[Attempt], image_size: int, workers: int) -> Iterator[Episode | None]:
+    """Runs attempts in processes of their own, since rendering takes nearly all of the time.
+
+    Args:
+      attempts: may be endless; only a few are taken ahead.
+      image_size: height and width of the pictures, pixels.
+      workers: processes; each renders, and keeps its simulations between attempts.
+
+    Yields:
+      What `record` gives for each attempt, in their order whatever the number of workers.
+    """
+    context = get_context("spawn")  # a forked OpenGL does not work
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts) as pool:
+        waiting: deque[Future[Episode | None]] = deque()
+        try:
+            for attempt in attempts:
+                waiting.append(pool.submit(_record, attempt, image_size))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C goes to the whole process group; only the main process answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@functools.cache
+def _stage(task: str, image_size: int) -> tuple[aloha.AlohaSim, expert.Expert]:
+    sim = aloha.AlohaSim(task, image_size)
+    util.Finalize(None, sim.close, exitpriority=1)
+    return sim, expert.Expert(task)
+
+
+def _record(attempt: Attempt, image_size: int) -> Episode | None:
+    return record(*_stage(attempt.task, image_size), attempt.seed, attempt.disturbed)

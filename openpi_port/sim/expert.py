@@ -2,12 +2,12 @@
 
     cube [x y z] -> a task's function (way points of both hands) -> end-effector simulation -> joints [T, 14]
 
-The end-effector simulation is gym-aloha's, where each hand is welded to a free "mocap" frame and inverse kinematics
-is left to the physics. What its joints did, with the commanded grippers, are the targets for the ordinary
-simulation (aloha.py). A new task is one more function in PLANS.
+The end-effector simulation is gym-aloha's, where each hand is welded to a free "mocap" frame and inverse
+kinematics is left to the physics. What its joints did, with the commanded grippers, are the targets for the
+ordinary simulation (aloha.py). A new task is one more function in PLANS.
 
-Coordinates: world frame, metres; x from the left robot (-) to the right one (+), y away from the camera's foot, z up
-from the table. A hand's position is the point between its finger pads. Quaternions are (w, x, y, z).
+Coordinates: world frame, metres; x from the left robot (-) to the right one (+), z up from the table. A
+hand's position is the point between its finger pads. Quaternions are (w, x, y, z).
 """
 
 from __future__ import annotations
@@ -17,13 +17,10 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
-
-from openpi_port.errors import UserError, near
-from openpi_port.sim import aloha  # first: it settles how dm_control renders
-
-# ruff: noqa: I001
 from dm_control import mujoco
 from gym_aloha import constants
+
+from openpi_port.errors import UserError, near
 
 OPEN, CLOSED = 1.0, 0.0
 SPEED = 0.25  # m/s on average between way points; twice that at most, by the smooth start and stop
@@ -79,7 +76,7 @@ class Demonstration:
 def pick(cube: np.ndarray, left: Hand, right: Hand) -> list[Stage]:
     """The right hand takes the cube off the table; every task in this scene begins like that.
 
-    The hand comes from above and tilted, keeps its jaws parallel to the cube's sides, and closes on its centre.
+    The hand comes from above, tilted, with its jaws parallel to the cube's sides, and closes on its centre.
     """
     x, y, z = (float(v) for v in cube[:3])
     above = right.turned("y", -60).gripping(OPEN).at(x, y, z + 0.08)
@@ -113,7 +110,7 @@ def transfer_cube(cube: np.ndarray, left: Hand, right: Hand) -> list[Stage]:
 
 
 def lift_cube(cube: np.ndarray, left: Hand, right: Hand) -> list[Stage]:
-    """The right hand picks the cube up and holds it still in the middle of the table; the left hand does nothing."""
+    """The right hand picks the cube up and holds it still above the table; the left hand does nothing."""
     picked = pick(cube, left, right)
     held = picked[-1].right
     return [*picked, Stage(left, held.at(0.1, 0.5, 0.2), 40)]
@@ -136,8 +133,10 @@ def _steps(before: Stage, after: Stage) -> int:
 
 
 def _between(a: Hand, b: Hand, share: float) -> Hand:
-    """A hand on its way: straight, with a smooth start and stop, turning about a fixed axis. The gripper's command
-    changes at once: it is what the operator wants, and the fingers follow as fast as they can."""
+    """A hand on its way: straight, with a smooth start and stop, turning about a fixed axis.
+
+    The gripper's command changes at once: the fingers follow as fast as they can, as for an operator.
+    """
     share = share * share * (3 - 2 * share)
     position = tuple(float(p + (q - p) * share) for p, q in zip(a.position, b.position, strict=True))
     qa, qb = np.array(a.quaternion), np.array(b.quaternion)
@@ -175,8 +174,8 @@ class Expert:
         self._plan = PLANS[task]
         path = constants.ASSETS_DIR / "bimanual_viperx_end_effector_transfer_cube.xml"
         self._physics = mujoco.Physics.from_xml_path(str(path))
-        # gym-aloha's friction (30 to 60 Nm) was tuned on MuJoCo 2; on MuJoCo 3 it outweighs the weld that pulls the
-        # hands. These are the twelve arm joints, without the fingers.
+        # The model's joint friction (30 to 60 Nm) outweighs the weld that pulls the hands on MuJoCo 3. These
+        # are the twelve arm joints, without the fingers.
         self._physics.model.dof_frictionloss[[*range(6), *range(8, 14)]] = 0.1
 
     def __call__(self, cube: np.ndarray, tail: int = 100) -> Demonstration:
@@ -215,9 +214,9 @@ class Expert:
         for side, name in enumerate(("left", "right")):
             # A weld keeps link = mocap * (offset, turn); solve for mocap.
             offset, turn = np.split(self._physics.model.eq_data[side, 3:10], [3])
-            link = self._physics.named.data.xquat[f"vx300s_{name}/gripper_link"]
-            rotation = _product(link, turn * (1, -1, -1, -1))
-            position = self._physics.named.data.xpos[f"vx300s_{name}/gripper_link"] - _rotate(rotation, offset)
+            data, link = self._physics.named.data, f"vx300s_{name}/gripper_link"
+            rotation = _product(data.xquat[link], turn * (1, -1, -1, -1))
+            position = data.xpos[link] - _rotate(rotation, offset)
             hands.append(Hand(tuple(map(float, position)), tuple(map(float, rotation)), CLOSED))
         return hands[0], hands[1]
 

@@ -1,7 +1,7 @@
-"""Which OpenGL MuJoCo renders with. dm_control settles that for good when it is first imported, so this comes before.
+"""Which OpenGL MuJoCo renders with; dm_control settles that for good when imported, so this comes first.
 
-MUJOCO_GL as the user set it is kept. Unset, egl and osmesa are tried in that order, each in a process of its own
-because a failure inside this one can't be undone; dm_control alone would take glfw, which needs a display.
+MUJOCO_GL as the user set it is kept. Unset, egl and osmesa are tried in that order, each in a process of its
+own because a failure inside this one can't be undone; dm_control alone takes glfw, which needs a display.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import sys
 
 from openpi_port.errors import UserError
 
-BACKENDS = ("egl", "osmesa")  # egl uses a GPU where there is one; osmesa is slower and runs anywhere
+BACKENDS = ("egl", "osmesa")  # both headless; egl uses a GPU where there is one, osmesa runs anywhere
 OFF = "off"
+_OFF_NAMES = ("0", "off", "disable", "disabled", "false", "no", "n")  # those that dm_control knows
+_REMEDY = "`apt-get install libosmesa6` (renders on the CPU) or `apt-get install libegl1` (GPU)"
 
 # In one line of mujoco alone: dm_control takes another second to import.
 _PROBE = "from mujoco.{0} import GLContext; GLContext(8, 8).make_current(); print('made', flush=True)"
@@ -22,10 +24,10 @@ _PROBE = "from mujoco.{0} import GLContext; GLContext(8, 8).make_current(); prin
 
 @functools.cache
 def works(backend: str) -> bool:
-    """Whether a headless OpenGL context can be made here.
+    """Whether an OpenGL context can be made here.
 
     Args:
-      backend: "egl" or "osmesa".
+      backend: "egl", "osmesa" or "glfw", the modules that mujoco has for it.
 
     Returns:
       True where a context was made, in a process of its own.
@@ -41,18 +43,17 @@ def works(backend: str) -> bool:
 
 @functools.cache
 def choose() -> str:
-    """Settles MUJOCO_GL for this process and its children; call it before dm_control is imported.
+    """Settles MUJOCO_GL for this process and its children.
 
     Returns:
-      "egl", "osmesa", whatever the user had set, or "off" where nothing renders (physics works all the same).
+      What the user had set (not tried), else "egl" or "osmesa", else "off": physics works without rendering.
     """
     given = os.environ.get("MUJOCO_GL", "").strip().lower()
-    if given in BACKENDS:
-        return given if works(given) else OFF
     if given:
-        return OFF if given in ("0", "off", "disable", "disabled", "false", "no", "n") else given
+        return OFF if given in _OFF_NAMES else given
     backend = next((name for name in BACKENDS if works(name)), OFF)
-    os.environ["MUJOCO_GL"] = backend
+    if backend != OFF:  # left unset otherwise, so that a child process with more installed may find one
+        os.environ["MUJOCO_GL"] = backend
     return backend
 
 
@@ -62,11 +63,9 @@ def require() -> str:
     Raises:
       UserError: nothing renders here; says what to install or set.
     """
-    given = os.environ.get("MUJOCO_GL", "")
-    backend = choose()
-    if backend != OFF:
-        return backend
-    remedy = "`apt-get install libosmesa6` (renders on the CPU) or `apt-get install libegl1` (GPU)"
-    if given and given != OFF:
-        raise UserError(f"MUJOCO_GL={given} does not render here: unset it to have egl and osmesa tried, or {remedy}")
-    raise UserError(f"no OpenGL for the camera pictures (neither MUJOCO_GL=egl nor MUJOCO_GL=osmesa works): {remedy}")
+    backend, given = choose(), os.environ.get("MUJOCO_GL", "")
+    if given and (backend == OFF or (not works(backend))):
+        raise UserError(f"MUJOCO_GL={given} does not render here: unset it (egl and osmesa are tried) or {_REMEDY}")
+    if backend == OFF:
+        raise UserError(f"no OpenGL for camera pictures (neither egl nor osmesa works here): {_REMEDY}")
+    return backend
