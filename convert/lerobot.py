@@ -1,0 +1,249 @@
+"""LeRobot's `save_pretrained` directories: `model.safetensors`, `config.json` and the processors with their statistics.
+
+Read: 0.4 and 0.6. Written: what both open. LeRobot's config names sizes ("gemma_2b") that say nothing about heads, so
+our `policy.json` lies beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import huggingface, infer, settings
+from convert.source import Source
+from openpi_port import safetensors_io
+from openpi_port.config import Pi0
+from openpi_port.errors import UserError, near
+from openpi_port.normalize import NormStats, Stats, load_norm_stats
+
+ROOT = "model."
+TYPES = ("pi0", "pi05", "pi0_fast")
+STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+NORMS = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
+PROCESSORS = ("policy_preprocessor", "policy_postprocessor")
+NORMALIZERS = ("normalizer_processor", "unnormalizer_processor")
+TOKENIZER = "google/paligemma-3b-pt-224"
+
+
+def open_(path: Path, tensors: Mapping[str, Any], overrides: Mapping[str, Any]) -> Source:
+    """Opens a directory whose tensors are loaded; see `openpi.open_`."""
+    own = settings.read_json(path / "config.json")
+    if not own:
+        raise UserError(f"{path}: a LeRobot policy's weights, but no config.json beside them")
+    if own.get("type") not in TYPES:
+        raise UserError(f"{path / 'config.json'}: type={own.get('type')!r}; {near(str(own.get('type')), TYPES)}")
+    stated = settings.read(path)
+    bare = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items()}
+    theirs, rules, unused = huggingface.untie(bare, path)
+    fields = {**model_fields(own), **stated.model}
+    model = infer.config(huggingface.shapes(theirs), "hf", fields, overrides)
+    stats = read_stats(path)
+    policy = dict(stated.policy) or {"data": data_fields(own, path, model), **semantics(own)}
+    return Source(
+        "lerobot", path, "hf", theirs, model, rules, unused, stats, "lerobot", settings=policy
+    )  # fmt: skip
+
+
+def model_fields(own: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says about the model; cameras get openpi's names, in LeRobot's order."""
+    names = {"chunk_size": "action_horizon", "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
+    fields = {ours: own[theirs] for theirs, ours in names.items() if theirs in own}
+    cameras = camera_names(own)
+    if cameras:
+        fields["cameras"] = tuple(cameras)
+    return fields
+
+
+def camera_names(own: Mapping[str, Any]) -> dict[str, str]:
+    """Model camera -> LeRobot's feature. A feature with a model camera's name keeps it; others fill what is free."""
+    model = infer.Pi0Fast if own.get("type") == "pi0_fast" else Pi0
+    free = list(model.__dataclass_fields__["cameras"].default)
+    features = [k for k, v in (own.get("input_features") or {}).items() if v.get("type") == "VISUAL"]
+    short = {feature: feature.removeprefix(IMAGES) for feature in features}
+    free = [camera for camera in free if camera not in short.values()]
+    taken = model.__dataclass_fields__["cameras"].default
+    return {name if name in taken else (free.pop(0) if free else name): feature for feature, name in short.items()}
+
+
+def data_fields(own: Mapping[str, Any], path: Path, model: Any) -> dict[str, Any]:
+    """config.json's part of our `config.Data`: keys of the data set and the normalisation."""
+    mapping = own.get("normalization_mapping", {})
+    norms = {mapping.get(kind, "MEAN_STD") for kind in ("STATE", "ACTION")}
+    if len(norms) > 1 or not norms <= NORMS.keys():
+        raise UserError(
+            f"{path / 'config.json'}: normalization_mapping={mapping}: state and action must both be one of "
+            f"{', '.join(NORMS)}"
+        )
+    renamed = {new: old for old, new in _rename_map(path).items()}
+    cameras = {c: f for c, f in camera_names(own).items() if not f.startswith(f"{IMAGES}empty_camera")}
+    fields = {
+        "robot": "lerobot",
+        "cameras": {camera: renamed.get(feature, feature) for camera, feature in cameras.items()},
+        "state": renamed.get(STATE, STATE),
+        "actions": ACTION,
+        "norm": NORMS[norms.pop()],
+    }
+    if own.get("use_relative_actions"):
+        fields["delta"] = _relative(own, path)
+    return fields
+
+
+def _relative(own: Mapping[str, Any], path: Path) -> tuple[bool, ...]:
+    names, kept = own.get("action_feature_names"), own.get("relative_exclude_joints") or []
+    if not names:
+        raise UserError(f"{path / 'config.json'}: use_relative_actions, but action_feature_names doesn't say which")
+    return tuple(not any(word in name for word in kept) for name in names)
+
+
+def semantics(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Which system's habits the policy was trained with; 0.6 has fields that 0.4 has not."""
+    return {"semantics": "lerobot-0.6" if "use_relative_actions" in own else "lerobot-0.4", "tokenizer": TOKENIZER}
+
+
+def _steps(path: Path, processor: str) -> list[dict[str, Any]]:
+    return settings.read_json(path / f"{processor}.json").get("steps", [])
+
+
+def _rename_map(path: Path) -> dict[str, str]:
+    for step in _steps(path, PROCESSORS[0]):
+        if step.get("registry_name") == "rename_observations_processor":
+            return step["config"].get("rename_map", {})
+    return {}
+
+
+def read_stats(path: Path) -> NormStats | None:
+    """Statistics from the processors, or from an exact norm_stats.json beside them that rounds to the same."""
+    found: dict[str, np.ndarray] = {}
+    for processor in PROCESSORS:
+        for step in _steps(path, processor):
+            if step.get("registry_name") in NORMALIZERS and step.get("state_file"):
+                found |= dict(safetensors_io.Arrays(path / step["state_file"]))
+    groups = {"state": STATE, "actions": ACTION}
+    if not all(f"{theirs}.mean" in found for theirs in groups.values()):
+        return None
+    stats = {ours: _stats(found, theirs) for ours, theirs in groups.items()}
+    if (path / "norm_stats.json").exists():
+        exact = load_norm_stats(path / "norm_stats.json")
+        if all(_rounds_to(exact[k], stats[k]) for k in groups):
+            return exact
+    return stats
+
+
+def _stats(found: Mapping[str, np.ndarray], group: str) -> Stats:
+    def get(name: str) -> np.ndarray | None:
+        array = found.get(f"{group}.{name}")
+        return None if array is None else np.asarray(array, np.float64)
+
+    count = get("count")
+    values = {name: get(name) for name in ("mean", "std", "q01", "q99", "min", "max")}
+    return Stats(**values, **({} if count is None else {"count": int(count.ravel()[0])}))
+
+
+def _rounds_to(exact: Stats, rounded: Stats) -> bool:
+    for name in ("mean", "std", "q01", "q99"):
+        a, b = getattr(exact, name), getattr(rounded, name)
+        if (a is None) != (b is None) or (a is not None and not np.array_equal(np.float32(a), np.float32(b))):
+            return False
+    return True
+
+
+def write_files(path: Path, source: Source, precision: str) -> None:
+    """Writes config.json and the processors for a policy."""
+    model = source.model
+    kind = "pi0_fast" if not hasattr(model, "expert") else "pi05" if model.time_in == "adarms" else "pi0"
+    data = source.settings.get("data", {})
+    dims = {k: len(s.mean) for k, s in (source.norm_stats or {}).items()}
+    state, action = dims.get("state", model.action_dim), dims.get("actions", model.action_dim)
+    norm = data.get("norm", "zscore" if kind == "pi0" else "quantile")
+    lerobot_norm = next(theirs for theirs, ours in NORMS.items() if ours == norm)
+    cameras = data.get("cameras") or {camera: IMAGES + camera for camera in model.cameras}
+    empty = [camera for camera in model.cameras if camera not in cameras]
+    size = model.vision.image_size
+    visual = {"type": "VISUAL", "shape": [3, size, size]}
+    features: dict[str, Any] = {f"{IMAGES}{camera}": visual for camera in model.cameras if camera in cameras}
+    features[STATE] = {"type": "STATE", "shape": [state]}
+    features |= {f"{IMAGES}empty_camera_{i}": visual for i in range(len(empty))}
+    outputs = {ACTION: {"type": "ACTION", "shape": [action]}}
+    norm_map = {"VISUAL": "IDENTITY", "STATE": lerobot_norm, "ACTION": lerobot_norm}
+    config = {
+        "type": kind,
+        "n_obs_steps": 1,
+        "input_features": features,
+        "output_features": outputs,
+        "paligemma_variant": "gemma_2b",
+        "action_expert_variant": "gemma_300m",
+        "dtype": precision,
+        "chunk_size": model.action_horizon,
+        "n_action_steps": model.action_horizon,
+        "max_state_dim": model.action_dim,
+        "max_action_dim": model.action_dim,
+        "image_resolution": [size, size],
+        "empty_cameras": len(empty),
+        "tokenizer_max_length": model.max_token_len,
+        "normalization_mapping": norm_map,
+    }
+    _write_json(path / "config.json", config)
+
+    rename = {theirs: IMAGES + camera for camera, theirs in cameras.items() if theirs != IMAGES + camera}
+    if data.get("state", STATE) != STATE:
+        rename[data["state"]] = STATE
+    normalizer = {"eps": 1e-8, "features": {**features, **outputs}, "norm_map": norm_map}
+    tokenizer = {
+        "max_length": model.max_token_len,
+        "task_key": "task",
+        "padding_side": "right",
+        "padding": "max_length",
+        "truncation": True,
+        "tokenizer_name": TOKENIZER,
+    }
+    start = [_step("rename_observations_processor", rename_map=rename), _step("to_batch_processor")]
+    tokenize, device = _step("tokenizer_processor", **tokenizer), _step("device_processor", device="cpu", float_dtype=None)
+    normalize = _step("normalizer_processor", **normalizer)
+    middle = {
+        "pi0": [_step("pi0_new_line_processor"), tokenize, device, normalize],
+        "pi05": [normalize, _step("pi05_prepare_state_tokenizer_processor_step"), tokenize, device],
+        "pi0_fast": [
+            normalize,
+            _step("pi0_fast_prepare_state_tokenizer_processor_step"),
+            tokenize,
+            _step(
+                "action_tokenizer_processor",
+                trust_remote_code=True,
+                max_action_tokens=256,
+                action_tokenizer_name="physical-intelligence/fast",
+            ),
+            device,
+        ],
+    }[kind]
+    unnormalizer = {"eps": 1e-8, "features": outputs, "norm_map": norm_map}
+    ends = [_step("unnormalizer_processor", **unnormalizer), device]
+    for processor, steps in zip(PROCESSORS, ([*start, *middle], ends), strict=True):
+        for number, step in enumerate(steps):
+            if step["registry_name"] in NORMALIZERS and source.norm_stats:
+                step["state_file"] = f"{processor}_step_{number}_{step['registry_name']}.safetensors"
+                safetensors_io.write(path / step["state_file"], _stat_tensors(source.norm_stats))
+        _write_json(path / f"{processor}.json", {"name": processor, "steps": steps})
+
+
+def _step(name: str, **config: Any) -> dict[str, Any]:
+    return {"registry_name": name, "config": config}
+
+
+def _stat_tensors(stats: NormStats) -> dict[str, np.ndarray]:
+    tensors = {}
+    for ours, theirs in {"state": STATE, "actions": ACTION}.items():
+        for name in ("mean", "std", "q01", "q99", "min", "max"):
+            value = getattr(stats[ours], name)
+            if value is not None:
+                tensors[f"{theirs}.{name}"] = np.asarray(value, np.float32)
+        if stats[ours].count is not None:
+            tensors[f"{theirs}.count"] = np.asarray([stats[ours].count], np.float32)
+    return tensors
+
+
+def _write_json(path: Path, tree: Any) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,74 @@
+"""What belongs to a policy beside its weights, read from a checkpoint's JSON files.
+
+A foreign checkpoint that we write carries our `policy.json` too: what the format itself can't express (the heads of a
+plain matrix, cameras, the robot's steps). Other readers ignore the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from openpi_port import safetensors_io
+from openpi_port.errors import UserError
+
+POLICY = "policy.json"
+UNUSED = "unused.safetensors"
+# openpi's names for the parts of a model, in files that describe sizes.
+PARTS = {"vision": "vision", "vlm": "language", "action_expert": "expert"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stated:
+    """What files say: fields of the model (nested for its parts), and the policy's other settings."""
+
+    model: Mapping[str, Any]
+    policy: Mapping[str, Any]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file.
+
+    Raises:
+      UserError: the file is no JSON object.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path}: not readable as JSON ({e})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def read(path: Path) -> Stated:
+    """Our `policy.json`, else descriptions of sizes in a `config.json` or `tiny_sizes.json` here or one level up."""
+    policy = read_json(path / POLICY)
+    if policy:
+        return Stated(policy.get("model", {}), {k: v for k, v in policy.items() if k != "model"})
+    model: dict[str, Any] = {}
+    for file in (path.parent / "config.json", path.parent / "tiny_sizes.json", path / "config.json"):
+        model |= sizes(read_json(file))
+    return Stated(model, {})
+
+
+def sizes(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of our model in a description that uses openpi's words; empty where it is something else."""
+    if not all(isinstance(tree.get(part), Mapping) for part in ("vision", "vlm")):
+        return {}
+    fields = {ours: tree[theirs] for theirs, ours in PARTS.items() if theirs in tree}
+    fields |= {k: tree[k] for k in ("action_horizon", "max_token_len", "vocab_size", "action_dim") if k in tree}
+    if "image_keys" in tree:
+        fields["cameras"] = tuple(tree["image_keys"])
+    return fields
+
+
+def read_unused(path: Path) -> dict[str, Any]:
+    """Tensors that an earlier conversion set aside because nothing computes with them."""
+    file = path / UNUSED
+    return dict(safetensors_io.Arrays(file)) if file.exists() else {}

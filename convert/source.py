@@ -1,0 +1,62 @@
+"""What opening any checkpoint gives: its tensors where they lie, the model's configuration, and what belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert import tables
+from convert.layout import OURS, Entry, Translated, side_shapes
+from openpi_port.normalize import NormStats
+from openpi_port.strict import check
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+      format: "flax", "torch", "openpi", "openpi-torch", "lerobot", "paligemma" or "big_vision".
+      path: where it lies.
+      side: whose names and layout `tensors` have (`tables.SIDES`).
+      tensors: name -> array on disk.
+      model: the model's configuration.
+      rules: name in the file -> the rule by which a tensor has no place of its own (tied, unused).
+      unused: tensors that no computation reads, under the names of side "hf"; carried so that nothing is lost.
+      norm_stats: of state and actions; None where the format holds none.
+      asset_id: the name that openpi gives the data set of the statistics.
+      settings: further settings of the policy (see `description.py`).
+    """
+
+    format: str
+    path: Path
+    side: str
+    tensors: Mapping[str, Any]
+    model: Any
+    rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    norm_stats: NormStats | None = None
+    asset_id: str | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The table for this model; for a vision-language model alone, only what it has."""
+        return tables.entries(self.model)
+
+    def to(self, side: str) -> Translated:
+        """The tensors on another side, made when asked for.
+
+        Raises:
+          UserError: a missing, unknown or misshapen tensor.
+        """
+        entries = self.entries
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        check(shapes, side_shapes(entries, self.side), str(self.path))
+        return Translated(entries, self.tensors, self.side, side)
+
+    def canonical(self) -> Translated:
+        """The tensors under our Flax names."""
+        return self.to(OURS)
