@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from openpi_port import memory
@@ -36,6 +36,7 @@ def run(main: Callable[[], int | None]) -> None:
             raise UserError(f"{argv[1]!r}: no such argument; flags start with --")
         return main()
 
+    logging.set_verbosity(logging.WARNING)  # the frameworks' notes about absent devices are no news
     try:
         app.run(guarded, flags_parser=_parse)
     except UserError as error:

@@ -49,14 +49,14 @@ class Trainer:
         self._device = devices.find(device)
         module = weights_io.load(build(config.model, config.compute), weights)
         self._graph, trained, frozen = nnx.split(module, partial(is_trained, config), ...)
-        trained, frozen = devices.put((trained, frozen), self._device)
         self._optimizer = optax.chain(
             optax.clip_by_global_norm(config.optimizer.clip_norm),
             optax.scale_by_adam(config.optimizer.b1, config.optimizer.b2, config.optimizer.eps),
             optax.add_decayed_weights(config.optimizer.weight_decay),
         )
         average = jax.tree.map(jnp.copy, trained) if config.optimizer.ema else None
-        self._state = State(trained, frozen, self._optimizer.init(trained), average)
+        state = State(trained, frozen, self._optimizer.init(trained), average)
+        self._state = devices.put(state, self._device)
         self._update = jax.jit(self._update_fn, donate_argnums=0)
         self._evaluate = jax.jit(self._evaluate_fn)
 
@@ -93,14 +93,13 @@ class Trainer:
         parts = ["mu", "nu", *([] if self._state.average is None else ["raw"])]
         names = [f"{part}/{name}" for part in parts for name in _names(self._state.trained)]
         strict.check(dict.fromkeys(train_state, ()), dict.fromkeys(names, ()), "train_state")
-        mu, nu, *raw = (
-            devices.put(_filled(self._state.trained, train_state, f"{part}/"), self._device) for part in parts
-        )
+        mu, nu, *raw = (_filled(self._state.trained, train_state, f"{part}/") for part in parts)
         clip, adam, decay = self._state.optimizer
         adam = adam._replace(count=jnp.full_like(adam.count, step), mu=mu, nu=nu)
         average = self._state.trained if raw else None  # what was deployed, and so loaded, is the average
         trained = raw[0] if raw else self._state.trained
-        self._state = State(trained, self._state.frozen, (clip, adam, decay), average)
+        state = State(trained, self._state.frozen, (clip, adam, decay), average)
+        self._state = devices.put(state, self._device)
         self.step = step
 
     def _deployed(self) -> nnx.State:

@@ -15,6 +15,8 @@ from flax import nnx
 
 from openpi_port import orbax_io, strict
 
+PARAMS = "params"  # where the weights lie in a checkpoint
+
 
 def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter; the model may be abstract (`nnx.eval_shape`)."""

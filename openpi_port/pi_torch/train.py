@@ -120,6 +120,9 @@ class Trainer:
         parameters = list(self._state.trained.values())
         loss = self._loss(batch)
         loss.backward()
+        for parameter in parameters:  # what the loss doesn't reach still decays, as in optax
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         grads = [p.grad for p in parameters]
         norm = torch.nn.utils.get_total_norm(grads)
         limit = self.config.optimizer.clip_norm

@@ -16,6 +16,8 @@ from torch import nn
 
 from openpi_port import safetensors_io, strict
 
+PARAMS = "model.safetensors"  # where the weights lie in a checkpoint
+
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter; the model may be on the meta device."""

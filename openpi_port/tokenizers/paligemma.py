@@ -34,7 +34,8 @@ class PromptTokenizer:
       model: the file, or its content.
 
     Attributes:
-      fingerprint: SHA-256 of the model file, hexadecimal; checkpoints carry it.
+      content: the model file, which checkpoints carry.
+      fingerprint: SHA-256 of the model file, hexadecimal.
       vocab_size: the model's embedding table needs at least as many rows.
       truncated: how many prompts this object cut; the first one is logged.
     """
@@ -53,6 +54,7 @@ class PromptTokenizer:
         except RuntimeError as error:
             raise UserError(f"{name}: no SentencePiece model; {remedy}") from error
         self.truncated = 0
+        self.content = content
         self.fingerprint = hashlib.sha256(content).hexdigest()
         self.vocab_size = self._pieces.vocab_size()
         self.eos_id = self._pieces.eos_id()

@@ -1,0 +1,40 @@
+"""Numbers of a run, to `metrics.jsonl` and tensorboard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from tensorboardX import SummaryWriter
+
+
+class Metrics:
+    """Appends to the files of a run; a resumed run drops what was logged after the step it goes on from.
+
+    Args:
+      run: the run's directory.
+      start_step: the step that the run goes on from.
+    """
+
+    def __init__(self, run: Path, start_step: int) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        path = run / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start_step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, **values: float) -> None:
+        """Logs numbers under their names."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+        self._board.close()

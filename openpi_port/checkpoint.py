@@ -1,0 +1,199 @@
+"""The checkpoint directory, which describes itself, and how it gets to disk whole or not at all.
+
+    RUN/STEP/policy.json         what the policy is: model, data and transform settings, tokenizer, framework, step
+             norm_stats.json     statistics of state and actions, in openpi's format
+             tokenizer.model     the SentencePiece model of the prompt
+             params/             weights (orbax) in Flax
+             model.safetensors   weights in torch
+             train_state/        what else a resume needs: Adam's moments, raw weights beside averaged ones
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from openpi_port.config import Train, build, to_dict
+from openpi_port.errors import UserError
+from openpi_port.normalize import NormStats, save_norm_stats
+
+FORMAT = 1
+POLICY, NORM_STATS, TOKENIZER, TRAIN_STATE = "policy.json", "norm_stats.json", "tokenizer.model", "train_state"
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What `policy.json` says.
+
+    Attributes:
+      train: the run, with model, data and transform settings.
+      step: optimizer steps done.
+      framework: "flax" or "torch", which wrote the weights.
+      tokenizer_sha256: of the tokenizer that lies beside it.
+    """
+
+    train: Train
+    step: int
+    framework: str
+    tokenizer_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Nested plain containers; `model` and `data` stand at the top, where other readers look."""
+        train = to_dict(self.train)
+        return {
+            "format": FORMAT,
+            "framework": self.framework,
+            "step": self.step,
+            "model": train.pop("model"),
+            "data": train.pop("data"),
+            "tokenizer": {"spec": train.pop("tokenizer"), "sha256": self.tokenizer_sha256},
+            "train": train,
+        }
+
+
+def read_policy(path: Path) -> Policy:
+    """Reads `policy.json` of a checkpoint directory that a training run wrote.
+
+    Raises:
+      UserError: absent, not readable, of a newer format, or with fields that this version doesn't know.
+    """
+    file = path / POLICY
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        if tree["format"] > FORMAT:
+            raise UserError(f"{file}: format {tree['format']} is newer than this version's {FORMAT}; upgrade openpi_port")
+        tokenizer = tree["tokenizer"]
+        train = {**tree["train"], "model": tree["model"], "data": tree["data"], "tokenizer": tokenizer["spec"]}
+        return Policy(build(Train, train, "train"), tree["step"], tree["framework"], tokenizer["sha256"])
+    except FileNotFoundError:
+        raise UserError(f"{file}: not there; is {path} a checkpoint of this project?") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a policy description ({type(error).__name__}: {error})") from None
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of which a run directory holds a finished checkpoint, ascending."""
+    return sorted(int(p.name) for p in run.glob("[0-9]*") if p.name.isdigit() and (p / POLICY).exists())
+
+
+def write(
+    directory: Path,
+    policy: Policy,
+    stats: NormStats,
+    tokenizer: bytes,
+    write_weights: Callable[[Path], None],
+    write_train_state: Callable[[Path], None],
+) -> None:
+    """Writes a checkpoint into a directory that exists and is empty; `policy.json` comes last."""
+    save_norm_stats(directory / NORM_STATS, stats)
+    (directory / TOKENIZER).write_bytes(tokenizer)
+    write_weights(directory)
+    (directory / TRAIN_STATE).mkdir()
+    write_train_state(directory / TRAIN_STATE)
+    (directory / POLICY).write_text(json.dumps(policy.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+class Saver:
+    """Writes checkpoints of a run in the background, one at a time, and prunes old ones.
+
+    A checkpoint is written beside its place and renamed when it is complete, so that a kill or a full disk leaves
+    the ones before untouched and never half a one.
+
+    Args:
+      run: the run's directory.
+      keep_every: checkpoints at multiples of it stay; of the others only the latest does.
+    """
+
+    def __init__(self, run: Path, keep_every: int) -> None:
+        self._run, self._keep_every = run, keep_every
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._run.mkdir(parents=True, exist_ok=True)
+        for left_over in self._run.glob(".*.tmp"):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+    def save(self, step: int, fill: Callable[[Path], None]) -> None:
+        """Starts writing; waits for the checkpoint before to be finished.
+
+        Args:
+          step: names the checkpoint.
+          fill: writes everything into a directory; called in another thread.
+
+        Raises:
+          UserError: the checkpoint before could not be written.
+        """
+        self.wait()
+        self._thread = threading.Thread(target=self._save, args=(step, fill), name=f"save-{step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written.
+
+        Raises:
+          UserError: the checkpoint could not be written; what was there before still is.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is None:
+            return
+        if isinstance(error, OSError) or any(words in str(error) for words in ("No space left", "ENOSPC")):
+            reason = "the disk is full" if getattr(error, "errno", errno.ENOSPC) == errno.ENOSPC else error
+            have = ", ".join(map(str, steps(self._run))) or "none"
+            raise UserError(f"{self._run}: the checkpoint could not be written ({reason}); finished ones: {have}") from error
+        raise error
+
+    def _save(self, step: int, fill: Callable[[Path], None]) -> None:
+        part = self._run / f".{step}.tmp"
+        try:
+            part.mkdir()
+            fill(part)
+            _sync(part)
+            part.rename(self._run / str(step))
+            _sync(self._run)
+            self._prune(step)
+        except BaseException as error:  # handed over to the training thread by `wait`
+            shutil.rmtree(part, ignore_errors=True)
+            self._error = error
+
+    def _prune(self, latest: int) -> None:
+        for step in steps(self._run):
+            if step != latest and step % self._keep_every:
+                shutil.rmtree(self._run / str(step))
+
+
+def _sync(directory: Path) -> None:
+    """Asks the system to put a directory's files on the disk, so that a rename never outruns its content."""
+    for path in [*directory.glob("**/*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def describe_difference(saved: Train, wanted: Train) -> str | None:
+    """The first field in which a run cannot be continued because it would be another run; None if there is none."""
+    free = {"num_steps", "out", "log_every", "save_every", "keep_every", "eval_every", "eval_batches", "init"}
+    free |= {"backend", "compute.remat"}
+    free |= {"data.repo_id", "data.root", "data.cache_gb", "data.num_workers", "data.norm_stats"}
+    a, b = _flat(to_dict(saved)), _flat(to_dict(wanted))
+    for key in {**a, **b}:
+        if key not in free and a.get(key) != b.get(key):
+            return f"config.{key} is {b.get(key)!r}, was {a.get(key)!r}"
+    return None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out

@@ -1,0 +1,88 @@
+"""What a run trains on: data sets split by episode, statistics, tokenizer, and the steps between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from openpi_port import normalize, transforms
+from openpi_port.config import Train
+from openpi_port.data import loader, stats
+from openpi_port.data.datasets import open_datasets
+from openpi_port.data.lerobot import LeRobotDataset
+from openpi_port.errors import UserError
+from openpi_port.normalize import NormStats
+from openpi_port.tokenizers import paligemma
+from openpi_port.tokenizers.paligemma import PromptTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """Everything between the files and the batches.
+
+    Attributes:
+      train, validation: frames of the training and of the validation episodes; no validation if its share is 0.
+      steps: raw sample to the model's, and back.
+      norm_stats: of the training episodes, or those that were given.
+      tokenizer: of the prompt.
+    """
+
+    config: Train
+    train: LeRobotDataset
+    validation: LeRobotDataset | None
+    steps: tuple[transforms.Transform, ...]
+    norm_stats: NormStats
+    tokenizer: PromptTokenizer
+
+    def batches(self, start_step: int) -> loader.Batches:
+        """Training batches from that step on."""
+        data = self.config.data
+        return loader.train_batches(
+            self.train, self.steps, **self._shape(), augment=data.augment, start_step=start_step,
+            num_workers=data.num_workers,
+        )  # fmt: skip
+
+    def validation_batches(self) -> loader.Batches:
+        """The same few validation batches at every call."""
+        return loader.eval_batches(
+            self.validation, self.steps, **self._shape(), num_batches=self.config.eval_batches
+        )
+
+    def _shape(self) -> dict[str, int]:
+        model = self.config.model
+        return {
+            "batch_size": self.config.batch_size, "seed": self.config.seed,
+            "action_dim": model.action_dim, "action_horizon": model.action_horizon,
+        }  # fmt: skip
+
+
+def load(config: Train, norm_stats: NormStats | None = None) -> Material:
+    """Opens the data of a run.
+
+    Args:
+      config: the run.
+      norm_stats: those of the run that is continued; None takes `config.data.norm_stats`, else computes them.
+
+    Raises:
+      UserError: anything wrong with data set, tokenizer or statistics.
+    """
+    data, model = config.data, config.model
+    if not data.repo_id:
+        raise UserError("--config.data.repo_id= names no data set: give a directory, user/name or hf://user/name")
+    tokenizer = paligemma.load(config.tokenizer)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"--config.tokenizer={config.tokenizer} has {tokenizer.vocab_size} tokens, "
+            f"config.model.vocab_size is {model.vocab_size}"
+        )
+    train, validation = open_datasets(data, horizon=model.action_horizon, image_size=model.vision.image_size)
+
+    source = "the run that is continued"
+    if norm_stats is None and data.norm_stats is not None:
+        norm_stats, source = normalize.load_norm_stats(data.norm_stats), data.norm_stats
+    if norm_stats is None:
+        norm_stats, source = stats.compute(train, transforms.before_normalize(data, images=False)), data.repo_id
+    if warning := normalize.before_training(norm_stats, data.norm, source):
+        print(f"warning: {warning}", file=sys.stderr)
+    steps = transforms.pipeline(data, model, norm_stats, tokenizer)
+    return Material(config, train, validation, steps, norm_stats, tokenizer)

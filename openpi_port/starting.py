@@ -1,0 +1,98 @@
+"""Where a run begins: from nothing, from somebody's checkpoint, or where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from convert import layout, tables
+from openpi_port import checkpoint, init
+from openpi_port.backends import Backend
+from openpi_port.config import Train, to_dict
+from openpi_port.errors import UserError
+from openpi_port.normalize import NormStats, load_norm_stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What a trainer begins with; tensors have the names of the run's backend."""
+
+    step: int
+    weights: Mapping[str, np.ndarray]
+    train_state: Mapping[str, np.ndarray] | None = None
+    norm_stats: NormStats | None = None
+
+
+def point(run: Path, config: Train, *, resume: bool) -> Point:
+    """Finds the starting point of a run.
+
+    Args:
+      run: its directory.
+      config: what is to be trained.
+      resume: go on from the last checkpoint in `run`, which either framework may have written.
+
+    Raises:
+      UserError: nothing to resume, something in the way of a new run, or a checkpoint of another model.
+    """
+    saved = checkpoint.steps(run)
+    if resume:
+        if not saved:
+            raise UserError(f"{run}: no checkpoint to resume; without --resume a new run starts there")
+        return _continued(run / str(saved[-1]), config)
+    if saved:
+        raise UserError(
+            f"{run} holds a run, at step {saved[-1]}: go on with --resume, or start another with --config.name= "
+            f"or --config.out="
+        )
+    weights = init.Fresh(config.model, config.seed) if config.init is None else _foreign(config)
+    return Point(0, tables.translate(weights, config.model, layout.OURS, config.backend))
+
+
+def _foreign(config: Train) -> Mapping[str, np.ndarray]:
+    """Canonical weights of `config.init`, which must be of the same architecture."""
+    from convert import formats
+
+    source = formats.open_checkpoint(config.init)
+    theirs, ours = to_dict(source.model), to_dict(config.model)
+    for field in ("vision", "language", "expert", "vocab_size", "action_dim", "state_in", "time_in"):
+        if theirs.get(field) != ours[field]:
+            raise UserError(
+                f"--config.init={config.init} is of another model: {field} is {theirs.get(field)}, the config "
+                f"says {ours[field]}"
+            )
+    return source.canonical()
+
+
+def _continued(path: Path, config: Train) -> Point:
+    policy = checkpoint.read_policy(path)
+    if difference := checkpoint.describe_difference(policy.train, config):
+        raise UserError(f"--resume: {path} is of a different run: {difference}")
+    if policy.step > config.num_steps:
+        raise UserError(f"--resume: {path} is beyond config.num_steps={config.num_steps}; give more")
+    theirs = Backend(policy.framework).weights
+    weights = theirs.read_params(path / theirs.PARAMS)
+    state = theirs.read_params(path / checkpoint.TRAIN_STATE / theirs.PARAMS)
+    if policy.framework != config.backend:
+        state = _translated_state(state, weights, config, policy.framework)
+    return Point(
+        policy.step,
+        tables.translate(weights, config.model, policy.framework, config.backend),
+        state,
+        load_norm_stats(path / checkpoint.NORM_STATS),
+    )
+
+
+def _translated_state(
+    state: Mapping[str, np.ndarray], weights: Mapping[str, np.ndarray], config: Train, framework: str
+) -> dict[str, np.ndarray]:
+    """Moments and raw weights under the other framework's names; frozen parameters have none."""
+    out = {}
+    for part in dict.fromkeys(name.partition("/")[0] for name in state):
+        have = {n.removeprefix(f"{part}/"): a for n, a in state.items() if n.startswith(f"{part}/")}
+        # The tables want every parameter: the frozen ones stand in for themselves and are left out again.
+        translated = tables.translate({**weights, **have}, config.model, framework, config.backend)
+        out |= {f"{part}/{n}": translated[n] for n in translated if set(translated.sources(n)) <= set(have)}
+    return out
