@@ -22,7 +22,7 @@ from openpi_port.images import resize_with_pad
 
 if TYPE_CHECKING:
     from openpi_port.config import Data, Pi0
-    from openpi_port.tokenizers.fast import FastSequence
+    from openpi_port.tokenizers.fast_sequence import FastSequence
     from openpi_port.tokenizers.paligemma import PromptTokenizer
 
 Sample = dict[str, Any]
