@@ -1,18 +1,71 @@
-"""Every checkpoint format by its function; the work is in one small file per origin."""
+"""Opening any checkpoint; the work is in one small file per origin.
+
+openpi.py       orbax with openpi's names        ours.py         our Flax and torch checkpoints
+huggingface.py  openpi-PyTorch, PaliGemma        big_vision.py   PaliGemma's .npz
+lerobot.py      LeRobot's directories            remote.py       gs://, hf:// and the like
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from convert import huggingface
+from convert import big_vision, huggingface, openpi, ours, remote
 from convert.layout import Translated
-from convert.openpi import read as read_openpi
+from convert.source import Source
+from openpi_port import orbax_io
+from openpi_port.errors import UserError
 
-__all__ = ["read_huggingface", "read_openpi"]
+
+def open_checkpoint(path: str | Path, *, merge_lora: bool = False, **overrides: Any) -> Source:
+    """Opens a checkpoint of any supported format; which one shows in the names of its tensors.
+
+    Args:
+      path: a directory or file, or a URL (`hf://user/name`, `gs://...`), which is fetched first.
+      merge_lora: whether to add LoRA weights to those that they adapt; without it they are an error.
+      **overrides: fields of the model that the weights don't determine: `action_horizon`, `max_token_len`,
+        `cameras`, `vision={"num_heads": 4}`.
+
+    Raises:
+      UserError: nothing that we can open, a damaged file, or one that fits no model of ours.
+    """
+    path = remote.fetch(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    orbax = openpi.params_dir(path)
+    if orbax is not None:
+        arrays = orbax_io.Arrays(orbax)
+        if any(name.startswith("gemma/") for name in arrays):
+            return ours.open_(orbax.parent, dict(arrays), "flax", overrides)
+        return openpi.open_(path, merge_lora=merge_lora, **overrides)
+    if path.suffix == ".npz":
+        return big_vision.open_(path, **overrides)
+    if path.is_file() or any((path / name).exists() for name in (huggingface.WEIGHTS, huggingface.INDEX)):
+        tensors, _ = huggingface.load(path)
+        if huggingface.kind(tensors) == "torch":
+            return ours.open_(path if path.is_dir() else path.parent, tensors, "torch", overrides)
+        return huggingface.open_(path, **overrides)
+    raise UserError(f"{path}: no checkpoint here ({_guess(path)})")
 
 
-def read_huggingface(path: str | Path, **overrides: Any) -> tuple[Translated, Any]:
-    """Canonical weights and configuration of openpi-PyTorch, LeRobot or Hugging Face PaliGemma."""
-    source = huggingface.open_(path, **overrides)
+def _guess(path: Path) -> str:
+    """What might have been meant by a directory without weights."""
+    pickles = [p.name for p in path.iterdir() if p.suffix in huggingface.PICKLES]
+    if pickles:
+        return f"{pickles[0]} is a pickle, which can run code and is never opened; save the weights as safetensors"
+    below = [p for p in sorted(path.glob("*/")) if openpi.params_dir(p) or (p / huggingface.WEIGHTS).exists()]
+    if below:
+        return f"did you mean {', '.join(str(p) for p in below[-3:])}?"
+    return "expected params/ of orbax, model.safetensors, or a .npz of big_vision"
+
+
+def read_openpi(path: str | Path, **overrides: Any) -> tuple[Translated, Any]:
+    """Canonical weights, read when asked for, and the model of an openpi orbax checkpoint."""
+    source = openpi.open_(path, **overrides)
+    return source.canonical(), source.model
+
+
+def read(path: str | Path, **overrides: Any) -> tuple[Translated, Any]:
+    """Canonical weights, read when asked for, and the model of any checkpoint; see `open_checkpoint`."""
+    source = open_checkpoint(path, **overrides)
     return source.canonical(), source.model

@@ -105,8 +105,9 @@ def open_openpi_torch(path: Path, tensors: Mapping[str, Any], overrides: Mapping
     model = infer.config(shapes(theirs), "hf", fields, overrides)
     asset_id, stats = next(found for p in (path, path.parent, None) if (found := _assets(p))[1] or p is None)
     return Source(
-        "openpi-torch", path, "hf", theirs, model, rules, unused, stats, asset_id, settings=stated.policy
-    )
+        "openpi-torch", path, "hf", theirs, model, rules, unused, stats, asset_id,
+        settings.of_openpi(stated, model), settings.read_files(path),
+    )  # fmt: skip
 
 
 def _assets(path: Path | None) -> tuple[str | None, Any]:
@@ -125,9 +126,7 @@ def open_paligemma(path: Path, tensors: Mapping[str, Any], overrides: Mapping[st
     if table is not None and table.shape[0] == PADDED_VOCAB:
         theirs[tables.EMBED_TOKENS] = table[:VOCAB]
         rules[tables.EMBED_TOKENS] = PADDING
-    return Source(
-        "paligemma", path, "hf", theirs, infer.config(shapes(theirs), "hf", {}, overrides), rules, unused
-    )
+    return Source("paligemma", path, "hf", theirs, infer.config(shapes(theirs), "hf", {}, overrides), rules, unused)
 
 
 def shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -181,15 +180,20 @@ def same(a: np.ndarray, b: np.ndarray, rows: int = 16384) -> bool:
     """Whether two arrays are equal to the bit; in slices, because they may be memory maps of gigabytes."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return all(
-        a[i : i + rows].tobytes() == b[i : i + rows].tobytes() for i in range(0, max(len(a), 1), rows)
-    )
+    return all(a[i : i + rows].tobytes() == b[i : i + rows].tobytes() for i in range(0, max(len(a), 1), rows))
 
 
 class Written(Mapping[str, Any]):
-    """The tensors of a file to be written: the model's under a root, with the tie and the unused head settled."""
+    """The tensors of a file to be written: the model's under a root, with the tie and the unused heads settled.
 
-    def __init__(self, weights: Translated, unused: Mapping[str, Any], root: str = "") -> None:
+    Args:
+      weights: the model's, under the names of side "hf".
+      unused: heads that were set aside; the expert's is written as zeros where there is none.
+      root: in front of all names.
+      untied: whether to store the embedding twice, as LeRobot 0.6 does.
+    """
+
+    def __init__(self, weights: Translated, unused: Mapping[str, Any], root: str, *, untied: bool) -> None:
         self._weights = weights
         dtype = weights.dtypes[tables.EMBED_TOKENS]
         self._extra: dict[str, Any] = {}
@@ -198,9 +202,12 @@ class Written(Mapping[str, Any]):
             width = weights.shapes["action_in_proj.bias"][0]
             self._extra[tables.UNUSED_HEAD] = np.broadcast_to(np.zeros((), dtype), (vocab, width))
         self._extra |= {n: a for n, a in unused.items() if n in (tables.UNUSED_HEAD, tables.LM_HEAD)}
-        # Stored once, under the head's name, as openpi-PyTorch and LeRobot 0.4 do and LeRobot 0.6 reads.
-        tied = {} if tables.LM_HEAD in unused else {tables.EMBED_TOKENS: tables.LM_HEAD}
+        # Stored once, under the head's name, as openpi-PyTorch and LeRobot 0.4 do and LeRobot 0.6 reads; or twice.
+        untied = untied or tables.LM_HEAD in unused
+        tied = {} if untied else {tables.EMBED_TOKENS: tables.LM_HEAD}
         self._names = {root + tied.get(name, name): name for name in weights} | {root + n: n for n in self._extra}
+        if untied and tables.LM_HEAD not in unused:
+            self._names[root + tables.LM_HEAD] = tables.EMBED_TOKENS
         self.metadata = {root + name: root + alias for name, alias in tied.items()} or {"format": "pt"}
         self.shapes = {out: self._lookup("shapes", name) for out, name in self._names.items()}
         self.dtypes = {out: self._lookup("dtypes", name) for out, name in self._names.items()}

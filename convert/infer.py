@@ -55,9 +55,7 @@ def config(shapes: Shapes, side: str, described: Mapping[str, Any], overrides: M
     for key in overrides:
         if key not in known:
             raise UserError(f"{key}: no such field of the model; {near(key, known)}")
-    hints = {
-        part: {**_nested(described.get(part)), **_nested(overrides.get(part))} for part in PARTS if part in known
-    }
+    hints = {part: {**_nested(described.get(part)), **_nested(overrides.get(part))} for part in PARTS if part in known}
     fields = read(shapes, hints)
     stated = {k: v for k, v in {**described, **overrides}.items() if k in known and k not in PARTS}
     for key in stated.keys() & fields.keys():

@@ -119,9 +119,7 @@ class Translated(Mapping[str, np.ndarray]):
       parts: name -> what it is made of: (entry, layer) for each piece, in the table's order.
     """
 
-    def __init__(
-        self, entries: Sequence[Entry], tensors: Mapping[str, Any], source: str, target: str
-    ) -> None:
+    def __init__(self, entries: Sequence[Entry], tensors: Mapping[str, Any], source: str, target: str) -> None:
         self._tensors, self._source, self._target = tensors, source, target
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.parts: dict[str, list[tuple[Entry, int | None]]] = {}

@@ -7,6 +7,7 @@ our `policy.json` lies beside it.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,15 @@ def open_(path: Path, tensors: Mapping[str, Any], overrides: Mapping[str, Any]) 
     model = infer.config(huggingface.shapes(theirs), "hf", fields, overrides)
     stats = read_stats(path)
     policy = dict(stated.policy) or {"data": data_fields(own, path, model), **semantics(own)}
+    files = {**settings.read_files(path), **{f"{settings.LEROBOT}/{f.name}": f for f in own_files(path)}}
     return Source(
-        "lerobot", path, "hf", theirs, model, rules, unused, stats, "lerobot", settings=policy
+        "lerobot", path, "hf", theirs, model, rules, unused, stats, policy.get("asset_id", "lerobot"), policy, files
     )  # fmt: skip
+
+
+def own_files(path: Path) -> list[Path]:
+    """LeRobot's files beside the weights: config.json, the processors and their statistics."""
+    return [path / "config.json", *sorted(path.glob("policy_p*processor*"))]
 
 
 def model_fields(own: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +108,8 @@ def _relative(own: Mapping[str, Any], path: Path) -> tuple[bool, ...]:
 
 def semantics(own: Mapping[str, Any]) -> dict[str, Any]:
     """Which system's habits the policy was trained with; 0.6 has fields that 0.4 has not."""
-    return {"semantics": "lerobot-0.6" if "use_relative_actions" in own else "lerobot-0.4", "tokenizer": TOKENIZER}
+    system = "lerobot-0.6" if "use_relative_actions" in own else "lerobot-0.4"
+    return {"semantics": system, "tokenizer": settings.PALIGEMMA_TOKENIZER}
 
 
 def _steps(path: Path, processor: str) -> list[dict[str, Any]]:
@@ -152,7 +160,27 @@ def _rounds_to(exact: Stats, rounded: Stats) -> bool:
 
 
 def write_files(path: Path, source: Source, precision: str) -> None:
-    """Writes config.json and the processors for a policy."""
+    """Writes config.json and the processors: those that came with the policy where they still hold, else new ones."""
+    carried = [f for name, f in source.files.items() if name.startswith(f"{settings.LEROBOT}/")]
+    if carried and _still_holds(carried[0].parent, source):
+        for file in carried:
+            shutil.copyfile(file, path / file.name)
+        return
+    _write_new(path, source, precision)
+
+
+def _still_holds(path: Path, source: Source) -> bool:
+    """Whether LeRobot's files say what the checkpoint says: it may have been edited or trained on since."""
+    fields = model_fields(settings.read_json(path / "config.json"))
+    if any(getattr(source.model, key, value) != value for key, value in fields.items()):
+        return False
+    stats = read_stats(path)
+    if stats is None or source.norm_stats is None:
+        return stats is None and source.norm_stats is None
+    return all(_rounds_to(source.norm_stats[key], stats[key]) for key in ("state", "actions"))
+
+
+def _write_new(path: Path, source: Source, precision: str) -> None:
     model = source.model
     kind = "pi0_fast" if not hasattr(model, "expert") else "pi05" if model.time_in == "adarms" else "pi0"
     data = source.settings.get("data", {})
@@ -201,7 +229,8 @@ def write_files(path: Path, source: Source, precision: str) -> None:
         "tokenizer_name": TOKENIZER,
     }
     start = [_step("rename_observations_processor", rename_map=rename), _step("to_batch_processor")]
-    tokenize, device = _step("tokenizer_processor", **tokenizer), _step("device_processor", device="cpu", float_dtype=None)
+    tokenize = _step("tokenizer_processor", **tokenizer)
+    device = _step("device_processor", device="cpu", float_dtype=None)
     normalize = _step("normalizer_processor", **normalizer)
     middle = {
         "pi0": [_step("pi0_new_line_processor"), tokenize, device, normalize],

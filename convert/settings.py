@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from openpi_port import safetensors_io
+from openpi_port.checkpoint import POLICY, TOKENIZER
 from openpi_port.errors import UserError
 
-POLICY = "policy.json"
 UNUSED = "unused.safetensors"
+LEROBOT = "lerobot"  # the folder in which LeRobot's own files travel through other formats
+PALIGEMMA_TOKENIZER = {"spec": "paligemma", "sha256": ""}  # of every published policy; the file is not ours to ship
 # openpi's names for the parts of a model, in files that describe sizes.
 PARTS = {"vision": "vision", "vlm": "language", "action_expert": "expert"}
 
@@ -57,6 +59,13 @@ def read(path: Path) -> Stated:
     return Stated(model, {})
 
 
+def of_openpi(stated: Stated, model: Any) -> dict[str, Any]:
+    """The policy's settings where openpi wrote the checkpoint: its habits, and nothing about the robot."""
+    zscore = getattr(model, "state_in", None) == "suffix"
+    habits = {"data": {"norm": "zscore" if zscore else "quantile"}, "semantics": "openpi"}
+    return dict(stated.policy) or {**habits, "tokenizer": PALIGEMMA_TOKENIZER}
+
+
 def sizes(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of our model in a description that uses openpi's words; empty where it is something else."""
     if not all(isinstance(tree.get(part), Mapping) for part in ("vision", "vlm")):
@@ -66,6 +75,12 @@ def sizes(tree: Mapping[str, Any]) -> dict[str, Any]:
     if "image_keys" in tree:
         fields["cameras"] = tuple(tree["image_keys"])
     return fields
+
+
+def read_files(path: Path) -> dict[str, Path]:
+    """Files that travel with the weights as they are: a tokenizer of ours, or one that LeRobot 0.6 saved."""
+    found = [path / TOKENIZER, *(path / "tokenizer").glob("*"), *(path / LEROBOT).glob("*")]
+    return {str(file.relative_to(path)): file for file in found if file.is_file()}
 
 
 def read_unused(path: Path) -> dict[str, Any]:

@@ -27,7 +27,8 @@ class Source:
       unused: tensors that no computation reads, under the names of side "hf"; carried so that nothing is lost.
       norm_stats: of state and actions; None where the format holds none.
       asset_id: the name that openpi gives the data set of the statistics.
-      settings: further settings of the policy (see `description.py`).
+      settings: further settings of the policy, as `policy.json` holds them (see `settings.py`).
+      files: what travels along as it is (the tokenizer): name -> file.
     """
 
     format: str
@@ -40,6 +41,7 @@ class Source:
     norm_stats: NormStats | None = None
     asset_id: str | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     @property
     def entries(self) -> list[Entry]:

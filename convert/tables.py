@@ -125,9 +125,7 @@ VISION = [
     *_dense("vision/head", "W D", f"{_IMG}/head", f"{PALIGEMMA}.multi_modal_projector.linear"),
 ]
 
-EMBEDDING = [
-    _row("gemma/embedding", "V D", ("PaliGemma/llm/embedder/input_embedding", "V D"), (EMBED_TOKENS, "V D"))
-]
+EMBEDDING = [_row("gemma/embedding", "V D", ("PaliGemma/llm/embedder/input_embedding", "V D"), (EMBED_TOKENS, "V D"))]
 
 # {e} is the expert's number, {s} openpi's suffix for it ("", "_1"), {hf} the root of its Hugging Face model.
 _LAYER, _OPENPI, _HF = "gemma/layers/experts/{e}", "PaliGemma/llm/layers", "{hf}.layers.{l}"
@@ -180,9 +178,7 @@ _NORMS = [
     (f"{_LAYER}/norm_mlp", f"{_OPENPI}/pre_ffw_norm{{s}}", f"{_HF}.post_attention_layernorm"),
     ("gemma/norms/{e}", "PaliGemma/llm/final_norm{s}", "{hf}.norm"),
 ]
-RMS_NORMS = [
-    _row(f"{ours}/scale", "D", (f"{openpi}/scale", "D"), (f"{hf}.weight", "D")) for ours, openpi, hf in _NORMS
-]
+RMS_NORMS = [_row(f"{ours}/scale", "D", (f"{openpi}/scale", "D"), (f"{hf}.weight", "D")) for ours, openpi, hf in _NORMS]
 ADARMS_NORMS = [  # S is three widths: scale, shift, gate
     row
     for ours, openpi, hf in _NORMS

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,13 +20,13 @@ import numpy as np
 
 from openpi_port.errors import UserError
 
-DTYPES = {
+DTYPES = {  # in the order in which the official writer lays them out
+    "I64": np.dtype("int64"),
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
-    "F16": np.dtype("float16"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype("int64"),
     "I32": np.dtype("int32"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype("float16"),
     "I16": np.dtype("int16"),
     "I8": np.dtype("int8"),
     "U8": np.dtype("uint8"),
@@ -103,28 +104,37 @@ def write(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
-    """Writes a safetensors file, asking for each tensor once.
+    """Writes a safetensors file, asking for each tensor once and in the mapping's order.
+
+    The bytes lie as the official writer puts them (widest dtype first, then by name), so equal tensors give equal files.
 
     Args:
       path: of a file that doesn't exist yet.
-      tensors: name -> array. A mapping with `shapes` and `dtypes` (name -> ...) is read only while writing.
+      tensors: name -> array. Of a mapping with `shapes` and `dtypes` (name -> ...) no array is asked for beforehand.
       metadata: strings for the header.
       progress: called with the number of bytes of each tensor written.
+
+    Raises:
+      OSError: among others where the disk has too little room, before anything is written.
     """
     shapes = getattr(tensors, "shapes", None) or {name: array.shape for name, array in tensors.items()}
     dtypes = getattr(tensors, "dtypes", None) or {name: array.dtype for name, array in tensors.items()}
+    dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name, shape in shapes.items():
-        dtype = np.dtype(dtypes[name])
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
+    order = list(DTYPES.values())
+    for name in sorted(shapes, key=lambda name: (order.index(dtypes[name]), name)):
+        start, end = end, end + math.prod(shapes[name]) * dtypes[name].itemsize
+        header[name] = {"dtype": NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)  # keeps the tensors aligned
+    data = 8 + len(encoded)
     with Path(path).open("xb") as file:
+        os.posix_fallocate(file.fileno(), 0, data + end)
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in shapes:
+        for name in tensors:
             array = np.ascontiguousarray(tensors[name])
+            file.seek(data + header[name]["data_offsets"][0])
             file.write(array.reshape(-1).view(np.uint8).data)
             progress(array.nbytes)
             del array  # before the next one is made

@@ -1,0 +1,78 @@
+"""`python -m convert SRC DST --to=flax|torch|openpi|openpi-torch|lerobot`: any checkpoint to any two-way format."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from convert import formats, report, target
+from openpi_port.errors import UserError, near
+
+EPILOG = """SRC is a directory, an .npz or .safetensors file, or a URL (hf://user/name, gs://bucket/path); what it is,
+its tensors show. --model.FIELD=VALUE states what weights don't say: --model.vision.num_heads=4
+--model.action_horizon=50 --model.cameras=base_0_rgb,left_wrist_0_rgb."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    try:
+        _run(argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(argv: list[str] | None) -> None:
+    parser = argparse.ArgumentParser("python -m convert", description=__doc__, epilog=EPILOG, exit_on_error=False)
+    parser.error = _usage
+    parser.add_argument("src", metavar="SRC")
+    parser.add_argument("dst", metavar="DST", nargs="?", help="a new directory; without it, only the table is printed")
+    parser.add_argument("--to", metavar="FORMAT", required=True, help=", ".join(target.SIDES))
+    parser.add_argument("--merge-lora", action="store_true", help="add LoRA weights to those that they adapt")
+    parser.add_argument("--quiet", action="store_true", help="no table and no progress bar")
+    args, rest = parser.parse_known_args(argv)
+    if args.to not in target.SIDES:
+        raise UserError(f"--to={args.to}: {near(args.to, target.SIDES)}")
+    overrides = _overrides(rest)
+
+    source = formats.open_checkpoint(args.src, merge_lora=args.merge_lora, **overrides)
+    if not args.quiet:
+        print(report.table(source, args.to))
+    if args.dst is None:
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a kill tidies up too
+    total = target.num_bytes(source.to(target.SIDES[args.to]))
+    with tqdm(total=total, unit="B", unit_scale=True, disable=args.quiet or None) as bar:
+        target.write(source, args.dst, args.to, bar.update)
+    print(f"{args.dst}: {args.to} checkpoint, {total / 1e9:.2f} GB")
+
+
+def _usage(message: str) -> None:
+    raise UserError(f"{message}; see python -m convert --help")
+
+
+def _overrides(rest: list[str]) -> dict[str, Any]:
+    """`--model.vision.num_heads=4` to {"vision": {"num_heads": 4}}."""
+    overrides: dict[str, Any] = {}
+    for arg in rest:
+        name, equals, text = arg.partition("=")
+        if not name.startswith("--model.") or not equals:
+            raise UserError(f"{arg}: no such argument; known: --to, --merge-lora, --quiet, --model.FIELD=VALUE")
+        *outer, field = name.removeprefix("--model.").split(".")
+        level = overrides
+        for part in outer:
+            level = level.setdefault(part, {})
+        level[field] = tuple(text.split(",")) if field == "cameras" else int(text) if text.isdigit() else text
+    return overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())
