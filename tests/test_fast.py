@@ -186,6 +186,10 @@ def test_out_of_range_is_an_error_or_counted(universal, fitted):
         fitted.encode(np.full((1, 20, 6), 500.0))
     fitted.encode(np.full((1, 20, 6), 500.0), out_of_range="clip")
     assert fitted.clipped == 6
+    letters = json.dumps({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "h": 2}, "merges": []}})
+    gaps = FastTokenizer(letters, 10, -ord("a"), 3)  # can write 0, 1 and 7 only
+    assert gaps.encode_coefficients(np.array([[[-9, 3, 1, 5, 99]]]), "clip") == [[0, 1, 1, 2, 2]]
+    assert gaps.clipped == 4
     with pytest.raises(UserError, match=r"actions\[0, 3, 1\] is not a finite number"):
         universal.encode(np.where(np.arange(30).reshape(1, 10, 3) == 10, np.nan, 0.0))
 
@@ -275,6 +279,14 @@ def test_fitted_files_and_copies_are_the_same_tokenizer(fitted, tmp_path):
     for again in (FastTokenizer.open(tmp_path), pickle.loads(pickle.dumps(fitted))):
         assert again.encode(chunks, "clip") == fitted.encode(chunks, "clip")
         assert (again.scale, again.min_token, again.action_dim) == (fitted.scale, fitted.min_token, 6)
+
+
+def test_the_layout_of_transformers_5_opens(fitted, tmp_path):
+    fitted.save(tmp_path)
+    (tmp_path / "bpe_tokenizer").mkdir()
+    for name in FILES[1:]:
+        (tmp_path / name).rename(tmp_path / "bpe_tokenizer" / name)
+    assert FastTokenizer.open(tmp_path)._json == fitted._json
 
 
 def test_broken_directories_are_named(fitted, tmp_path):

@@ -93,6 +93,11 @@ def test_the_sketch_keeps_its_bound(rows, parts, order, seed):
         whole = whole.merge(one)
     assert sum(len(a) * 2**h for h, level in enumerate(whole._levels) for a in level) == rows
     assert whole.rank_error <= 1.5 * (np.log2(rows / 64) + 2) / (4 * 64)
+    values = np.concatenate([a for level in whole._levels for a in level])
+    weights = np.concatenate([np.full(len(a), 2**h) for h, level in enumerate(whole._levels) for a in level])
+    for at in np.quantile(x, [0.01, 0.3, 0.5, 0.9, 0.99], axis=0):
+        off = ((values <= at) * weights[:, None]).sum(0) - (x <= at).sum(0)
+        assert (np.abs(off) <= whole.rank_error * rows + 1e-6).all()
     for q in (0.01, 0.5, 0.99):
         got = whole.quantiles([q])[0]
         low, high = (x < got).mean(0), (x <= got).mean(0)

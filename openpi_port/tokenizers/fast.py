@@ -193,7 +193,11 @@ class FastTokenizer:
         path = Path(path)
         try:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-            texts = [(path / name).read_text(encoding="utf-8") for name in FILES[1:3]]
+            inner = (
+                path / "bpe_tokenizer"
+            )  # where transformers 5 puts the tokenizer when it saves a processor
+            home = inner if inner.is_dir() else path
+            texts = [(home / name).read_text(encoding="utf-8") for name in FILES[1:3]]
             return cls(
                 texts[0],
                 config["scale"],

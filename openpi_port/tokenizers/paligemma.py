@@ -22,9 +22,8 @@ SMALL = Path(__file__).parent.parent / "assets" / "tokenizers" / "small.model"  
 PALIGEMMA_URL = "https://storage.googleapis.com/big_vision/paligemma_tokenizer.model"
 TIMEOUT_S = 30.0
 
-STATE_BINS = np.linspace(-1, 1, 257)[
-    :-1
-]  # left edges of 256 bins; a state below -1 gets bin -1, as in openpi
+# left edges of 256 bins; a state below -1 gets bin -1, as in openpi
+STATE_BINS = np.linspace(-1, 1, 257)[:-1]
 
 
 class PromptTokenizer:

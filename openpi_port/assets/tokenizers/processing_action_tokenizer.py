@@ -21,7 +21,6 @@ class UniversalActionProcessor(ProcessorMixin):
         scale: float = 10,
         vocab_size: int = 1024,
         min_token: int = 0,
-        *,
         action_dim: int | None = None,
         time_horizon: int | None = None,
     ):
