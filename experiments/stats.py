@@ -16,7 +16,7 @@ from openpi_port import normalize, transforms
 from openpi_port.data.datasets import open_datasets
 from openpi_port.data.stats import compute
 
-OUT = flags.DEFINE_string("out", "norm_stats.json", "where the statistics go: a file, or a directory for norm_stats.json")
+OUT = flags.DEFINE_string("out", "norm_stats.json", "where to: a file, or a directory for norm_stats.json")
 
 
 def main() -> int:

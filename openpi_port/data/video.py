@@ -33,14 +33,11 @@ class VideoIndex:
       pts: i64 [frames], presentation times in the stream's time base.
       times: f64 [frames], the same in seconds.
       keyframes: i64 [keyframes], which frames can be decoded on their own.
-      seek_to: i64 [keyframes], what to give the demuxer to arrive at each (decoding times: with reordered frames
-        the demuxer goes by those).
     """
 
     pts: np.ndarray
     times: np.ndarray
     keyframes: np.ndarray
-    seek_to: np.ndarray
 
 
 def nearest_frame(times: np.ndarray, seconds: float, tolerance: float, path: str | os.PathLike[str]) -> int:
@@ -103,18 +100,18 @@ class Video:
                     continue  # the flush packet at the end
                 if packet.is_corrupt:
                     raise self._broken(f"is cut off after {len(packets)} frames")
-                packets.append((packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe))
+                packets.append((packet.pts, packet.is_keyframe))
         except av.error.FFmpegError as error:
             raise self._broken(f"is damaged after {len(packets)} frames ({_reason(error)})") from error
         announced = self._stream.frames
         if not packets or announced > len(packets):
             raise self._broken(f"is cut off: it has {len(packets)} of {announced} frames")
         table = np.array(sorted(packets), np.int64)
-        keyframes = np.flatnonzero(table[:, 2])
+        keyframes = np.flatnonzero(table[:, 1])
         if not len(keyframes):
             raise self._broken("has no keyframe")
         times = table[:, 0] * float(self._stream.time_base)
-        return VideoIndex(pts=table[:, 0], times=times, keyframes=keyframes, seek_to=table[keyframes, 1])
+        return VideoIndex(pts=table[:, 0], times=times, keyframes=keyframes)
 
     def read(self, frame: int, on_frame: OnFrame | None = None) -> np.ndarray:
         """Decodes one frame.
@@ -130,33 +127,45 @@ class Video:
           UserError: the file can't be decoded there.
         """
         keyframe = max(int(np.searchsorted(self.index.keyframes, frame, side="right")) - 1, 0)
-        # A decoder that stands between the keyframe and the frame goes on from where it is.
-        if self._decoder is None or not self.index.keyframes[keyframe] <= self._next <= frame:
-            self._seek(keyframe)
         try:
-            for picture in self._decoder:
-                number = int(np.searchsorted(self.index.pts, picture.pts))
-                if number > frame:
-                    break
-                self._next = number + 1
-                if number == frame:
-                    return to_rgb(picture)
-                if on_frame is not None:
-                    on_frame(number, picture)
+            # A decoder that stands between the keyframe and the frame goes on from where it is.
+            if self._decoder is not None and self.index.keyframes[keyframe] <= self._next <= frame:
+                image = self._forward_to(frame, on_frame)
+            else:
+                image = None
+            # With reordered frames some demuxers arrive one keyframe late; the one before it is early enough.
+            while image is None and keyframe >= 0:
+                self._seek(keyframe)
+                image = self._forward_to(frame, on_frame)
+                keyframe -= 1
         except av.error.FFmpegError as error:
             self._decoder = None
             raise self._broken(f"can't be decoded at frame {frame} ({_reason(error)})") from error
-        self._decoder = None
-        raise self._broken(f"has no picture for frame {frame}")
+        if image is None:
+            raise self._broken(f"has no picture for frame {frame}")
+        return image
 
     def _seek(self, keyframe: int) -> None:
         """Places a fresh decoder at a keyframe, given by its place among the keyframes."""
-        try:
-            self._container.seek(int(self.index.seek_to[keyframe]), stream=self._stream, backward=True)
-        except av.error.FFmpegError as error:
-            raise self._broken(f"can't be searched ({_reason(error)})") from error
-        self._decoder = self._container.decode(self._stream)
         self._next = int(self.index.keyframes[keyframe])
+        self._container.seek(int(self.index.pts[self._next]), stream=self._stream, backward=True)
+        self._decoder = self._container.decode(self._stream)
+
+    def _forward_to(self, frame: int, on_frame: OnFrame | None) -> np.ndarray | None:
+        """Decodes up to a frame; None (and no decoder) if the decoder stands behind it."""
+        for picture in self._decoder:
+            number = int(np.searchsorted(self.index.pts, picture.pts))
+            if number < self._next:
+                continue  # shown before the keyframe but stored after it: it may lack what it refers to
+            if number > frame:
+                break
+            self._next = number + 1
+            if number == frame:
+                return to_rgb(picture)
+            if on_frame is not None:
+                on_frame(number, picture)
+        self._decoder = None
+        return None
 
     def _broken(self, what: str) -> UserError:
         return UserError(f"{self.path}: video file {what}; download or record it again")
