@@ -13,7 +13,7 @@ import collections
 from typing import Any
 
 import numpy as np
-from dm_control import mujoco
+from dm_control import _render, mujoco
 from dm_control.rl import control
 from gym_aloha import constants
 from gym_aloha.tasks import sim as gym_tasks
@@ -103,8 +103,11 @@ class AlohaSim:
         self._task = find_task(task)()
         self._image_size = image_size
         self._render = render
-        if render:
-            gl.require()
+        if render and gl.require() != _render.BACKEND:
+            raise UserError(
+                f"dm_control renders with {_render.BACKEND}, not {gl.require()}, because it was imported before "
+                f"openpi_port.sim: set MUJOCO_GL={gl.require()} or import openpi_port.sim first"
+            )
         path = constants.ASSETS_DIR / "bimanual_viperx_transfer_cube.xml"
         self._physics = mujoco.Physics.from_xml_path(str(path))
         # Read when the renderer is made, so they have to be set before the first picture.

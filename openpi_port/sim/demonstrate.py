@@ -8,10 +8,12 @@ import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, util
 
 import numpy as np
 
+from openpi_port.errors import UserError
 from openpi_port.sim import aloha, expert
 
 AFTER_SUCCESS = 50  # steps recorded past success: a chunk of 50 actions that begins there is whole
@@ -86,7 +88,7 @@ def record(sim: aloha.AlohaSim, plan: expert.Expert, seed: int, disturbed: bool)
     return Episode(
         images=np.stack(images) if images else None,
         state=np.stack([o["state"] for o in observations]),
-        actions=demonstration.actions[: len(rewards)].astype(np.float32),
+        actions=demonstration.actions[: len(rewards)],
         rewards=np.array(rewards),
         instruction=sim.instruction,
     )
@@ -116,6 +118,9 @@ def record_all(attempts: Iterable[Attempt], image_size: int, workers: int) -> It
 
     Yields:
       What `record` gives for each attempt, in their order whatever the number of workers.
+
+    Raises:
+      UserError: a process died.
     """
     context = get_context("spawn")  # a forked OpenGL does not work
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts) as pool:
@@ -123,10 +128,12 @@ def record_all(attempts: Iterable[Attempt], image_size: int, workers: int) -> It
         try:
             for attempt in attempts:
                 waiting.append(pool.submit(_record, attempt, image_size))
-                if len(waiting) > 2 * workers:
+                if len(waiting) > workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError("a rendering process died: too little memory? try --workers=1") from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -25,6 +25,7 @@ from openpi_port.errors import UserError, near
 OPEN, CLOSED = 1.0, 0.0
 SPEED = 0.25  # m/s on average between way points; twice that at most, by the smooth start and stop
 TURN = 1.2  # rad/s likewise
+SETTLE = 25  # control steps
 SUBSTEPS = round(constants.DT / 0.002)
 
 
@@ -69,7 +70,7 @@ class Stage:
 class Demonstration:
     """What the expert would do: T control steps."""
 
-    actions: np.ndarray  # f64 [T, 14] clean joint targets and gripper commands
+    actions: np.ndarray  # f32 [T, 14] clean joint targets and gripper commands
     delicate: np.ndarray  # bool [T]
 
 
@@ -182,15 +183,14 @@ class Expert:
         """Plans one demonstration.
 
         Args:
-          cube: [7] (or its first 3) the cube's pose after it has come to rest or as it was placed.
+          cube: [7] the pose in which the cube is placed (m, quaternion); it may fall from there.
           tail: steps to go on at the last way point, so that labels reach past the end.
 
         Returns:
           The clean targets.
         """
-        self._place(cube)
-        start = Stage(*self._hands(), least=0)
-        rest = np.array([cube[0], cube[1], 0.02])  # it is placed 3 cm above the table and falls
+        start = self._place(cube)
+        rest = self._physics.data.qpos[16:23].copy()
         stages = [start, *self._plan(rest, start.left, start.right)]
         actions, delicate = [], []
         path = list(_path(stages))
@@ -198,15 +198,17 @@ class Expert:
             self._drive(left, right)
             actions.append(self._targets(left, right))
             delicate.append(careful)
-        return Demonstration(np.array(actions), np.array(delicate))
+        return Demonstration(np.array(actions, np.float32), np.array(delicate))
 
-    def _place(self, cube: np.ndarray) -> None:
+    def _place(self, cube: np.ndarray) -> Stage:
+        """Puts the arms at the start and lets them sag and the cube fall, which takes a moment."""
         with self._physics.reset_context():
             self._physics.data.qpos[:16] = constants.START_ARM_POSE
-            self._physics.data.qpos[16:23] = [cube[0], cube[1], 0.05, 1, 0, 0, 0]
-        for side, hand in enumerate(self._hands()):
-            self._physics.data.mocap_pos[side] = hand.position
-            self._physics.data.mocap_quat[side] = hand.quaternion
+            self._physics.data.qpos[16:23] = cube
+        start = Stage(*self._hands(), least=0)
+        for _ in range(SETTLE):
+            self._drive(start.left, start.right)
+        return start
 
     def _hands(self) -> tuple[Hand, Hand]:
         """The hands where the joints have them: the mocap frames that leave both welds without tension."""

@@ -16,10 +16,18 @@ from openpi_port.errors import UserError
 BACKENDS = ("egl", "osmesa")  # both headless; egl uses a GPU where there is one, osmesa runs anywhere
 OFF = "off"
 _OFF_NAMES = ("0", "off", "disable", "disabled", "false", "no", "n")  # those that dm_control knows
-_REMEDY = "`apt-get install libosmesa6` (renders on the CPU) or `apt-get install libegl1` (GPU)"
+_INSTALL = "neither egl nor osmesa works here; `apt-get install libosmesa6` (renders on the CPU) or `libegl1` (GPU)"
 
-# In one line of mujoco alone: dm_control takes another second to import.
-_PROBE = "from mujoco.{0} import GLContext; GLContext(8, 8).make_current(); print('made', flush=True)"
+# With mujoco alone, because dm_control takes another second to import. glfw without a display does not raise
+# before the last step.
+_PROBE = """
+import mujoco
+from mujoco.{0} import GLContext
+context = GLContext(8, 8)
+context.make_current()
+mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_100)
+print("made", flush=True)
+"""
 
 
 @functools.cache
@@ -51,21 +59,19 @@ def choose() -> str:
     given = os.environ.get("MUJOCO_GL", "").strip().lower()
     if given:
         return OFF if given in _OFF_NAMES else given
-    backend = next((name for name in BACKENDS if works(name)), OFF)
-    if backend != OFF:  # left unset otherwise, so that a child process with more installed may find one
-        os.environ["MUJOCO_GL"] = backend
-    return backend
+    os.environ["MUJOCO_GL"] = next((name for name in BACKENDS if works(name)), OFF)
+    return os.environ["MUJOCO_GL"]
 
 
 def require() -> str:
     """The backend that renders.
 
     Raises:
-      UserError: nothing renders here; says what to install or set.
+      UserError: nothing renders, or not with what MUJOCO_GL says; tells what to install or set.
     """
-    backend, given = choose(), os.environ.get("MUJOCO_GL", "")
-    if given and (backend == OFF or (not works(backend))):
-        raise UserError(f"MUJOCO_GL={given} does not render here: unset it (egl and osmesa are tried) or {_REMEDY}")
-    if backend == OFF:
-        raise UserError(f"no OpenGL for camera pictures (neither egl nor osmesa works here): {_REMEDY}")
-    return backend
+    backend = choose()
+    if backend != OFF and works(backend):
+        return backend
+    better = next((name for name in BACKENDS if works(name)), None)
+    remedy = f"set MUJOCO_GL={better}" if better else _INSTALL
+    raise UserError(f"no OpenGL for the camera pictures (MUJOCO_GL={os.environ['MUJOCO_GL']}): {remedy}")
