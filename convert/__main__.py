@@ -37,13 +37,14 @@ def _run(argv: list[str] | None) -> None:
     parser.add_argument("dst", metavar="DST", nargs="?", help="a new directory; without it, only the table is printed")
     parser.add_argument("--to", metavar="FORMAT", required=True, help=", ".join(target.SIDES))
     parser.add_argument("--merge-lora", action="store_true", help="add LoRA weights to those that they adapt")
+    parser.add_argument("--asset", metavar="ID", help="whose statistics, where openpi's assets/ holds several")
     parser.add_argument("--quiet", action="store_true", help="no table and no progress bar")
     args, rest = parser.parse_known_args(argv)
     if args.to not in target.SIDES:
         raise UserError(f"--to={args.to}: {near(args.to, target.SIDES)}")
     overrides = _overrides(rest)
 
-    source = formats.open_checkpoint(args.src, merge_lora=args.merge_lora, **overrides)
+    source = formats.open_checkpoint(args.src, merge_lora=args.merge_lora, asset=args.asset, **overrides)
     if not args.quiet:
         print(report.table(source, args.to))
     if args.dst is None:
@@ -65,7 +66,9 @@ def _overrides(rest: list[str]) -> dict[str, Any]:
     for arg in rest:
         name, equals, text = arg.partition("=")
         if not name.startswith("--model.") or not equals:
-            raise UserError(f"{arg}: no such argument; known: --to, --merge-lora, --quiet, --model.FIELD=VALUE")
+            raise UserError(
+                f"{arg}: no such argument; known: --to, --asset, --merge-lora, --quiet, --model.FIELD=VALUE"
+            )
         *outer, field = name.removeprefix("--model.").split(".")
         level = overrides
         for part in outer:

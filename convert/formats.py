@@ -17,12 +17,15 @@ from openpi_port import orbax_io
 from openpi_port.errors import UserError
 
 
-def open_checkpoint(path: str | Path, *, merge_lora: bool = False, **overrides: Any) -> Source:
+def open_checkpoint(
+    path: str | Path, *, merge_lora: bool = False, asset: str | None = None, **overrides: Any
+) -> Source:
     """Opens a checkpoint of any supported format; which one shows in the names of its tensors.
 
     Args:
       path: a directory or file, or a URL (`hf://user/name`, `gs://...`), which is fetched first.
       merge_lora: whether to add LoRA weights to those that they adapt; without it they are an error.
+      asset: which of several data sets' statistics in openpi's `assets/`; None takes the only one.
       **overrides: fields of the model that the weights don't determine: `action_horizon`, `max_token_len`,
         `cameras`, `vision={"num_heads": 4}`.
 
@@ -37,14 +40,14 @@ def open_checkpoint(path: str | Path, *, merge_lora: bool = False, **overrides: 
         arrays = orbax_io.Arrays(orbax)
         if any(name.startswith("gemma/") for name in arrays):
             return ours.open_(orbax.parent, dict(arrays), "flax", overrides)
-        return openpi.open_(path, merge_lora=merge_lora, **overrides)
+        return openpi.open_(path, merge_lora=merge_lora, asset=asset, **overrides)
     if path.suffix == ".npz":
         return big_vision.open_(path, **overrides)
     if path.is_file() or any((path / name).exists() for name in (huggingface.WEIGHTS, huggingface.INDEX)):
         tensors, _ = huggingface.load(path)
         if huggingface.kind(tensors) == "torch":
             return ours.open_(path if path.is_dir() else path.parent, tensors, "torch", overrides)
-        return huggingface.open_(path, **overrides)
+        return huggingface.open_(path, asset=asset, **overrides)
     raise UserError(f"{path}: no checkpoint here ({_guess(path)})")
 
 

@@ -79,8 +79,8 @@ def kind(names: Mapping[str, Any]) -> str | None:
     return next((found for start, found in starts.items() if any(n.startswith(start) for n in names)), None)
 
 
-def open_(path: str | Path, **overrides: Any) -> Source:
-    """Opens any of the three; see `openpi.open_`."""
+def open_(path: str | Path, *, asset: str | None = None, **overrides: Any) -> Source:
+    """Opens any of the three; see `formats.open_checkpoint`."""
     path = Path(path)
     tensors, _ = load(path)
     folder = path if path.is_dir() else path.parent
@@ -90,28 +90,28 @@ def open_(path: str | Path, **overrides: Any) -> Source:
 
         return lerobot.open_(folder, tensors, overrides)
     if found == "openpi-torch":
-        return open_openpi_torch(folder, tensors, overrides)
+        return open_openpi_torch(folder, tensors, asset, overrides)
     if found == "paligemma":
         return open_paligemma(folder, tensors, overrides)
     raise UserError(f"{path}: no names of PaliGemma or of a pi0 policy in it, but {', '.join(list(tensors)[:3])}, ...")
 
 
-def open_openpi_torch(path: Path, tensors: Mapping[str, Any], overrides: Mapping[str, Any]) -> Source:
+def open_openpi_torch(
+    path: Path, tensors: Mapping[str, Any], asset: str | None, overrides: Mapping[str, Any]
+) -> Source:
     """openpi-PyTorch: `model.safetensors`, `config.json` with action_dim and action_horizon, maybe `assets/`."""
     stated = settings.read(path)
     own = settings.read_json(path / "config.json")
     fields = {**stated.model, **{k: own[k] for k in ("action_horizon",) if k in own}}
     theirs, rules, unused = untie(tensors, path)
     model = infer.config(shapes(theirs), "hf", fields, overrides)
-    asset_id, stats = next(found for p in (path, path.parent, None) if (found := _assets(p))[1] or p is None)
+    # openpi's converter puts them one level up.
+    folder = path if (path / "assets").is_dir() else path.parent
+    asset_id, stats = openpi.read_assets(folder, asset)
     return Source(
-        "openpi-torch", path, "hf", theirs, model, rules, unused, stats, asset_id,
-        settings.of_openpi(stated, model), settings.read_files(path),
+        "openpi-torch", path, "hf", theirs, model, rules=rules, unused=unused, norm_stats=stats, asset_id=asset_id,
+        settings=settings.of_openpi(stated, model), files=settings.read_files(path),
     )  # fmt: skip
-
-
-def _assets(path: Path | None) -> tuple[str | None, Any]:
-    return (None, None) if path is None else openpi.read_assets(path)
 
 
 def open_paligemma(path: Path, tensors: Mapping[str, Any], overrides: Mapping[str, Any]) -> Source:
@@ -126,7 +126,8 @@ def open_paligemma(path: Path, tensors: Mapping[str, Any], overrides: Mapping[st
     if table is not None and table.shape[0] == PADDED_VOCAB:
         theirs[tables.EMBED_TOKENS] = table[:VOCAB]
         rules[tables.EMBED_TOKENS] = PADDING
-    return Source("paligemma", path, "hf", theirs, infer.config(shapes(theirs), "hf", {}, overrides), rules, unused)
+    model = infer.config(shapes(theirs), "hf", {}, overrides)
+    return Source("paligemma", path, "hf", theirs, model, rules=rules, unused=unused)
 
 
 def shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -31,7 +31,7 @@ TOKENIZER = "google/paligemma-3b-pt-224"
 
 
 def open_(path: Path, tensors: Mapping[str, Any], overrides: Mapping[str, Any]) -> Source:
-    """Opens a directory whose tensors are loaded; see `openpi.open_`."""
+    """Opens a directory whose tensors are loaded; see `formats.open_checkpoint`."""
     own = settings.read_json(path / "config.json")
     if not own:
         raise UserError(f"{path}: a LeRobot policy's weights, but no config.json beside them")
@@ -46,7 +46,8 @@ def open_(path: Path, tensors: Mapping[str, Any], overrides: Mapping[str, Any]) 
     policy = dict(stated.policy) or {"data": data_fields(own, path, model), **semantics(own)}
     files = {**settings.read_files(path), **{f"{settings.LEROBOT}/{f.name}": f for f in own_files(path)}}
     return Source(
-        "lerobot", path, "hf", theirs, model, rules, unused, stats, policy.get("asset_id", "lerobot"), policy, files
+        "lerobot", path, "hf", theirs, model, rules=rules, unused=unused, norm_stats=stats,
+        asset_id=policy.get("asset_id", "lerobot"), settings=policy, files=files,
     )  # fmt: skip
 
 

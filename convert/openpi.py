@@ -10,7 +10,7 @@ import numpy as np
 from convert import infer, settings
 from convert.source import Source
 from openpi_port import orbax_io
-from openpi_port.errors import UserError
+from openpi_port.errors import UserError, near
 from openpi_port.normalize import NormStats, load_norm_stats
 
 
@@ -47,12 +47,12 @@ class Merged:
         return (w + a @ b).astype(self.dtype)
 
 
-def open_(path: str | Path, *, merge_lora: bool = False, **overrides: Any) -> Source:
+def open_(path: str | Path, *, merge_lora: bool = False, asset: str | None = None, **overrides: Any) -> Source:
     """Opens an openpi checkpoint.
 
     Args:
       path: the directory that holds `params/`, or `params/` itself.
-      merge_lora: see `formats.open_checkpoint`.
+      merge_lora, asset: see `formats.open_checkpoint`.
       **overrides: fields of the model that the weights don't determine (`action_horizon`, ...).
 
     Raises:
@@ -64,7 +64,7 @@ def open_(path: str | Path, *, merge_lora: bool = False, **overrides: Any) -> So
     theirs = tensors(found, merge_lora=merge_lora)
     stated = settings.read(found.parent)
     model = infer.config({n: a.shape for n, a in theirs.items()}, "openpi", stated.model, overrides)
-    asset_id, stats = read_assets(found.parent)
+    asset_id, stats = read_assets(found.parent, asset)
     return Source(
         "openpi", found.parent, "openpi", theirs, model, unused=settings.read_unused(found.parent),
         norm_stats=stats, asset_id=asset_id, settings=settings.of_openpi(stated, model),
@@ -72,12 +72,23 @@ def open_(path: str | Path, *, merge_lora: bool = False, **overrides: Any) -> So
     )  # fmt: skip
 
 
-def read_assets(path: Path) -> tuple[str | None, NormStats | None]:
-    """The statistics in `assets/` and the name of their data set, or (None, None)."""
-    files = sorted((path / "assets").glob("**/norm_stats.json"))
-    if not files:
-        return None, None
-    if len(files) > 1:
-        names = ", ".join(str(f.parent.relative_to(path / "assets")) for f in files)
-        raise UserError(f"{path / 'assets'}: statistics of several data sets ({names}); keep the one that is meant")
-    return str(files[0].parent.relative_to(path / "assets")), load_norm_stats(files[0])
+def read_assets(path: Path, asset: str | None) -> tuple[str | None, NormStats | None]:
+    """The statistics in `assets/` and the name of their data set; (None, None) where there are none or several.
+
+    Args:
+      path: of the checkpoint.
+      asset: which data set's; None takes the only one. openpi's base checkpoints hold those of many robots.
+
+    Raises:
+      UserError: that data set is not there.
+    """
+    files = {
+        str(f.parent.relative_to(path / "assets")): f for f in sorted((path / "assets").glob("**/norm_stats.json"))
+    }
+    if asset is None:
+        asset = next(iter(files)) if len(files) == 1 else None
+    elif asset not in files:
+        raise UserError(
+            f"{path / 'assets'}: no statistics of {asset!r}; {near(asset, files) if files else 'none at all'}"
+        )
+    return (None, None) if asset is None else (asset, load_norm_stats(files[asset]))

@@ -8,7 +8,8 @@ from typing import Any
 
 from convert import infer, settings
 from convert.source import Source
-from openpi_port.checkpoint import NORM_STATS
+from openpi_port import orbax_io, safetensors_io
+from openpi_port.checkpoint import NORM_STATS, TRAIN_STATE
 from openpi_port.errors import UserError
 from openpi_port.normalize import load_norm_stats
 
@@ -31,4 +32,13 @@ def open_(path: Path, tensors: Mapping[str, Any], side: str, overrides: Mapping[
     return Source(
         side, path, side, tensors, model, unused=settings.read_unused(path), norm_stats=stats,
         asset_id=stated.policy.get("asset_id"), settings=stated.policy, files=settings.read_files(path),
+        train_state=_train_state(path, side),
     )  # fmt: skip
+
+
+def _train_state(path: Path, side: str) -> Mapping[str, Any]:
+    state = path / TRAIN_STATE
+    if not state.exists():
+        return {}
+    arrays = orbax_io.Arrays(state / "params") if side == "flax" else safetensors_io.Arrays(state / "model.safetensors")
+    return dict(arrays)

@@ -27,7 +27,14 @@ def table(source: Source, to: str) -> str:
     lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]]) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
     lines += [f"{name}: {rule}" for name, rule in source.rules.items()]
+    if source.train_state:
+        goes = "goes along" if to in ("flax", "torch") else f"stays behind: {to} has no place for it"
+        lines.append(f"train_state/ ({len(source.train_state)} tensors): {goes}")
     count, size = sum(entry_size(entry) for entry in source.entries), num_bytes(weights)
+    if source.norm_stats is None:
+        assets = [name.split("/")[1] for name in source.files if name.startswith("assets/")]
+        choose = f"choose with --asset={'|'.join(assets)}" if assets else "compute them before the policy can run"
+        lines.append(f"no statistics of states and actions: {choose}")
     carried = [name for name, there in _beside(source).items() if there]
     lines.append(
         f"{len(source.tensors)} tensors became {len(weights)}, {count:,} parameters, {size / 1e9:.2f} GB; "

@@ -80,6 +80,7 @@ def sizes(tree: Mapping[str, Any]) -> dict[str, Any]:
 def read_files(path: Path) -> dict[str, Path]:
     """Files that travel with the weights as they are: a tokenizer of ours, or one that LeRobot 0.6 saved."""
     found = [path / TOKENIZER, *(path / "tokenizer").glob("*"), *(path / LEROBOT).glob("*")]
+    found += (path / "assets").glob("**/norm_stats.json")
     return {str(file.relative_to(path)): file for file in found if file.is_file()}
 
 

@@ -28,6 +28,7 @@ class Source:
       norm_stats: of state and actions; None where the format holds none.
       asset_id: the name that openpi gives the data set of the statistics.
       settings: further settings of the policy, as `policy.json` holds them (see `settings.py`).
+      train_state: what a resume needs beside the weights, of our own checkpoints: "part/name" -> array.
       files: what travels along as it is (the tokenizer): name -> file.
     """
 
@@ -36,11 +37,13 @@ class Source:
     side: str
     tensors: Mapping[str, Any]
     model: Any
+    _: dataclasses.KW_ONLY
     rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unused: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     norm_stats: NormStats | None = None
     asset_id: str | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    train_state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     @property

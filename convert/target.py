@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 
 from convert import huggingface, lerobot, settings
-from convert.layout import OURS, Translated
+from convert.layout import OURS, Translated, side_shapes
 from convert.source import Source
 from openpi_port import orbax_io, safetensors_io
-from openpi_port.checkpoint import FORMAT, NORM_STATS
+from openpi_port.checkpoint import FORMAT, NORM_STATS, TRAIN_STATE
 from openpi_port.config import to_dict
 from openpi_port.errors import UserError
 from openpi_port.normalize import save_norm_stats
+from openpi_port.strict import check
 
 SIDES = {"flax": OURS, "torch": "torch", "openpi": "openpi", "openpi-torch": "hf", "lerobot": "hf"}
+PARAMS = {"flax": "params", "torch": "model.safetensors"}
 Progress = Callable[[int], None]
 
 
@@ -107,7 +109,7 @@ class _Under(Mapping[str, Any]):
 def _write_weights(source: Source, weights: Translated, part: Path, to: str, progress: Progress) -> None:
     file = part / huggingface.WEIGHTS
     if to == "flax":
-        orbax_io.write(part / "params", weights, progress)
+        orbax_io.write(part / PARAMS[to], weights, progress)
     elif to == "torch":
         safetensors_io.write(file, weights, {"format": "pt"}, progress)
     elif to == "openpi":
@@ -118,7 +120,24 @@ def _write_weights(source: Source, weights: Translated, part: Path, to: str, pro
         tensors = huggingface.Written(weights, source.unused, root, untied=untied)
         safetensors_io.write(file, tensors, tensors.metadata, progress)
     if source.unused and SIDES[to] != "hf":
-        safetensors_io.write(part / settings.UNUSED, source.unused, None, progress)
+        safetensors_io.write(part / settings.UNUSED, source.unused)
+    if source.train_state and to in PARAMS:
+        state = part / TRAIN_STATE
+        state.mkdir()
+        write_part = orbax_io.write if to == "flax" else safetensors_io.write
+        write_part(state / PARAMS[to], _train_state(source, SIDES[to]))
+
+
+def _train_state(source: Source, side: str) -> dict[str, np.ndarray]:
+    """Moments and raw weights under another side's names; frozen parameters have none."""
+    out: dict[str, np.ndarray] = {}
+    for part in dict.fromkeys(name.partition("/")[0] for name in source.train_state):
+        have = {n.removeprefix(f"{part}/"): t for n, t in source.train_state.items() if n.startswith(f"{part}/")}
+        entries = [e for e in source.entries if all(e.spot(source.side, i).name in have for i in e.layers)]
+        known = side_shapes(entries, source.side)
+        check({n: tuple(t.shape) for n, t in have.items()}, known, f"{source.path / TRAIN_STATE}: {part}")
+        out |= {f"{part}/{n}": t for n, t in Translated(entries, have, source.side, side).items()}
+    return out
 
 
 def _write_policy(source: Source, part: Path, to: str) -> None:
