@@ -113,7 +113,7 @@ class Trainer:
         if average is not None:
             decay = self.config.optimizer.ema
             average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "learning_rate": rate}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
         return State(trained, state.frozen, optimizer, average), metrics
 
     def _evaluate_fn(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> jax.Array:

@@ -102,8 +102,8 @@ class Trainer:
         names = [f"{part}/{name}" for part in parts for name in self._state.trained]
         strict.check(dict.fromkeys(train_state, ()), dict.fromkeys(names, ()), "train_state")
         for name, parameter in self._state.trained.items():
-            arrays = (weights_io.from_numpy(train_state[f"{part}/{name}"]) for part in parts)
-            mu, nu, *raw = (array.to(self._device) for array in arrays)
+            arrays = (np.asarray(train_state[f"{part}/{name}"]) for part in parts)
+            mu, nu, *raw = (torch.tensor(array, device=self._device) for array in arrays)
             count = torch.tensor(float(step), device=self._device)
             self._state.optimizer.state[parameter] = {"step": count, "exp_avg": mu, "exp_avg_sq": nu}
             if raw:  # what was deployed, and so loaded, is the average

@@ -47,7 +47,7 @@ def load(model: nn.Module, mapping: Mapping[str, Any], device: str | torch.devic
     strict.check(found, shapes(model), "weights")
     for name in shapes(model):
         owner, _, leaf = name.rpartition(".")
-        value = from_numpy(mapping[name]).to(device)
+        value = _from_numpy(mapping[name]).to(device)
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
     return model
 
@@ -66,7 +66,7 @@ def write_params(path: str | Path, mapping: Mapping[str, Any]) -> None:
     safetensors_io.write(_file(path), mapping, {"format": "pt"})
 
 
-def from_numpy(array: Any) -> torch.Tensor:
+def _from_numpy(array: Any) -> torch.Tensor:
     """A tensor that owns a copy of the array; bfloat16 stays bfloat16."""
     array = np.array(array, order="C")
     if array.dtype == ml_dtypes.bfloat16:

@@ -1,0 +1,159 @@
+"""Optimizer steps: the two frameworks stay together, and both are what the formulas say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from frameworks import NAMES, Framework
+
+from configs import pi0_aloha
+from convert import tables
+from openpi_port import init
+from openpi_port.config import Optimizer, Train, build
+from openpi_port.schedule import euler_times, learning_rate
+
+
+def run_config(**changes) -> Train:
+    config = build(Train, pi0_aloha.get_config("debug"))
+    optimizer = Optimizer(
+        peak_lr=3e-4, end_lr=3e-5, warmup_steps=2, decay_steps=6, weight_decay=1e-2, clip_norm=0.5, ema=0.5
+    )
+    return dataclasses.replace(config, optimizer=optimizer, batch_size=3, **changes)
+
+
+def batches(config: Train, count: int) -> list[dict]:
+    """Random batches; some samples end with padding."""
+    rng = np.random.default_rng(0)
+    model, b = config.model, config.batch_size
+    shape = (b, model.action_horizon, model.action_dim)
+    size = model.vision.image_size
+    return [
+        {
+            "image": {c: rng.integers(0, 256, (b, size, size, 3), np.uint8) for c in model.cameras},
+            "image_mask": {c: np.ones(b, bool) for c in model.cameras},
+            "state": rng.standard_normal(shape[::2], np.float32),
+            "tokenized_prompt": rng.integers(0, model.vocab_size, (b, model.max_token_len)).astype(np.int32),
+            "tokenized_prompt_mask": np.arange(model.max_token_len) < rng.integers(3, 11, (b, 1)),
+            "actions": rng.standard_normal(shape, np.float32),
+            "action_is_pad": np.arange(shape[1]) >= rng.integers(10, shape[1] + 1, (b, 1)),
+            "noise": rng.standard_normal(shape, np.float32),
+            "time": rng.uniform(0.1, 1, b).astype(np.float32),
+        }
+        for _ in range(count)
+    ]
+
+
+def trainer(name: str, config: Train):
+    framework = Framework(name)
+    weights = tables.translate(init.Fresh(config.model, 0), config.model, "flax", name)
+    return framework.backend.train.Trainer(config, weights, "cpu")
+
+
+def canonical(trainer_, name: str, config: Train) -> dict[str, np.ndarray]:
+    return dict(tables.translate(trainer_.weights(), config.model, name, "flax"))
+
+
+def test_frameworks_agree_for_five_steps():
+    config = run_config()
+    data = batches(config, 5)
+    losses, weights, raw = {}, {}, {}
+    for name in NAMES:
+        t = trainer(name, config)
+        losses[name] = [float(t.update(batch)["loss"]) for batch in data]
+        losses[name].append(t.evaluate(data[0]))
+        weights[name] = canonical(t, name, config)
+        state = {k.removeprefix("raw/"): v for k, v in t.train_state().items() if k.startswith("raw/")}
+        raw[name] = dict(tables.translate(state, config.model, name, "flax"))
+    np.testing.assert_allclose(losses["torch"], losses["flax"], atol=1e-4, rtol=0)
+    assert losses["flax"][-1] < losses["flax"][0]  # both of the first batch
+    fresh = init.Fresh(config.model, 0)
+    for path in fresh:
+        # A bias of the keys shifts all logits of a query alike: its gradient is rounding, which Adam scales up.
+        if path != "vision/blocks/attn/k/bias":
+            np.testing.assert_allclose(raw["torch"][path], raw["flax"][path], atol=1e-4, rtol=0, err_msg=path)
+            np.testing.assert_allclose(weights["torch"][path], weights["flax"][path], atol=1e-4, rtol=0, err_msg=path)
+    assert max(np.abs(weights["flax"][p] - fresh[p]).max() for p in fresh) > 5e-4  # and they moved
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_parameters_stay(name):
+    config = run_config(frozen=("^vision", "embedding$"))
+    t = trainer(name, config)
+    t.update(batches(config, 1)[0])
+    after, fresh = canonical(t, name, config), init.Fresh(config.model, 0)
+    for path in fresh:
+        frozen = path.startswith("vision") or path.endswith("embedding")
+        # What no gradient reaches (the norm after the last prefix layer) moves by weight decay alone; it is zero.
+        assert np.array_equal(after[path], fresh[path]) == (frozen or path == "gemma/norms/0/scale"), path
+    assert not any("vision" in key for key in t.train_state())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_is_not_learned(name):
+    """Actions that are padding don't change the loss, unless asked for."""
+    config = run_config()
+    batch = batches(config, 1)[0]
+    spoilt = {**batch, "actions": np.where(batch["action_is_pad"][..., None], 99.0, batch["actions"]).astype(np.float32)}
+    assert trainer(name, config).evaluate(batch) != pytest.approx(0)
+    # The noisy actions are inputs too, so only the loss of the last action can be compared: make nothing else depend.
+    spoilt["time"] = batch["time"] = np.ones_like(batch["time"])  # pure noise: the inputs are the same
+    assert trainer(name, config).evaluate(batch) == trainer(name, config).evaluate(spoilt)
+    openpi = dataclasses.replace(config, loss_on_padding=True)
+    assert trainer(name, openpi).evaluate(batch) < trainer(name, openpi).evaluate(spoilt)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_restored_equals_never_stopped(name):
+    config = run_config()
+    data = batches(config, 4)
+    straight = trainer(name, config)
+    for batch in data:
+        straight.update(batch)
+    first = trainer(name, config)
+    for batch in data[:2]:
+        first.update(batch)
+    second = Framework(name).backend.train.Trainer(config, first.weights(), "cpu")
+    second.restore(2, first.train_state())
+    for batch in data[2:]:
+        second.update(batch)
+    assert second.step == 4
+    for path, value in straight.weights().items():
+        np.testing.assert_array_equal(second.weights()[path], value, err_msg=path)
+    for path, value in straight.train_state().items():
+        np.testing.assert_array_equal(second.train_state()[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_by_hand(name):
+    """Clipped AdamW and the moving average, against numpy, for one matrix."""
+    config = run_config()
+    batch = batches(config, 1)[0]
+    path = {"flax": "action_out_proj/kernel", "torch": "action_out_proj.weight"}[name]
+    t = trainer(name, config)
+    before = t.weights()[path].copy()
+    metrics = t.update(batch)
+    state, o = t.train_state(), config.optimizer
+    gradient = state[f"mu/{path}"] / (1 - o.b1)  # after one step from zero, clipped
+    assert np.linalg.norm(gradient) <= o.clip_norm < float(metrics["grad_norm"])
+    np.testing.assert_allclose(state[f"nu/{path}"], (1 - o.b2) * gradient**2, rtol=1e-4, atol=1e-12)
+    rate = learning_rate(0, o)
+    stepped = before - rate * (gradient / (np.abs(gradient) + o.eps) + o.weight_decay * before)
+    np.testing.assert_allclose(state[f"raw/{path}"], stepped, atol=1e-6)
+    np.testing.assert_allclose(t.weights()[path], o.ema * before + (1 - o.ema) * stepped, atol=1e-6)
+
+
+def test_schedule():
+    o = Optimizer()
+    assert learning_rate(0, o) == pytest.approx(o.peak_lr / 1001)
+    assert learning_rate(1000, o) == pytest.approx(o.peak_lr)
+    assert learning_rate(30000, o) == learning_rate(99999, o) == pytest.approx(o.end_lr)
+    assert all(learning_rate(s, o) > learning_rate(s + 1, o) for s in range(1000, 29999, 999))
+
+
+def test_euler_times():
+    for n in (1, 4, 10, 50):
+        times, dt = euler_times(n)
+        assert len(times) == n and times[0] == 1 and times.dtype == dt.dtype == np.float32
+        np.testing.assert_allclose(times + dt, np.arange(n - 1, -1, -1) / n, atol=1e-5)
