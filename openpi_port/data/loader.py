@@ -11,6 +11,7 @@ B batch, A actions, J action dim, H W pixels.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -32,6 +33,7 @@ from openpi_port.errors import UserError
 from openpi_port.rng import draw_noise, draw_time, generator
 
 Batch = dict[str, Any]
+ENDLESS = 2**48  # samples
 MAX_THREADS = 8  # without workers; beyond that Python's lock is the limit
 
 
@@ -71,18 +73,20 @@ class Batches:
     """An iterator over batches of numpy arrays. Workers end with `close`, with the program, or with its death."""
 
     def __init__(self, source: grain.IterDataset):
-        self._iterator = iter(source)
+        self._iterators = [iter(source)]
         # Also runs when the program ends, while the modules that closing needs are still there.
-        self._finalizer = weakref.finalize(self, self._iterator.close)
+        self._finalizer = weakref.finalize(self, _close, self._iterators)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        if not self._iterators:
+            raise StopIteration
         try:
             # Arrays from workers lie in shared memory that is unmapped with them; the framework may still be
             # copying to the device then, so it gets memory of its own (3 ms for 32 samples).
-            return _map_leaves(np.array, next(self._iterator))
+            return _map_leaves(np.array, next(self._iterators[0]))
         except RuntimeError as error:
             died = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
             if died is None:
@@ -90,8 +94,16 @@ class Batches:
             raise UserError(_why(int(died[1]))) from error
 
     def close(self) -> None:
-        """Ends workers and threads; the iterator can't be used any more."""
+        """Ends workers and threads; the iterator is exhausted then."""
         self._finalizer()
+
+
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+    """Closes and forgets: grain's iterators close themselves once more when they are collected, and complain if
+    that is when the interpreter is half gone."""
+    while iterators:
+        iterators.pop().close()
+    gc.collect()  # they refer to one another
 
 
 def train_batches(
@@ -130,7 +142,9 @@ def train_batches(
       UserError: B does not divide among the processes; while iterating, anything wrong with the data, or a worker
         that died.
     """
-    rows = grain.MapDataset.range(len(dataset)).shuffle(seed=seed % 2**32).repeat(None)
+    # As good as endless. grain's own endless length overflows once it is divided by the size of a batch of one.
+    epochs = max(1, ENDLESS // max(1, len(dataset)))
+    rows = grain.MapDataset.range(len(dataset)).shuffle(seed=seed % 2**32).repeat(epochs)
     make = _MakeSample(dataset, tuple(steps), seed, augment, (action_horizon, action_dim))
     return _batches(rows, make, batch_size, start_step, num_workers, process_index, process_count)
 
