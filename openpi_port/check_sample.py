@@ -28,9 +28,7 @@ def as_uint8_image(image: Any, name: str) -> np.ndarray:
         raise UserError(f"{name}: shape {list(image.shape)} is no image; expected [H, W, 3] or [3, H, W]")
     if np.issubdtype(image.dtype, np.floating):
         if not (image.min() >= 0 and image.max() <= 1):  # also catches NaN
-            raise UserError(
-                f"{name}: float images must be within [0, 1]; got {image.min():.3g} to {image.max():.3g}"
-            )
+            raise UserError(f"{name}: float images must be within [0, 1]; got {image.min():.3g} to {image.max():.3g}")
         image = (image * 255).astype(np.uint8)  # truncates, as openpi does
     elif image.dtype != np.uint8:
         raise UserError(f"{name}: images are uint8 or float, got {image.dtype}")
@@ -51,9 +49,7 @@ def read_numbers(sample: Mapping[str, Any], names: str, where: str) -> np.ndarra
             raise UserError(f"{where}: no {key!r}; there is {have or 'nothing like it'}")
         x = np.asarray(sample[key])
         if not (np.issubdtype(x.dtype, np.number) or x.dtype == bool) or x.ndim not in (0, 1, 2):
-            raise UserError(
-                f"{where}: {key} is {x.dtype} of shape {list(x.shape)}, expected numbers [J] or [A, J]"
-            )
+            raise UserError(f"{where}: {key} is {x.dtype} of shape {list(x.shape)}, expected numbers [J] or [A, J]")
         x = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
         if not (finite := np.isfinite(x)).all():
             index = [int(i) for i in np.argwhere(~finite)[0]]

@@ -83,9 +83,7 @@ def _affine(stats: Stats, mode: Mode, dim: int) -> tuple[np.ndarray, np.ndarray]
     else:
         shift, scale = stats.q01, stats.q99 - stats.q01 + EPS
     if len(shift) < dim:
-        raise UserError(
-            f"the statistics have {len(shift)} dimensions, the values {dim}: another robot's file?"
-        )
+        raise UserError(f"the statistics have {len(shift)} dimensions, the values {dim}: another robot's file?")
     return shift[:dim], scale[:dim]
 
 
@@ -198,9 +196,7 @@ class TinyRange:
 
     def __str__(self) -> str:
         if self.refused:
-            return (
-                f"{self.key}[{self.dim}] spreads {self.spread:.2g}, and normalised reaches {self.worst:.2g}"
-            )
+            return f"{self.key}[{self.dim}] spreads {self.spread:.2g}, and normalised reaches {self.worst:.2g}"
         what = "is constant" if self.spread == 0 else f"spreads only {self.spread:.2g}"
         return f"{self.key}[{self.dim}] {what}"
 
@@ -223,9 +219,7 @@ def tiny_ranges(stats: NormStats, mode: Mode = "zscore") -> list[TinyRange]:
         if s.min is not None and s.max is not None:
             worst = np.maximum(np.abs(normalize(s.min, s, mode)), np.abs(normalize(s.max, s, mode)))
         for dim in range(len(spread)):
-            finding = TinyRange(
-                key, dim, max(float(spread[dim]), 0.0), None if worst is None else float(worst[dim])
-            )
+            finding = TinyRange(key, dim, max(float(spread[dim]), 0.0), None if worst is None else float(worst[dim]))
             if spread[dim] < floor or finding.refused:
                 found.append(finding)
     return found

@@ -84,8 +84,7 @@ def pipeline(
 
     if unknown := sorted(set(data.cameras) - set(model.cameras)):
         raise UserError(
-            f"config.data.cameras: the model has no camera {', '.join(unknown)}; "
-            f"it has {', '.join(model.cameras)}"
+            f"config.data.cameras: the model has no camera {', '.join(unknown)}; it has {', '.join(model.cameras)}"
         )
     robot = robots.load(data.robot)
     state_dim = robot.STATE_DIM or len(stats["state"].mean)
@@ -159,9 +158,7 @@ class Repack:
             out["actions"] = read_numbers(sample, self.actions, where)
         if "action_is_pad" in sample:
             out["action_is_pad"] = np.asarray(sample["action_is_pad"], bool)
-        prompt = next(
-            (p for p in (sample.get("prompt"), self.prompt, sample.get("task")) if p is not None), None
-        )
+        prompt = next((p for p in (sample.get("prompt"), self.prompt, sample.get("task")) if p is not None), None)
         if prompt is None:
             raise UserError(f"{where}: no prompt: give one with the observation or set --config.data.prompt=")
         out["prompt"] = str(prompt)
@@ -191,9 +188,7 @@ class Dims:
         """
         for key, dim in (("state", self.state), ("actions", self.actions)):
             if key in sample and sample[key].shape[-1] != dim:
-                raise UserError(
-                    f"{key} has {sample[key].shape[-1]} dimensions, this robot has {dim}: wrong robot?"
-                )
+                raise UserError(f"{key} has {sample[key].shape[-1]} dimensions, this robot has {dim}: wrong robot?")
         return sample
 
     def inverse(self, sample: Sample) -> Sample:
@@ -397,9 +392,7 @@ class PadDims:
                 continue
             x = sample[key]
             if (extra := self.dim - x.shape[-1]) < 0:
-                raise UserError(
-                    f"{key} has {x.shape[-1]} dimensions, config.model.action_dim only {self.dim}"
-                )
+                raise UserError(f"{key} has {x.shape[-1]} dimensions, config.model.action_dim only {self.dim}")
             out[key] = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, extra)])
         return out
 

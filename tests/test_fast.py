@@ -163,9 +163,7 @@ def test_a_merge_order_that_the_quick_way_cannot_take_goes_to_the_library(fitted
     model = json.loads(fitted._json)
     model["model"]["merges"].reverse()
     twisted = fast_bpe.FastBpe(json.dumps(model))
-    codes = (fitted.coefficients(smooth(np.random.default_rng(1), 5, 20, 6, 0.5)) - fitted.min_token).reshape(
-        5, -1
-    )
+    codes = (fitted.coefficients(smooth(np.random.default_rng(1), 5, 20, 6, 0.5)) - fitted.min_token).reshape(5, -1)
     library = Tokenizer.from_str(json.dumps(model))
     assert twisted.encode(codes) == [library.encode("".join(map(chr, row))).ids for row in codes]
 
@@ -231,9 +229,7 @@ def test_actions_that_do_not_fit_are_an_error_or_counted(shared, sequence, caplo
         for _ in range(3):
             got = lenient.encode("go", state, actions, 60)
     assert lenient.truncated_actions == 3 and len(caplog.records) == 1
-    assert (
-        got["tokenized_prompt_mask"].all() and got["token_loss_mask"].sum() == got["token_ar_mask"].sum() < 60
-    )
+    assert got["tokenized_prompt_mask"].all() and got["token_loss_mask"].sum() == got["token_ar_mask"].sum() < 60
 
 
 def test_small_vocabularies(fitted):

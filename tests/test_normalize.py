@@ -27,9 +27,7 @@ def test_golden_normalisation(io, mode):
     stats, x = stats_of(io), io["norm/x"]
     y = n.normalize(x, stats, mode)
     np.testing.assert_array_equal(y, io[f"norm/{mode}"])
-    np.testing.assert_allclose(
-        n.unnormalize(y, stats, mode), io[f"norm/un_{mode}"][:, :14], rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose(n.unnormalize(y, stats, mode), io[f"norm/un_{mode}"][:, :14], rtol=0, atol=1e-12)
 
 
 def test_golden_running_statistics(io):
@@ -129,9 +127,7 @@ def test_unnormalise_inverts(dim, extra, mode, seed):
     std, spread = rng.uniform(0, 2, size=(2, dim + extra))
     stats = n.Stats(mean, std, low, low + spread)
     x = rng.normal(size=(5, dim))
-    np.testing.assert_allclose(
-        n.unnormalize(n.normalize(x, stats, mode), stats, mode), x, rtol=1e-9, atol=1e-9
-    )
+    np.testing.assert_allclose(n.unnormalize(n.normalize(x, stats, mode), stats, mode), x, rtol=1e-9, atol=1e-9)
     y = n.normalize(x.astype(np.float32), stats, mode)
     assert y.dtype == np.float32
 
@@ -228,7 +224,5 @@ def test_tiny_ranges_warn_and_exploding_values_refuse():
     run.update(x)
     stats = {"state": run.finish()}
     assert n.before_training(stats, "zscore", "some/data") is None
-    with pytest.raises(
-        UserError, match=r"some/data: state\[1\] spreads 0, and normalised reaches 2e\+06.*norm=zscore"
-    ):
+    with pytest.raises(UserError, match=r"some/data: state\[1\] spreads 0, and normalised reaches 2e\+06.*norm=zscore"):
         n.before_training(stats, "quantile", "some/data")

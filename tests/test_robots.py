@@ -30,9 +30,7 @@ def inputs(io, prefix):
 
 def check(io, prefix, got, atol):
     want = {k.removeprefix(prefix): v for k, v in io.items() if k.startswith(prefix)}
-    assert set(want) == {"state", "actions"} | {
-        f"{p}/{c}" for p in ("image", "image_mask") for c in got["image"]
-    }
+    assert set(want) == {"state", "actions"} | {f"{p}/{c}" for p in ("image", "image_mask") for c in got["image"]}
     for name, value in want.items():
         here = got
         for part in name.split("/"):

@@ -15,9 +15,7 @@ from openpi_port.errors import UserError
 from openpi_port.normalize import Stats
 
 CAMERAS = {"base_0_rgb": "observation.images.top"}
-MODEL = Pi0(
-    SIGLIP["debug"], LANGUAGE["debug"], EXPERT["debug"], action_dim=20, action_horizon=4, max_token_len=6
-)
+MODEL = Pi0(SIGLIP["debug"], LANGUAGE["debug"], EXPERT["debug"], action_dim=20, action_horizon=4, max_token_len=6)
 
 
 class Letters:
@@ -84,9 +82,7 @@ def test_the_whole_list_and_back(robot, norm, delta, state_in, extra, seed):
     rng = np.random.default_rng(seed)
     raw = freeze(raw_sample(rng))
     keys = set(raw)
-    stats = random_stats(
-        rng, 14 + (extra if robot != "lerobot" else 0)
-    )  # longer statistics are cut, as in openpi
+    stats = random_stats(rng, 14 + (extra if robot != "lerobot" else 0))  # longer statistics are cut, as in openpi
     model = dataclasses.replace(MODEL, state_in=state_in)
     steps = t.pipeline(data_config(robot, norm, tuple(delta)), model, stats, Letters())
     sample = t.forward(steps, raw)

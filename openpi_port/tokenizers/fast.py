@@ -101,7 +101,11 @@ class FastTokenizer:
         actions = np.asarray(actions)
         if not (finite := np.isfinite(actions)).all():
             raise UserError(f"actions{np.argwhere(~finite)[0].tolist()} is not a finite number")
-        return np.around(scipy.fft.dct(actions, axis=-2, norm="ortho") * self.scale).astype(np.int64)
+        return np.around(self.transform(actions)).astype(np.int64)
+
+    def transform(self, actions: np.ndarray) -> np.ndarray:
+        """The coefficients [..., A, J] before rounding."""
+        return scipy.fft.dct(actions, axis=-2, norm="ortho") * self.scale
 
     def encode(self, actions: np.ndarray, out_of_range: OutOfRange = "error") -> list[list[int]]:
         """Token ids per chunk.
@@ -116,9 +120,7 @@ class FastTokenizer:
         """
         return self.encode_coefficients(self.coefficients(actions), out_of_range)
 
-    def encode_coefficients(
-        self, coefficients: np.ndarray, out_of_range: OutOfRange = "error"
-    ) -> list[list[int]]:
+    def encode_coefficients(self, coefficients: np.ndarray, out_of_range: OutOfRange = "error") -> list[list[int]]:
         """As `encode`, from integers [B, A, J]."""
         codes = coefficients - self.min_token
         wrong = (codes < 0) | (codes >= SURROGATES)
@@ -142,9 +144,7 @@ class FastTokenizer:
         known = np.flatnonzero(self._writable)
         above = np.clip(np.searchsorted(known, codes), 0, len(known) - 1)
         below = np.maximum(above - 1, 0)
-        return np.where(
-            np.abs(known[above] - codes) < np.abs(known[below] - codes), known[above], known[below]
-        )
+        return np.where(np.abs(known[above] - codes) < np.abs(known[below] - codes), known[above], known[below])
 
     def decode(self, tokens: Sequence[Sequence[int]], horizon: int, dim: int) -> np.ndarray:
         """Token ids to chunks.
@@ -193,9 +193,7 @@ class FastTokenizer:
         path = Path(path)
         try:
             config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-            inner = (
-                path / "bpe_tokenizer"
-            )  # where transformers 5 puts the tokenizer when it saves a processor
+            inner = path / "bpe_tokenizer"  # where transformers 5 puts the tokenizer when it saves a processor
             home = inner if inner.is_dir() else path
             texts = [(home / name).read_text(encoding="utf-8") for name in FILES[1:3]]
             return cls(
@@ -208,9 +206,7 @@ class FastTokenizer:
                 texts[1],
             )
         except OSError as error:
-            raise UserError(
-                f"{error.filename}: cannot be read ({error.strerror}); a FAST tokenizer has it"
-            ) from error
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror}); a FAST tokenizer has it") from error
         except KeyError as error:
             raise UserError(f"{path / CONFIG}: no field {error}") from error
         except Exception as error:  # the tokenizers library raises plain Exception
@@ -256,9 +252,7 @@ class FastTokenizer:
         """
         actions = np.asarray(actions)
         if actions.ndim != 3 or actions.size == 0:
-            raise UserError(
-                f"FAST: nothing to fit: actions have shape {list(actions.shape)}, expected [B, A, J]"
-            )
+            raise UserError(f"FAST: nothing to fit: actions have shape {list(actions.shape)}, expected [B, A, J]")
         blank = cls(_json({"model": {"type": "BPE", "vocab": {}, "merges": []}}), scale, 0, vocab_size)
         codes = blank.coefficients(actions).reshape(len(actions), -1)
         low, high = int(codes.min()), int(codes.max())
@@ -267,9 +261,7 @@ class FastTokenizer:
         symbol = {byte: text for text, byte in byte_symbols().items()}
         alphabet = sorted({symbol[b] for c in range(high - low + 1) for b in chr(c).encode()})
         if len(alphabet) >= vocab_size:
-            raise UserError(
-                f"FAST: vocab_size={vocab_size} must exceed the {len(alphabet)} bytes of the range"
-            )
+            raise UserError(f"FAST: vocab_size={vocab_size} must exceed the {len(alphabet)} bytes of the range")
 
         bpe = Tokenizer(BPE())
         bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

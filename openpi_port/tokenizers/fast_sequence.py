@@ -62,9 +62,7 @@ class FastSequence:
                 f"{text.vocab_size} text pieces: needs {text.vocab_size + len(fast.token_bytes) + RESERVED}"
             )
 
-    def encode(
-        self, prompt: str, state: np.ndarray, actions: np.ndarray | None, max_len: int
-    ) -> dict[str, np.ndarray]:
+    def encode(self, prompt: str, state: np.ndarray, actions: np.ndarray | None, max_len: int) -> dict[str, np.ndarray]:
         """One sequence.
 
         Args:
@@ -119,9 +117,7 @@ class FastSequence:
         ids = [int(i) for i in tokens]
         lead = len(self.prompt_ids)
         start = lead if ids[:lead] == self.prompt_ids else 0
-        end = next(
-            (i for i in range(start, len(ids)) if ids[i : i + len(self.end_ids)] == self.end_ids), None
-        )
+        end = next((i for i in range(start, len(ids)) if ids[i : i + len(self.end_ids)] == self.end_ids), None)
         if end is None:
             raise MalformedTokens(f"no '|' ends the actions within {len(ids)} tokens: {ids[:8]}...")
         chunk = [self.first_id - i for i in ids[start:end]]

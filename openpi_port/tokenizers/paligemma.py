@@ -147,9 +147,7 @@ def _paligemma() -> Path:
         with urllib.request.urlopen(PALIGEMMA_URL, timeout=TIMEOUT_S) as response:
             content = response.read()
         if (got := PromptTokenizer(content).vocab_size) != 257152:
-            raise UserError(
-                f"{PALIGEMMA_URL}: {got} pieces instead of 257152; --config.tokenizer= takes a path"
-            )
+            raise UserError(f"{PALIGEMMA_URL}: {got} pieces instead of 257152; --config.tokenizer= takes a path")
         ours.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content)
         os.replace(part, ours)

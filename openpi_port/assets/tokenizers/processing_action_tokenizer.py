@@ -34,9 +34,7 @@ class UniversalActionProcessor(ProcessorMixin):
         chunks = chunks[None] if chunks.ndim == 2 else chunks
         codes = np.around(dct(chunks, axis=1, norm="ortho") * self.scale).astype(int) - self.min_token
         if (codes < 0).any():
-            raise ValueError(
-                f"coefficient {codes.min() + self.min_token} is below min_token={self.min_token}"
-            )
+            raise ValueError(f"coefficient {codes.min() + self.min_token} is below min_token={self.min_token}")
         texts = ["".join(map(chr, row)) for row in codes.reshape(len(codes), -1)]
         return [self.bpe_tokenizer(text)["input_ids"] for text in texts]
 
