@@ -19,10 +19,10 @@ from openpi_port import normalize
 from openpi_port.check_sample import as_uint8_image, read_numbers, split_keys, where_from
 from openpi_port.errors import UserError
 from openpi_port.images import resize_with_pad
+from openpi_port.tokenizers.fast_sequence import FastSequence
 
 if TYPE_CHECKING:
     from openpi_port.config import Data, Pi0
-    from openpi_port.tokenizers.fast_sequence import FastSequence
     from openpi_port.tokenizers.paligemma import PromptTokenizer
 
 Sample = dict[str, Any]
@@ -100,7 +100,7 @@ def pipeline(
         Resize(model.vision.image_size),
         FillCameras(tuple(model.cameras), missing_visible),
     )
-    if hasattr(tokenizer, "decode_actions"):
+    if isinstance(tokenizer, FastSequence):
         return (*common, TokenizeFast(tokenizer, model.max_token_len, model.action_horizon, action_dim))
     return (
         *common,

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from tokenizers import Tokenizer
 
 from openpi_port import transforms
+from openpi_port.config import EXPERT, LANGUAGE, SIGLIP, Data, Pi0
 from openpi_port.errors import UserError
+from openpi_port.normalize import Stats
 from openpi_port.tokenizers import fast_bpe, paligemma
 from openpi_port.tokenizers.fast import FILES, FastTokenizer, MalformedTokens
 from openpi_port.tokenizers.fast_sequence import FastSequence
@@ -257,7 +259,34 @@ def test_transform(sequence):
     assert not observed["token_loss_mask"].any()
 
 
+def test_the_whole_list_for_fast_and_back(sequence):
+    """As openpi's: nothing is padded, cameras that are missing stay visible, the answer is tokens."""
+    rng = np.random.default_rng(0)
+    model = Pi0(SIGLIP["debug"], LANGUAGE["debug"], EXPERT["debug"], action_horizon=10, max_token_len=250)
+    data = Data("x", "libero", {"base_0_rgb": "image"}, state="state", actions="actions", norm="quantile")
+    stats = {k: Stats(np.zeros(n), np.ones(n), -np.ones(n), np.ones(n)) for k, n in (("state", 8), ("actions", 7))}
+    steps = transforms.pipeline(data, model, stats, sequence, missing_visible=True)
+    raw = {"image": np.zeros((8, 8, 3), np.uint8), "state": rng.uniform(-1, 1, 8), "prompt": "go"}
+    raw["actions"] = smooth(rng, 1, 10, 7)[0]
+    sample = transforms.forward(steps, raw)
+    assert sample["state"].shape == (8,) and all(sample["image_mask"].values())
+    tokens = sample["tokenized_prompt"][sample["token_loss_mask"]]
+    answer = transforms.inverse(steps, {"state": sample["state"], "tokens": tokens})
+    assert np.abs(answer["actions"] - raw["actions"]).max() < 0.2
+
+
 # ---- files
+
+
+def test_autoprocessor_opens_ours(fitted, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers", reason="only to compare with")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fitted.save(tmp_path)
+    theirs = transformers.AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    chunks = smooth(np.random.default_rng(0), 300, 20, 6)
+    ids = theirs(chunks)
+    assert [list(map(int, i)) for i in ids] == fitted.encode(chunks)
+    np.testing.assert_array_equal(theirs.decode(ids), fitted.decode(ids, 20, 6))
 
 
 def test_what_was_opened_is_written_back(shared, universal, tmp_path):
