@@ -20,7 +20,9 @@ from openpi_port.config import SIZES, Train, build
 from openpi_port.errors import UserError, near
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-CONFIG = config_flags.DEFINE_config_file("config", None, "NAME[:SIZE] of configs/, or a path; then --config.field=value")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "NAME[:SIZE] of configs/, or a path; then --config.field=value"
+)
 
 
 def config() -> Train:
@@ -117,4 +119,3 @@ def _largest(argv: list[str], path: Path) -> str:
         f"(--config.model.size= overrides)"
     )
     return size
-

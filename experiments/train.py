@@ -59,9 +59,10 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
     saver = checkpoint.Saver(run, config.keep_every)
     window = Window(config.batch_size)
     batches = data.batches(start.step)
-    with Metrics(run, start.step) as metrics, tqdm(
-        total=config.num_steps, initial=start.step, unit="step", dynamic_ncols=True
-    ) as bar:
+    with (
+        Metrics(run, start.step) as metrics,
+        tqdm(total=config.num_steps, initial=start.step, unit="step", dynamic_ncols=True) as bar,
+    ):
         while trainer.step < config.num_steps and not stop.asked:
             batch = window.wait_for(batches)
             window.add(trainer.update(batch))

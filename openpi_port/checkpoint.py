@@ -1,11 +1,11 @@
 """The checkpoint directory, which describes itself, and how it gets to disk whole or not at all.
 
-    RUN/STEP/policy.json         what the policy is: model, data and transform settings, tokenizer, framework, step
-             norm_stats.json     statistics of state and actions, in openpi's format
-             tokenizer.model     the SentencePiece model of the prompt
-             params/             weights (orbax) in Flax
-             model.safetensors   weights in torch
-             train_state/        what else a resume needs: Adam's moments, raw weights beside averaged ones
+RUN/STEP/policy.json         what the policy is: model, data and transform settings, tokenizer, framework, step
+         norm_stats.json     statistics of state and actions, in openpi's format
+         tokenizer.model     the SentencePiece model of the prompt
+         params/             weights (orbax) in Flax
+         model.safetensors   weights in torch
+         train_state/        what else a resume needs: Adam's moments, raw weights beside averaged ones
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def read_policy(path: Path) -> Policy:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
         if tree["format"] > FORMAT:
-            raise UserError(f"{file}: format {tree['format']} is newer than this version's {FORMAT}; upgrade openpi_port")
+            raise UserError(
+                f"{file}: format {tree['format']} is newer than this version's {FORMAT}; upgrade openpi_port"
+            )
         tokenizer = tree["tokenizer"]
         train = {**tree["train"], "model": tree["model"], "data": tree["data"], "tokenizer": tokenizer["spec"]}
         return Policy(build(Train, train, "train"), tree["step"], tree["framework"], tokenizer["sha256"])
@@ -148,7 +150,9 @@ class Saver:
         if isinstance(error, OSError) or any(words in str(error) for words in ("No space left", "ENOSPC")):
             reason = "the disk is full" if getattr(error, "errno", errno.ENOSPC) == errno.ENOSPC else error
             have = ", ".join(map(str, steps(self._run))) or "none"
-            raise UserError(f"{self._run}: the checkpoint could not be written ({reason}); finished ones: {have}") from error
+            raise UserError(
+                f"{self._run}: the checkpoint could not be written ({reason}); finished ones: {have}"
+            ) from error
         raise error
 
     def _save(self, step: int, fill: Callable[[Path], None]) -> None:

@@ -239,9 +239,7 @@ def build(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
     missing = [
         f"{where}.{f.name}"
         for f in fields.values()
-        if f.name not in kwargs
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        if f.name not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise UserError(f"{', '.join(missing)}: no value given")

@@ -37,7 +37,9 @@ class Framework:
 
     def numpy(self, array: Any) -> np.ndarray:
         """A float32, integer or boolean array of the framework as numpy."""
-        return array.detach().float().numpy() if self.name == "torch" and array.is_floating_point() else np.asarray(array)
+        return (
+            array.detach().float().numpy() if self.name == "torch" and array.is_floating_point() else np.asarray(array)
+        )
 
     def gradients(self, model: Any, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Gradient of the mean loss by canonical name."""

@@ -95,7 +95,10 @@ def test_padding_is_not_learned(name):
     """Actions that are padding don't change the loss, unless asked for."""
     config = run_config()
     batch = batches(config, 1)[0]
-    spoilt = {**batch, "actions": np.where(batch["action_is_pad"][..., None], 99.0, batch["actions"]).astype(np.float32)}
+    spoilt = {
+        **batch,
+        "actions": np.where(batch["action_is_pad"][..., None], 99.0, batch["actions"]).astype(np.float32),
+    }
     assert trainer(name, config).evaluate(batch) != pytest.approx(0)
     # The noisy actions are inputs too, so only the loss of the last action can be compared: make nothing else depend.
     spoilt["time"] = batch["time"] = np.ones_like(batch["time"])  # pure noise: the inputs are the same

@@ -44,9 +44,7 @@ class Material:
 
     def validation_batches(self) -> loader.Batches:
         """The same few validation batches at every call."""
-        return loader.eval_batches(
-            self.validation, self.steps, **self._shape(), num_batches=self.config.eval_batches
-        )
+        return loader.eval_batches(self.validation, self.steps, **self._shape(), num_batches=self.config.eval_batches)
 
     def _shape(self) -> dict[str, int]:
         model = self.config.model
