@@ -102,14 +102,17 @@ class Pi0(nnx.Module):
         valid = jnp.ones(x.shape[:2], bool)
         return Tokens(x, valid, jnp.broadcast_to(jnp.array(starts), x.shape[:2])), cond
 
-    def velocity(self, batch: Batch, x_t: jax.Array, time: jax.Array) -> jax.Array:
-        """The predicted velocity [B, A, J] at noisy actions x_t [B, A, J] and flow times [B]; one joint pass."""
+    def joint_inputs(self, batch: Batch, x_t: jax.Array, time: jax.Array) -> tuple[list, list, jax.Array, jax.Array]:
+        """Tokens and conditions of the two experts, positions [B, S] and mask [B, S, S] of one joint pass."""
         prefix = self.embed_prefix(batch)
         suffix, cond = self.embed_suffix(jnp.asarray(batch["state"]), x_t, time)
         valid = jnp.concatenate([prefix.valid, suffix.valid], axis=1)
         starts_block = jnp.concatenate([prefix.starts_block, suffix.starts_block], axis=1)
-        mask = attention_mask(valid, starts_block)
-        (_, out), _ = self.gemma([prefix.x, suffix.x], [None, cond], positions(valid), mask)
+        return [prefix.x, suffix.x], [None, cond], positions(valid), attention_mask(valid, starts_block)
+
+    def velocity(self, batch: Batch, x_t: jax.Array, time: jax.Array) -> jax.Array:
+        """The predicted velocity [B, A, J] at noisy actions x_t [B, A, J] and flow times [B]; one joint pass."""
+        (_, out), _ = self.gemma(*self.joint_inputs(batch, x_t, time))
         return self._project_out(out)
 
     def loss(self, batch: Batch, noise: jax.Array, time: jax.Array) -> jax.Array:
@@ -132,9 +135,7 @@ class Pi0(nnx.Module):
         """Runs the prefix once: its tokens, and the keys and values that every Euler step attends to."""
         prefix = self.embed_prefix(batch)
         mask = attention_mask(prefix.valid, prefix.starts_block)
-        _, cache = self.gemma(
-            [prefix.x, None], [None, None], positions(prefix.valid), mask, return_cache=True
-        )
+        _, cache = self.gemma([prefix.x, None], [None, None], positions(prefix.valid), mask, return_cache=True)
         return prefix, cache
 
     def denoise(self, prefix: Tokens, cache: KVCache, state: jax.Array, x_t: jax.Array, time: jax.Array) -> jax.Array:

@@ -67,12 +67,16 @@ class Siglip(nnx.Module):
         self.norm = LayerNorm(config.width)
         self.head = Linear(config.width, d_out, bias=True)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Takes float32 images [B, H, W, 3]; returns tokens [B, T, D] in the working dtype."""
+    def embed(self, images: jax.Array) -> jax.Array:
+        """Patches of float32 images [B, H, W, 3] with their positions, [B, T, W] in the working dtype."""
         p = self.patch_size
         patches = rearrange(images, "B (h p) (w q) c -> B (h w) (p q c)", p=p, q=p)
         x = self.patch_embed(patches) + self.pos_embedding[...]  # in float32, as the reference
-        x = x.astype(self.compute.dtype)
+        return x.astype(self.compute.dtype)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Takes float32 images [B, H, W, 3]; returns tokens [B, T, D] in the working dtype."""
+        x = self.embed(images)
 
         graph, layers = nnx.split(self.blocks)
 

@@ -103,14 +103,17 @@ class Pi0(nn.Module):
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         return Tokens(x, valid, torch.tensor(starts, device=x.device).expand(x.shape[:2])), cond
 
-    def velocity(self, batch: Batch, x_t: Tensor, time: Tensor) -> Tensor:
-        """The predicted velocity [B, A, J] at noisy actions x_t [B, A, J] and flow times [B]; one joint pass."""
+    def joint_inputs(self, batch: Batch, x_t: Tensor, time: Tensor) -> tuple[list, list, Tensor, Tensor]:
+        """Tokens and conditions of the two experts, positions [B, S] and mask [B, S, S] of one joint pass."""
         prefix = self.embed_prefix(batch)
         suffix, cond = self.embed_suffix(batch["state"], x_t, time)
         valid = torch.cat([prefix.valid, suffix.valid], dim=1)
         starts_block = torch.cat([prefix.starts_block, suffix.starts_block], dim=1)
-        mask = attention_mask(valid, starts_block)
-        (_, out), _ = self.gemma([prefix.x, suffix.x], [None, cond], positions(valid), mask)
+        return [prefix.x, suffix.x], [None, cond], positions(valid), attention_mask(valid, starts_block)
+
+    def velocity(self, batch: Batch, x_t: Tensor, time: Tensor) -> Tensor:
+        """The predicted velocity [B, A, J] at noisy actions x_t [B, A, J] and flow times [B]; one joint pass."""
+        (_, out), _ = self.gemma(*self.joint_inputs(batch, x_t, time))
         return self._project_out(out)
 
     def loss(self, batch: Batch, noise: Tensor, time: Tensor) -> Tensor:
@@ -133,9 +136,7 @@ class Pi0(nn.Module):
         """Runs the prefix once: its tokens, and the keys and values that every Euler step attends to."""
         prefix = self.embed_prefix(batch)
         mask = attention_mask(prefix.valid, prefix.starts_block)
-        _, cache = self.gemma(
-            [prefix.x, None], [None, None], positions(prefix.valid), mask, return_cache=True
-        )
+        _, cache = self.gemma([prefix.x, None], [None, None], positions(prefix.valid), mask, return_cache=True)
         return prefix, cache
 
     def denoise(self, prefix: Tokens, cache: KVCache, state: Tensor, x_t: Tensor, time: Tensor) -> Tensor:

@@ -72,12 +72,16 @@ class Siglip(nn.Module):
         self.norm = LayerNorm(config.width)
         self.head = Linear(config.width, d_out, bias=True)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Takes float32 images [B, H, W, 3]; returns tokens [B, T, D] in the working dtype."""
+    def embed(self, images: Tensor) -> Tensor:
+        """Patches of float32 images [B, H, W, 3] with their positions, [B, T, W] in the working dtype."""
         p = self.patch_size
         patches = rearrange(images, "B (h p) (w q) c -> B (h w) (p q c)", p=p, q=p)
         x = self.patch_embed(patches) + self.pos_embedding  # in float32, as the reference
-        x = x.to(getattr(torch, self.compute.dtype))
+        return x.to(getattr(torch, self.compute.dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Takes float32 images [B, H, W, 3]; returns tokens [B, T, D] in the working dtype."""
+        x = self.embed(images)
 
         for block in self.blocks:
             if self.compute.remat == "full" and torch.is_grad_enabled():
