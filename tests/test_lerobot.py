@@ -176,7 +176,7 @@ def test_episodes_keep_the_given_order_and_may_share_a_file(made):
 
 
 def test_embedded_images_and_scalar_columns(tmp_path):
-    """v2.1 with dtype "image", one-dimensional actions stored as plain numbers, state in two columns."""
+    """dtype "image", two episodes in a file of several row groups; scalar actions; state in two columns."""
     root = tmp_path / "old"
     (root / "meta").mkdir(parents=True)
     (root / "data").mkdir()
@@ -187,10 +187,12 @@ def test_embedded_images_and_scalar_columns(tmp_path):
         "action": {"dtype": "float32", "shape": [1], "names": None},
     }
     info = {"codebase_version": "v2.1", "fps": 5, "chunks_size": 1000, "features": features,
-            "data_path": "data/e{episode_index:06d}.parquet"}  # fmt: skip
+            "data_path": "data/all.parquet"}  # fmt: skip
     (root / "meta" / "info.json").write_text(json.dumps(info))
     (root / "meta" / "tasks.jsonl").write_text('{"task_index": 0, "task": "wave"}\n')
-    (root / "meta" / "episodes.jsonl").write_text('{"episode_index": 0, "tasks": ["wave"], "length": 6}\n')
+    (root / "meta" / "episodes.jsonl").write_text(
+        '{"episode_index": 0, "tasks": ["wave"], "length": 2}\n{"episode_index": 1, "tasks": ["wave"], "length": 4}\n'
+    )
     images = np.random.default_rng(0).integers(0, 256, (6, 20, 30, 3), np.uint8)
 
     def png(image: np.ndarray) -> bytes:
@@ -202,9 +204,9 @@ def test_embedded_images_and_scalar_columns(tmp_path):
         TOP: [{"bytes": png(image), "path": None} for image in images],
         "joints": pa.array([[i, -i] for i in range(6)], pa.list_(pa.float32(), 2)),
         "gripper": np.arange(6.0), "action": np.arange(6, dtype=np.float32),
-        "timestamp": np.arange(6, dtype=np.float32) / 5, "episode_index": [0] * 6, "task_index": [0] * 6,
+        "timestamp": np.float32([0, 1, 0, 1, 2, 3]) / 5, "episode_index": [0, 0, 1, 1, 1, 1], "task_index": [0] * 6,
     })  # fmt: skip
-    pq.write_table(table, root / "data" / "e000000.parquet", row_group_size=4)
+    pq.write_table(table, root / "data" / "all.parquet", row_group_size=4)
     arguments = {"state": "joints, gripper", "horizon": 2, "cameras": {"base_0_rgb": TOP}}
     data = LeRobotDataset(root, **arguments)
     cached = LeRobotDataset(root, image_size=30, cache=FrameCache(30, 1.0, tmp_path / "frames"), **arguments)
@@ -214,7 +216,7 @@ def test_embedded_images_and_scalar_columns(tmp_path):
         np.testing.assert_array_equal(cached[index][TOP], resize_with_pad(images[index], 30))
         np.testing.assert_array_equal(sample["joints"], [index, -index])
         np.testing.assert_array_equal(sample["gripper"], [index])
-        np.testing.assert_array_equal(sample["action"], [[index], [min(index + 1, 5)]])
+        np.testing.assert_array_equal(sample["action"], [[index], [index if index in (1, 5) else index + 1]])
 
 
 # Faults: each is one line that says where

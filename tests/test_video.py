@@ -22,8 +22,8 @@ from openpi_port.errors import UserError
 
 FRAMES, GOP, FPS = 47, 12, 25
 KINDS = {
-    "h264": ("libx264", {"g": str(GOP), "bf": "0"}),
-    "h264_reordered": ("libx264", {"g": str(GOP), "bf": "3", "b-pyramid": "strict", "x264-params": "open-gop=1"}),
+    "h264": ("libx264", {"g": str(GOP), "bf": "0", "sc_threshold": "0"}),
+    "h264_reordered": ("libx264", {"g": str(GOP), "bf": "3", "sc_threshold": "0", "x264-params": "open-gop=1"}),
     "av1": ("libsvtav1", {"g": str(GOP), "preset": "12", "svtav1-params": "log-level=0"}),
 }
 
@@ -92,26 +92,29 @@ def test_nearest_frame():
             nearest_frame(times, seconds, 0.01, "clip.mp4")
 
 
-def test_a_demuxer_that_arrives_late(video, monkeypatch):
+@pytest.mark.parametrize("arrival", [0, -1])
+def test_a_demuxer_that_arrives_early_or_late(video, arrival, monkeypatch):
+    """At another keyframe than asked for, the first time."""
     file, expected = Video(video[0].path), video[1]
-    late = []
+    asked, passed = [], []
 
     class Container:
         def __init__(self, container):
             self._container = container
 
         def seek(self, pts, **kwargs):
-            if not late:
-                late.append(pts)
-                pts = int(file.index.pts[file.index.keyframes[-1]])
+            asked.append(pts)
+            if len(asked) == 1:
+                pts = int(file.index.pts[file.index.keyframes[arrival]])
             self._container.seek(pts, **kwargs)
 
         def decode(self, stream):
             return self._container.decode(stream)
 
     monkeypatch.setattr(file, "_container", Container(file._container))
-    np.testing.assert_array_equal(file.read(20), expected[20])
-    assert late
+    np.testing.assert_array_equal(file.read(30, lambda n, _: passed.append(n)), expected[30])
+    assert len(asked) == (1 if arrival == 0 else 2)
+    assert passed == list(range(passed[0], 30)) and passed[0] in file.index.keyframes and passed[0] > 0
 
 
 @pytest.mark.parametrize("faststart", [False, True])
@@ -122,6 +125,15 @@ def test_truncated(tmp_path, faststart):
         path.write_bytes(content[: int(len(content) * share)])
         with pytest.raises(UserError, match=r"cut\.mp4: video file (is|can't)"):
             Video(path)
+
+
+def test_cut_exactly_between_two_frames(tmp_path):
+    path = write_video(tmp_path / "cut.mp4", "h264", faststart=True)
+    with av.open(str(path)) as container:
+        end = [packet.pos + packet.size for packet in container.demux(video=0) if packet.pts is not None][30]
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(UserError, match=r"cut\.mp4: video file is cut off: it has 31 of 47 frames"):
+        Video(path)
 
 
 def test_damaged_in_the_middle(tmp_path):
