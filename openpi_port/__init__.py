@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from openpi_port.errors import UserError
 from openpi_port.loading import load_model
+from openpi_port.policy import Policy
 
-__all__ = ["UserError", "load_model"]
+__all__ = ["Policy", "UserError", "load_model"]

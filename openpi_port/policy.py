@@ -1,0 +1,289 @@
+"""A whole policy: the robot's observation in, a chunk of actions in the robot's own units out.
+
+    policy = Policy.from_pretrained("checkpoints/pi0_aloha_mini/300", backend="torch")
+    policy.warmup()
+    actions = policy.infer({"images": {"top": image}, "state": state, "prompt": "Transfer cube"})["actions"]
+
+    observation -> observation.rename -> transforms.forward -> pi_*/infer.py -> transforms.inverse -> actions
+
+Axis letters: B batch, A actions (horizon), J the model's action dimensions, D the robot's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from openpi_port import normalize, observation, robots, transforms
+from openpi_port.backends import NAMES, Backend
+from openpi_port.config import Compute, Data, Dtype, Pi0, build
+from openpi_port.errors import UserError, near
+from openpi_port.rng import draw_noise
+from openpi_port.tokenizers import paligemma
+
+if TYPE_CHECKING:
+    from convert.source import Source
+    from openpi_port.pi_flax.infer import Model
+
+Observation = Mapping[str, Any]
+Result = dict[str, Any]
+
+
+class Policy:
+    """A model between the transforms that it was trained with. Threads may share one: the model runs a call at a time.
+
+    Args:
+      model: from `load_model`.
+      data: names, robot and normalisation.
+      stats: of state and actions.
+      tokenizer: of the prompt.
+      num_steps: Euler steps per chunk.
+      seed: of the noise; call number n of a policy draws the same noise for the same seed.
+      metadata: what a server tells its clients, beside what the policy knows of itself.
+
+    Attributes:
+      model, data, stats: as given.
+      horizon: A.
+      metadata: names and sizes, ready for JSON or msgpack.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: Data,
+        stats: normalize.NormStats,
+        tokenizer: paligemma.PromptTokenizer,
+        *,
+        num_steps: int = 10,
+        seed: int = 0,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        if num_steps < 1:
+            raise UserError(f"num_steps={num_steps}: at least one step is needed")
+        self.model, self.data, self.stats = model, data, stats
+        self.horizon = model.config.action_horizon
+        self._steps = transforms.pipeline(data, model.config, stats, tokenizer)
+        self._num_steps, self._seed = num_steps, seed
+        self._calls = 0
+        self._lock = threading.Lock()
+        robot = robots.load(data.robot)
+        self.metadata = {
+            "robot": data.robot,
+            "cameras": dict(data.cameras),
+            "state": data.state,
+            "state_dim": robot.STATE_DIM or len(stats["state"].mean),
+            "action_dim": robot.ACTION_DIM or len(stats["actions"].mean),
+            "action_horizon": self.horizon,
+            "default_prompt": data.prompt,
+            "size": model.config.size,
+            **(metadata or {}),
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        backend: Literal["flax", "torch"] = "flax",
+        *,
+        device: str | None = None,
+        dtype: Dtype = "float32",
+        default_prompt: str | None = None,
+        robot: str | None = None,
+        data: Mapping[str, Any] | None = None,
+        num_steps: int = 10,
+        seed: int = 0,
+        **overrides: Any,
+    ) -> Policy:
+        """Opens a checkpoint with all that belongs to it.
+
+        Args:
+          path: a checkpoint of ours, of openpi or of LeRobot; local, `gs://...` or `hf://user/name`.
+          backend: the framework that computes; any checkpoint opens in either.
+          device: see `load_model`.
+          dtype: of weights and matrix products.
+          default_prompt: the instruction for observations that bring none.
+          robot: a module of `openpi_port.robots`, whose names of cameras and state are taken; needed for openpi's
+            checkpoints, which don't say what robot they are for.
+          data: fields of `config.Data` that are to differ from the checkpoint's (`{"cameras": {...}}`).
+          num_steps: Euler steps per chunk.
+          seed: of the noise.
+          **overrides: see `load_model`; `asset="trossen"` chooses among openpi's statistics.
+
+        Raises:
+          UserError: no checkpoint there, one that doesn't fit, or statistics, tokenizer or robot are not known.
+        """
+        from convert import formats, tables
+
+        if backend not in NAMES:
+            raise UserError(f"backend={backend!r}; {near(str(backend), NAMES)}")
+        source = formats.open_checkpoint(os.fspath(path), **overrides)
+        if not isinstance(source.model, Pi0):
+            raise UserError(f"{path}: a {type(source.model).__name__}, which Policy can't run: it takes pi0 and pi0.5")
+        if source.norm_stats is None:
+            raise UserError(
+                f"{path}: no statistics of state and actions; put norm_stats.json into the directory, or choose one "
+                f"of openpi's assets/ with asset="
+            )
+        settings = _data(source, robot, data, default_prompt)
+        tokenizer = _tokenizer(source)
+        _check_device(backend, device)
+        weights = tables.translate(source.tensors, source.model, source.side, backend)
+        model = Backend(backend).infer.load(source.model, weights, Compute(dtype=dtype), device)
+        about = {"checkpoint": str(path), "backend": backend, "dtype": dtype, "step": source.settings.get("step")}
+        stats = source.norm_stats
+        return cls(model, settings, stats, tokenizer, num_steps=num_steps, seed=seed, metadata=about)
+
+    def infer(self, observation: Observation, noise: np.ndarray | None = None) -> Result:
+        """One observation to one chunk.
+
+        Args:
+          observation: cameras, state and prompt under any of the names in `openpi_port/observation.py`; images uint8
+            or float in [0, 1], [H, W, 3] or [3, H, W], of any size. "noise" may lie in it too.
+          noise: f32 [A, J], where the flow begins; None draws it.
+
+        Returns:
+          {"actions": f32 [A, D] in the robot's units, "policy_timing": {"infer_ms": time in the model}}.
+
+        Raises:
+          UserError: something is missing, misshapen or not finite; the message names it.
+        """
+        return self.infer_batch([observation], None if noise is None else np.asarray(noise)[None])[0]
+
+    def infer_batch(self, observations: Sequence[Observation], noise: np.ndarray | None = None) -> list[Result]:
+        """Several robots' observations in one pass of the model.
+
+        The batch is filled up to a power of two, so that few shapes are ever compiled.
+
+        Args:
+          observations: B of them; prompts may differ.
+          noise: f32 [B, A, J] or None; see `infer`.
+
+        Returns:
+          B results in order; see `infer`.
+        """
+        samples = [self.prepare(o) for o in observations]
+        if noise is not None:
+            noise = np.asarray(noise)
+            if len(noise) != len(samples):
+                raise UserError(f"noise for {len(noise)} observations, there are {len(samples)}")
+            samples = [{**s, "noise": self._checked(n)} for s, n in zip(samples, noise, strict=True)]
+        return self.infer_prepared(samples)
+
+    def prepare(self, observation_: Observation) -> transforms.Sample:
+        """The first half of `infer`, for servers: all that can be wrong with an observation shows here."""
+        sample = transforms.forward(self._steps, observation.rename(observation_, self.data))
+        if observation_.get("noise") is not None:
+            sample["noise"] = self._checked(np.asarray(observation_["noise"]))
+        return sample
+
+    def infer_prepared(self, samples: Sequence[transforms.Sample]) -> list[Result]:
+        """The second half of `infer`, on what `prepare` returned."""
+        if not samples:
+            return []
+        with self._lock:
+            noise = np.stack([s["noise"] if "noise" in s else self._draw() for s in samples])
+            size = 1 << (len(samples) - 1).bit_length()
+            filled = [*samples, *[samples[0]] * (size - len(samples))]
+            batch = {key: _stack([s[key] for s in filled]) for key in samples[0] if key != "noise"}
+            noise = np.concatenate([noise, np.zeros((size - len(noise), *noise.shape[1:]), np.float32)])
+            start = time.perf_counter()
+            chunks = self.model.sample_actions(batch, noise, num_steps=self._num_steps)
+            timing = {"infer_ms": (time.perf_counter() - start) * 1e3}
+        results = []
+        for sample, chunk in zip(samples, chunks, strict=False):
+            back = transforms.inverse(self._steps, {"actions": np.asarray(chunk), "state": sample["state"]})
+            results.append({"actions": np.asarray(back["actions"], np.float32), "policy_timing": dict(timing)})
+        return results
+
+    def warmup(self, batch_sizes: Sequence[int] = (1,)) -> None:
+        """Compiles for these numbers of observations, so that no robot waits for it.
+
+        Args:
+          batch_sizes: each is taken up to the next power of two.
+        """
+        config: Pi0 = self.model.config
+        size, length = config.vision.image_size, config.max_token_len
+        sample = {
+            "image": {c: np.zeros((size, size, 3), np.uint8) for c in config.cameras},
+            "image_mask": {c: np.bool_(c in self.data.cameras) for c in config.cameras},
+            "state": np.zeros(config.action_dim, np.float32),
+            "tokenized_prompt": np.zeros(length, np.int32),
+            "tokenized_prompt_mask": np.arange(length) < 1,
+            "noise": np.zeros((self.horizon, config.action_dim), np.float32),  # leaves the count of calls alone
+        }
+        for batch_size in sorted(set(batch_sizes)):
+            self.infer_prepared([sample] * batch_size)
+
+    def _draw(self) -> np.ndarray:
+        """f32 [A, J] for the next call."""
+        self._calls += 1
+        return draw_noise(self._seed, self._calls - 1, (self.horizon, self.model.config.action_dim))
+
+    def _checked(self, noise: np.ndarray) -> np.ndarray:
+        shape = (self.horizon, self.model.config.action_dim)
+        if noise.shape != shape or noise.dtype.kind != "f" or not np.isfinite(noise).all():
+            raise UserError(f"noise is finite floats of shape {list(shape)}, got {noise.dtype} {list(noise.shape)}")
+        return noise.astype(np.float32)
+
+
+def _data(source: Source, robot: str | None, given: Mapping[str, Any] | None, prompt: str | None) -> Data:
+    """The checkpoint's description, what the robot's file adds, and what the caller says, in rising order."""
+    fields: dict[str, Any] = {"repo_id": "", **source.settings.get("data", {})}
+    if robot is not None:
+        module = robots.load(robot)
+        fields["robot"] = robot
+        # A robot may have names for a model with other cameras too (DROID's for pi0-FAST).
+        maps = [m for m in (getattr(module, n, None) for n in ("CAMERAS", "FAST_CAMERAS")) if m]
+        fits = [m for m in maps if set(m) <= set(source.model.cameras)]
+        names = {"cameras": fits[0] if fits else None, **{f: getattr(module, f.upper(), None) for f in _FROM_ROBOT}}
+        fields |= {field: value for field, value in names.items() if value is not None}
+    fields |= given or {}
+    if prompt is not None:
+        fields["prompt"] = prompt
+    missing = [f for f in ("robot", "cameras") if f not in fields]
+    if missing:
+        raise UserError(
+            f"{source.path}: the checkpoint does not say what robot it is for ({' and '.join(missing)} unknown): give "
+            f"robot= (a module of openpi_port.robots), or data={{'robot': ..., 'cameras': {{...}}}}"
+        )
+    return build(Data, fields, "data")
+
+
+_FROM_ROBOT = ("state", "actions", "delta")
+
+
+def _tokenizer(source: Source) -> paligemma.PromptTokenizer:
+    """The checkpoint's own, which must be the one that it was trained with, else the one that it names."""
+    stated = source.settings.get("tokenizer") or {"spec": "paligemma"}
+    file = source.files.get("tokenizer.model")
+    tokenizer = paligemma.PromptTokenizer(file) if file else paligemma.load(stated["spec"])
+    wanted = stated.get("sha256")
+    if wanted and tokenizer.fingerprint != wanted:
+        raise UserError(
+            f"{file or stated['spec']}: not the tokenizer of this policy (SHA-256 {tokenizer.fingerprint[:12]}..., "
+            f"policy.json has {wanted[:12]}...)"
+        )
+    if tokenizer.vocab_size > source.model.vocab_size:
+        raise UserError(
+            f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}"
+        )
+    return tokenizer
+
+
+def _check_device(backend: str, device: str | None) -> None:
+    try:
+        Backend(backend).device.describe(Backend(backend).device.find(device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"device={device!r} is not here for {backend}: {' '.join(str(error).split())[:150]}") from None
+
+
+def _stack(values: Sequence[Any]) -> Any:
+    """Stacks arrays, or dictionaries of them, on a new axis 0."""
+    if isinstance(values[0], Mapping):
+        return {key: np.stack([v[key] for v in values]) for key in values[0]}
+    return np.stack(values)

@@ -1,0 +1,187 @@
+"""Policies: every way to name an observation, exact transforms, noise, batches, threads and faults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from frameworks import NAMES
+from small_policy import ALOHA, make_checkpoint, observation_of
+
+from openpi_port import Policy, UserError, transforms
+from openpi_port.observation import rename
+from openpi_port.rng import draw_noise
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("policy") / "20")
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def policy(request, checkpoint) -> Policy:
+    return Policy.from_pretrained(checkpoint, request.param, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def torch_policy(checkpoint) -> Policy:
+    return Policy.from_pretrained(checkpoint, "torch", device="cpu")
+
+
+def test_the_whole_way_equals_its_parts(policy):
+    """Delta actions of real ALOHA: state and actions change space, and the inverse needs the robot's own state."""
+    observation = observation_of(0)
+    noise = draw_noise(3, 0, (policy.horizon, 32))
+    got = policy.infer(observation, noise)
+    assert got["actions"].shape == (policy.horizon, 14) and got["actions"].dtype == np.float32
+    assert got["policy_timing"]["infer_ms"] > 0
+
+    from openpi_port.tokenizers import paligemma
+
+    steps = transforms.pipeline(policy.data, policy.model.config, policy.stats, paligemma.load("small"))
+    images = {ALOHA[c]: observation["images"][ALOHA[c].rpartition(".")[2]] for c in ALOHA}
+    sample = transforms.forward(steps, {**images, "observation.state": observation["state"], "prompt": "lift it"})
+    batch = {k: {c: a[None] for c, a in v.items()} if isinstance(v, dict) else v[None] for k, v in sample.items()}
+    chunk = policy.model.sample_actions(batch, noise[None])[0]
+    want = transforms.inverse(steps, {"actions": chunk, "state": sample["state"]})["actions"]
+    np.testing.assert_allclose(got["actions"], want, atol=1e-6)
+
+
+def test_both_frameworks_answer_the_same(checkpoint):
+    noise = draw_noise(3, 0, (4, 32))
+    flax, torch = (Policy.from_pretrained(checkpoint, b, device="cpu").infer(observation_of(1), noise) for b in NAMES)
+    np.testing.assert_allclose(flax["actions"], torch["actions"], atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["dots", "slashes", "nested", "channels_first", "float", "numpy_prompt"])
+def test_every_way_to_send_an_observation(torch_policy, change):
+    plain = observation_of(2)
+    images, state = plain["images"], plain["state"]
+    sent = {
+        "dots": {**{f"observation.images.{c}": i for c, i in images.items()}, "observation.state": state},
+        "slashes": {**{f"observation/images/{c}": i for c, i in images.items()}, "observation/state": state},
+        "nested": {"observation": {"images": images, "state": state}},
+        "channels_first": {"images": {c: i.transpose(2, 0, 1) for c, i in images.items()}, "state": state},
+        "float": {
+            "images": {c: np.minimum((i + 0.5) / 255, 1) for c, i in images.items()},
+            "state": list(map(float, state)),
+        },
+        "numpy_prompt": plain,
+    }[change]
+    prompt = np.array("lift it") if change == "numpy_prompt" else "lift it"
+    noise = draw_noise(0, 0, (4, 32))
+    want = torch_policy.infer(plain, noise)["actions"]
+    np.testing.assert_allclose(torch_policy.infer({**sent, "prompt": prompt}, noise)["actions"], want, atol=1e-5)
+
+
+def test_a_longer_name_wins_over_a_short_one(torch_policy):
+    data = torch_policy.data
+    sent = {"observation.state": np.zeros(14), "state": np.ones(14), "extra": 3}
+    assert rename(sent, data).keys() == {"observation.state"}
+    assert not rename(sent, data)["observation.state"].any()
+
+
+def test_a_batch_equals_single_calls(policy):
+    observations = [observation_of(i, prompt=p) for i, p in enumerate(("lift it", "transfer", "put it down"))]
+    noise = np.stack([draw_noise(0, i, (4, 32)) for i in range(3)])
+    together = policy.infer_batch(observations, noise)
+    for observation, n, result in zip(observations, noise, together, strict=True):
+        np.testing.assert_allclose(policy.infer(observation, n)["actions"], result["actions"], atol=1e-5)
+    assert np.abs(together[0]["actions"] - together[1]["actions"]).max() > 1e-3
+    assert policy.infer_batch([]) == []
+
+
+def test_noise_is_drawn_anew_for_every_call_and_repeats_with_the_seed(checkpoint):
+    a, b = (Policy.from_pretrained(checkpoint, "torch", device="cpu", seed=5) for _ in range(2))
+    b.warmup()  # doesn't count
+    first, second = (a.infer(observation_of(0))["actions"] for _ in range(2))
+    assert np.abs(first - second).max() > 1e-3
+    np.testing.assert_array_equal(b.infer(observation_of(0))["actions"], first)
+    noise = draw_noise(5, 1, (4, 32))
+    np.testing.assert_array_equal(b.infer({**observation_of(0), "noise": noise})["actions"], second)
+
+
+def test_threads_never_get_each_other_s_answers(torch_policy):
+    noise = draw_noise(0, 0, (4, 32))
+    want = [torch_policy.infer(observation_of(i), noise)["actions"] for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda i: torch_policy.infer(observation_of(i % 4), noise)["actions"], range(16)))
+    for i, actions in enumerate(got):
+        np.testing.assert_array_equal(actions, want[i % 4])
+
+
+def test_prompt_of_the_call_or_the_default(checkpoint):
+    policy = Policy.from_pretrained(checkpoint, "torch", device="cpu", default_prompt="put it down")
+    noise = draw_noise(0, 0, (4, 32))
+    silent = {k: v for k, v in observation_of(0).items() if k != "prompt"}
+    default = policy.infer(silent, noise)["actions"]
+    np.testing.assert_array_equal(default, policy.infer({**silent, "prompt": "put it down"}, noise)["actions"])
+    assert np.abs(default - policy.infer({**silent, "prompt": "lift it"}, noise)["actions"]).max() > 1e-3
+    assert policy.metadata["default_prompt"] == "put it down"
+
+
+def without(key):
+    return lambda o: {k: v for k, v in o.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without("state"), "state"),
+        (without("prompt"), "no prompt"),
+        (lambda o: {**o, "images": {"cam_high": o["images"]["cam_high"]}}, "cam_left_wrist"),
+        (lambda o: {**o, "state": np.zeros(7)}, "wrong robot"),
+        (lambda o: {**o, "state": np.full(14, np.nan)}, "not a finite number"),
+        (lambda o: {**o, "state": "zero"}, "expected numbers"),
+        (lambda o: {**o, "prompt": 3}, "prompt is text"),
+        (lambda o: {**o, "noise": np.zeros((4, 14), np.float32)}, "noise is finite"),
+        (lambda o: {**o, "images": {**o["images"], "cam_high": np.zeros((8, 8))}}, "no image"),
+        (lambda o: {**o, b"x": 1}, "names are text"),
+        (lambda o: {**o, "images/cam_high": 1}, "two values"),
+        (lambda o: {"a": {"b": {"c": {"d": {"e": 1}}}}}, "nested deeper"),
+        (lambda o: [1, 2], "a dictionary"),
+    ],
+)
+def test_what_is_wrong_is_named(torch_policy, change, words):
+    with pytest.raises(UserError, match=words):
+        torch_policy.infer(change(observation_of(0)))
+
+
+def test_openpi_checkpoint_needs_a_robot(golden):
+    path = golden / "openpi/pi0"
+    with pytest.raises(UserError, match="what robot"):
+        Policy.from_pretrained(path, "torch")
+
+
+def test_faults_of_a_checkpoint(checkpoint, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    (broken / "norm_stats.json").rename(tmp_path / "stats")
+    with pytest.raises(UserError, match="no statistics"):
+        Policy.from_pretrained(broken)
+    (tmp_path / "stats").rename(broken / "norm_stats.json")
+    policy = json.loads((broken / "policy.json").read_text())
+    policy["tokenizer"]["sha256"] = "0" * 64
+    (broken / "policy.json").write_text(json.dumps(policy))
+    with pytest.raises(UserError, match="not the tokenizer"):
+        Policy.from_pretrained(broken)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"backend": "tensorflow"}, "backend"),
+        ({"backend": "torch", "device": "cuda:7"}, "device='cuda:7'"),
+        ({"backend": "flax", "device": "tpu"}, "device='tpu'"),
+        ({"robot": "alhoa"}, "aloha"),
+        ({"data": {"sate": "x"}}, "data.sate"),
+        ({"num_steps": 0}, "num_steps"),
+    ],
+)
+def test_wrong_arguments(checkpoint, arguments, words):
+    with pytest.raises(UserError, match=words):
+        Policy.from_pretrained(checkpoint, **arguments)
