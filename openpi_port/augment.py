@@ -100,9 +100,7 @@ def _colour_openpi(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """augmax's ColorJitter through 8-bit HSV and a table: within 5 of 255 of the exact computation, 1 on average."""
     if draws[4] < 0:
         return image
-    value = _adjust_contrast(
-        _adjust_brightness(np.arange(256) / 255, BRIGHTNESS * draws[0]), CONTRAST * draws[1]
-    )
+    value = _adjust_contrast(_adjust_brightness(np.arange(256) / 255, BRIGHTNESS * draws[0]), CONTRAST * draws[1])
     table = np.empty((256, 3), np.uint8)
     table[:, 0] = (np.arange(256) + round(HUE * draws[2] * 256)) % 256  # HSV_FULL: the circle is 256
     table[:, 1] = np.arange(256)
@@ -123,6 +121,4 @@ def _adjust_contrast(value: np.ndarray, amount: float) -> np.ndarray:
         return value
     low = (slope - slope**2) / (2 * (1 - slope**2))
     middle = slope * (value - 0.5) + 0.5
-    return np.where(
-        value < low, value / slope, np.where(value > 1 - low, value / slope + 1 - 1 / slope, middle)
-    )
+    return np.where(value < low, value / slope, np.where(value > 1 - low, value / slope + 1 - 1 / slope, middle))
