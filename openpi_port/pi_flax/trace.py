@@ -1,0 +1,214 @@
+"""The model's computation tensor by tensor, in the order in which it happens: what the parity report compares.
+
+A plain loop over the layers calls the modules that the model itself calls and hands out what they return. What a
+layer passes on is always the output of the real layer, and velocity, loss and actions are those of the model's own
+methods; so a trace can't drift away from the model unseen.
+
+Every norm is also called on a fixed input of 1e-3 (`..._small`): there its eps decides the result, which the
+activations of a healthy network hide.
+
+B batch, A actions, J action dim, S tokens of the joint pass, T tokens of one expert, D width, N heads, K kv heads,
+H head dim.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from openpi_port.batch import Batch
+from openpi_port.pi_flax import gemma, pi0, siglip
+from openpi_port.schedule import euler_times
+
+EXPERTS = ("language", "expert")
+
+Named = Iterator[tuple[str, np.ndarray]]
+
+
+def forward(module: pi0.Pi0, batch: Batch) -> Named:
+    """One joint pass over a training batch, from pixels to the loss.
+
+    Args:
+      module: a filled model.
+      batch: observation, actions, noise and time.
+
+    Yields:
+      "stage/.../name" and the tensor on the host, float32, integer or boolean; stages vision, prefix, suffix, masks,
+      layers, output.
+    """
+    config, dtype = module.config, module.compute.dtype
+    batch = jax.tree.map(jnp.asarray, dict(batch))
+
+    images = jnp.concatenate([pi0.to_unit(batch["image"][name]) for name in config.cameras])
+    yield "vision/images", _host(images)
+    x = _jit(module.vision, siglip.Siglip.embed)(images)
+    yield "vision/embedded", _host(x)
+    block = _jit(module.vision.blocks, block_parts)
+    for i in range(config.vision.depth):
+        parts, x = block(x, _small(config.vision.width, dtype), layer=i)
+        for name, part in parts.items():
+            yield f"vision/{i:02d}/{name}", _host(part)
+        yield f"vision/{i:02d}/out", _host(x)
+    yield "vision/norm_small", _host(_jit(module.vision.norm)(_small(config.vision.width, dtype)))
+    yield "vision/norm", _host(_jit(module.vision.norm)(x))
+    yield "vision/tokens", _host(_jit(module.vision)(images))
+    yield "prefix/prompt", _host(_jit(module, lambda m, ids: m.gemma.embed(ids))(batch["tokenized_prompt"]))
+
+    time = batch["time"]
+    t = time[:, None, None]
+    x_t = t * batch["noise"] + (1 - t) * batch["actions"]
+    xs, conds, positions, mask = _jit(module, pi0.Pi0.joint_inputs)(batch, x_t, time)
+    yield "prefix/tokens", _host(xs[0])
+    yield "suffix/x_t", _host(x_t)
+    yield "suffix/time_embedding", _host(pi0.embed_time(time, config.expert.width))
+    if conds[1] is not None:
+        yield "suffix/condition", _host(conds[1])
+    yield "suffix/tokens", _host(xs[1])
+    yield "masks/attention", _host(mask)
+    yield "masks/positions", _host(positions)
+
+    xs = [x.astype(dtype) for x in xs]
+    small = [_small(x.shape[-1], dtype) for x in xs]
+    layer = _jit(module.gemma.layers, layer_parts)
+    for i in range(config.language.depth):
+        parts, xs = layer(xs, conds, positions, mask, small, layer=i)
+        for name, part in parts.items():
+            yield f"layers/{i:02d}/{name}", _host(part)
+        for name, x in zip(EXPERTS, xs, strict=True):
+            yield f"layers/{i:02d}/{name}/out", _host(x)
+    for i, name in enumerate(EXPERTS):
+        norm = _jit(module.gemma.norms[i])
+        yield f"output/{name}_norm_small", _host(norm(small[i], conds[i])[0])
+        yield f"output/{name}", _host(norm(xs[i], conds[i])[0])
+    yield "output/velocity", _host(_jit(module, pi0.Pi0.velocity)(batch, x_t, time))
+    yield "output/loss", _host(_jit(module, pi0.Pi0.loss)(batch, batch["noise"], time))
+
+
+def block_parts(block: siglip.Block, x: jax.Array, small: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The inner tensors of a vision block at its input x [B, T, D], and its output."""
+    attention = block.attn(block.norm_attn(x))
+    after = x + attention
+    parts = OrderedDict(  # a plain dict comes out of jit sorted by name
+        norm_attn_small=block.norm_attn(small),
+        norm_attn=block.norm_attn(x),
+        attention=attention,
+        norm_mlp_small=block.norm_mlp(small),
+        norm_mlp=block.norm_mlp(after),
+        mlp=block.mlp(block.norm_mlp(after)),
+    )
+    return parts, block(x)
+
+
+def layer_parts(
+    layer: gemma.Layer,
+    xs: list[jax.Array],
+    conds: list[jax.Array | None],
+    positions: jax.Array,
+    mask: jax.Array,
+    small: list[jax.Array],
+) -> tuple[dict[str, jax.Array], list[jax.Array]]:
+    """The inner tensors of a layer in the order of the computation, and its outputs.
+
+    Args:
+      layer: one layer.
+      xs: residual stream of every expert, [B, T_i, D_i].
+      conds: condition of the norms of every expert, [B, D_i] or None.
+      positions: int [B, S].
+      mask: bool [B, S, S].
+      small: what probes the eps of the norms, [1, 1, D_i] per expert.
+
+    Returns:
+      "expert/name" -> tensor, and the residual streams after the layer.
+    """
+    experts = list(zip(EXPERTS, layer.experts, xs, conds, small, strict=True))
+    stops = np.cumsum([x.shape[1] for x in xs])[:-1]
+    parts, gates, qkv = OrderedDict(), [], []
+    for (name, expert, x, cond, little), where in zip(experts, jnp.split(positions, stops, axis=1), strict=True):
+        parts[f"{name}/norm_attn_small"] = expert.norm_attn(little, cond)[0]
+        parts[f"{name}/norm_attn"], gate = expert.norm_attn(x, cond)
+        if gate is not None:
+            parts[f"{name}/gate_attn"] = gate
+        gates.append(gate)
+        qkv.append(expert.qkv(parts[f"{name}/norm_attn"], where))
+        parts |= {f"{name}/{letter}": part for letter, part in zip("qkv", qkv[-1], strict=True)}
+
+    q, k, v = (jnp.concatenate(part, axis=1) for part in zip(*qkv, strict=True))
+    attended = jnp.split(gemma.attention(q, k, v, mask), stops, axis=1)
+    parts |= {f"{name}/attended": part for name, part in zip(EXPERTS, attended, strict=True)}
+    for (name, expert, x, cond, little), part, gate in zip(experts, attended, gates, strict=True):
+        parts[f"{name}/attention"] = expert.o(part)
+        after = parts[f"{name}/after_attention"] = gemma.add_gated(x, parts[f"{name}/attention"], gate)
+        parts[f"{name}/norm_mlp_small"] = expert.norm_mlp(little, cond)[0]
+        parts[f"{name}/norm_mlp"], gate_mlp = expert.norm_mlp(after, cond)
+        if gate_mlp is not None:
+            parts[f"{name}/gate_mlp"] = gate_mlp
+        parts[f"{name}/mlp"] = expert.mlp(parts[f"{name}/norm_mlp"])
+    return parts, layer(xs, conds, positions, mask, None)[0]
+
+
+def sampling(module: pi0.Pi0, batch: Batch, num_steps: int = 10) -> Named:
+    """The way from noise to actions: keys and values of the prefix, every Euler step, and the model's own result.
+
+    Args:
+      module: a filled model.
+      batch: observation and noise.
+      num_steps: number of Euler steps.
+
+    Yields:
+      "stage/.../name" and the tensor on the host; stages cache and trajectory.
+    """
+    batch = jax.tree.map(jnp.asarray, dict(batch))
+    prefix, cache = _jit(module, pi0.Pi0.prefill)(batch)
+    for i, (k, v) in enumerate(zip(cache.k, cache.v, strict=True)):
+        yield f"cache/{i:02d}/k", _host(k)
+        yield f"cache/{i:02d}/v", _host(v)
+
+    denoise = _jit(module, pi0.Pi0.denoise)
+    times, dt = euler_times(num_steps)
+    x_t = batch["noise"]
+    for i, time in enumerate(times):
+        velocity = denoise(prefix, cache, batch["state"], x_t, jnp.full(x_t.shape[:1], time))
+        yield f"trajectory/{i:02d}/velocity", _host(velocity)
+        x_t = x_t + dt * velocity
+        yield f"trajectory/{i:02d}/x_t", _host(x_t)
+    sample_actions = _jit(module, lambda m, batch, noise: m.sample_actions(batch, noise, num_steps))
+    yield "trajectory/actions", _host(sample_actions(batch, batch["noise"]))
+
+
+def gradients(module: pi0.Pi0, batch: Batch) -> dict[str, np.ndarray]:
+    """The mean loss's gradient by every parameter, under the names of `weights.shapes`, float32."""
+    batch = jax.tree.map(jnp.asarray, dict(batch))
+    graph, state = nnx.split(module)
+    mean_loss = lambda state: nnx.merge(graph, state).loss(batch, batch["noise"], batch["time"]).mean()  # noqa: E731
+    grads = nnx.to_flat_state(jax.jit(jax.grad(mean_loss))(state))
+    return {"/".join(map(str, path)): _host(leaf.get_value()) for path, leaf in grads}
+
+
+def _jit(module: nnx.Module, method: Callable | None = None) -> Callable[..., Any]:
+    """A compiled call of a module, or of `method(module, ...)`; `layer=i` takes one of a stack.
+
+    The weights are an argument, so that nothing is compiled twice for the layers of a stack.
+    """
+    graph, state = nnx.split(module)
+    method = type(module).__call__ if method is None else method
+    run = jax.jit(lambda state, args: method(nnx.merge(graph, state), *args))
+
+    def call(*args: Any, layer: int | None = None) -> Any:
+        return run(state if layer is None else jax.tree.map(lambda w: w[layer], state), args)
+
+    return call
+
+
+def _small(width: int, dtype: str) -> jax.Array:
+    """An input [1, 1, D] so small that a norm's eps, 1e-6, outweighs its mean square, 5e-7."""
+    return jnp.asarray(1e-3 * np.cos(np.arange(width, dtype=np.float32)), dtype)[None, None]
+
+
+def _host(x: jax.Array) -> np.ndarray:
+    return np.asarray(x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x)

@@ -1,0 +1,201 @@
+"""The model's computation tensor by tensor, in the order in which it happens: what the parity report compares.
+
+A plain loop over the layers calls the modules that the model itself calls and hands out what they return. What a
+layer passes on is always the output of the real layer, and velocity, loss and actions are those of the model's own
+methods; so a trace can't drift away from the model unseen.
+
+Every norm is also called on a fixed input of 1e-3 (`..._small`): there its eps decides the result, which the
+activations of a healthy network hide.
+
+B batch, A actions, J action dim, S tokens of the joint pass, T tokens of one expert, D width, N heads, K kv heads,
+H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openpi_port.batch import Batch
+from openpi_port.pi_torch import device as devices
+from openpi_port.pi_torch import gemma, pi0, siglip
+from openpi_port.schedule import euler_times
+
+EXPERTS = ("language", "expert")
+
+Named = Iterator[tuple[str, np.ndarray]]
+
+
+@torch.no_grad()
+def forward(module: pi0.Pi0, batch: Batch) -> Named:
+    """One joint pass over a training batch, from pixels to the loss.
+
+    Args:
+      module: a filled model.
+      batch: observation, actions, noise and time.
+
+    Yields:
+      "stage/.../name" and the tensor on the host, float32, integer or boolean; stages vision, prefix, suffix, masks,
+      layers, output.
+    """
+    config, dtype = module.config, getattr(torch, module.compute.dtype)
+    batch = _put(batch, module)
+
+    images = torch.cat([pi0.to_unit(batch["image"][name]) for name in config.cameras])
+    yield "vision/images", _host(images)
+    x = module.vision.embed(images)
+    yield "vision/embedded", _host(x)
+    small = _small(config.vision.width, x)
+    for i, block in enumerate(module.vision.blocks):
+        parts, x = block_parts(block, x, small)
+        for name, part in parts.items():
+            yield f"vision/{i:02d}/{name}", _host(part)
+        yield f"vision/{i:02d}/out", _host(x)
+    yield "vision/norm_small", _host(module.vision.norm(small))
+    yield "vision/norm", _host(module.vision.norm(x))
+    yield "vision/tokens", _host(module.vision(images))
+    yield "prefix/prompt", _host(module.gemma.embed(batch["tokenized_prompt"]))
+
+    time = batch["time"]
+    t = time[:, None, None]
+    x_t = t * batch["noise"] + (1 - t) * batch["actions"]
+    xs, conds, positions, mask = module.joint_inputs(batch, x_t, time)
+    yield "prefix/tokens", _host(xs[0])
+    yield "suffix/x_t", _host(x_t)
+    yield "suffix/time_embedding", _host(pi0.embed_time(time, config.expert.width))
+    if conds[1] is not None:
+        yield "suffix/condition", _host(conds[1])
+    yield "suffix/tokens", _host(xs[1])
+    yield "masks/attention", _host(mask)
+    yield "masks/positions", _host(positions)
+
+    xs = [x.to(dtype) for x in xs]
+    small = [_small(x.shape[-1], x) for x in xs]
+    for i, layer in enumerate(module.gemma.layers):
+        parts, xs = layer_parts(layer, xs, conds, positions, mask, small)
+        for name, part in parts.items():
+            yield f"layers/{i:02d}/{name}", _host(part)
+        for name, x in zip(EXPERTS, xs, strict=True):
+            yield f"layers/{i:02d}/{name}/out", _host(x)
+    for i, name in enumerate(EXPERTS):
+        norm = module.gemma.norms[i]
+        yield f"output/{name}_norm_small", _host(norm(small[i], conds[i])[0])
+        yield f"output/{name}", _host(norm(xs[i], conds[i])[0])
+    yield "output/velocity", _host(module.velocity(batch, x_t, time))
+    yield "output/loss", _host(module.loss(batch, batch["noise"], time))
+
+
+def block_parts(block: siglip.Block, x: Tensor, small: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The inner tensors of a vision block at its input x [B, T, D], and its output."""
+    attention = block.attn(block.norm_attn(x))
+    after = x + attention
+    parts = {
+        "norm_attn_small": block.norm_attn(small),
+        "norm_attn": block.norm_attn(x),
+        "attention": attention,
+        "norm_mlp_small": block.norm_mlp(small),
+        "norm_mlp": block.norm_mlp(after),
+        "mlp": block.mlp(block.norm_mlp(after)),
+    }
+    return parts, block(x)
+
+
+def layer_parts(
+    layer: gemma.Layer,
+    xs: list[Tensor],
+    conds: list[Tensor | None],
+    positions: Tensor,
+    mask: Tensor,
+    small: list[Tensor],
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The inner tensors of a layer in the order of the computation, and its outputs.
+
+    Args:
+      layer: one layer.
+      xs: residual stream of every expert, [B, T_i, D_i].
+      conds: condition of the norms of every expert, [B, D_i] or None.
+      positions: int [B, S].
+      mask: bool [B, S, S].
+      small: what probes the eps of the norms, [1, 1, D_i] per expert.
+
+    Returns:
+      "expert/name" -> tensor, and the residual streams after the layer.
+    """
+    experts = list(zip(EXPERTS, layer.experts, xs, conds, small, strict=True))
+    lengths = [x.shape[1] for x in xs]
+    parts, gates, qkv = {}, [], []
+    for (name, expert, x, cond, little), where in zip(experts, positions.split(lengths, dim=1), strict=True):
+        parts[f"{name}/norm_attn_small"] = expert.norm_attn(little, cond)[0]
+        parts[f"{name}/norm_attn"], gate = expert.norm_attn(x, cond)
+        if gate is not None:
+            parts[f"{name}/gate_attn"] = gate
+        gates.append(gate)
+        qkv.append(expert.qkv(parts[f"{name}/norm_attn"], where))
+        parts |= {f"{name}/{letter}": part for letter, part in zip("qkv", qkv[-1], strict=True)}
+
+    q, k, v = (torch.cat(part, dim=1) for part in zip(*qkv, strict=True))
+    attended = gemma.attention(q, k, v, mask).split(lengths, dim=1)
+    parts |= {f"{name}/attended": part for name, part in zip(EXPERTS, attended, strict=True)}
+    for (name, expert, x, cond, little), part, gate in zip(experts, attended, gates, strict=True):
+        parts[f"{name}/attention"] = expert.o(part)
+        after = parts[f"{name}/after_attention"] = gemma.add_gated(x, parts[f"{name}/attention"], gate)
+        parts[f"{name}/norm_mlp_small"] = expert.norm_mlp(little, cond)[0]
+        parts[f"{name}/norm_mlp"], gate_mlp = expert.norm_mlp(after, cond)
+        if gate_mlp is not None:
+            parts[f"{name}/gate_mlp"] = gate_mlp
+        parts[f"{name}/mlp"] = expert.mlp(parts[f"{name}/norm_mlp"])
+    return parts, layer(xs, conds, positions, mask, None)[0]
+
+
+@torch.no_grad()
+def sampling(module: pi0.Pi0, batch: Batch, num_steps: int = 10) -> Named:
+    """The way from noise to actions: keys and values of the prefix, every Euler step, and the model's own result.
+
+    Args:
+      module: a filled model.
+      batch: observation and noise.
+      num_steps: number of Euler steps.
+
+    Yields:
+      "stage/.../name" and the tensor on the host; stages cache and trajectory.
+    """
+    batch = _put(batch, module)
+    prefix, cache = module.prefill(batch)
+    for i, (k, v) in enumerate(zip(cache.k, cache.v, strict=True)):
+        yield f"cache/{i:02d}/k", _host(k)
+        yield f"cache/{i:02d}/v", _host(v)
+
+    times, dt = euler_times(num_steps)
+    x_t = batch["noise"]
+    for i, time in enumerate(times):
+        velocity = module.denoise(prefix, cache, batch["state"], x_t, x_t.new_full(x_t.shape[:1], float(time)))
+        yield f"trajectory/{i:02d}/velocity", _host(velocity)
+        x_t = x_t + float(dt) * velocity
+        yield f"trajectory/{i:02d}/x_t", _host(x_t)
+    yield "trajectory/actions", _host(module.sample_actions(batch, batch["noise"], num_steps))
+
+
+def gradients(module: pi0.Pi0, batch: Batch) -> dict[str, np.ndarray]:
+    """The mean loss's gradient by every parameter, under the names of `weights.shapes`, float32."""
+    batch = _put(batch, module)
+    names, params = zip(*module.named_parameters(), strict=True)
+    mean_loss = module.loss(batch, batch["noise"], batch["time"]).mean()
+    # The last layer's prefix feeds nothing, so some parameters have no gradient: in Flax that is zero.
+    grads = torch.autograd.grad(mean_loss, params, allow_unused=True, materialize_grads=True)
+    return {name: _host(grad) for name, grad in zip(names, grads, strict=True)}
+
+
+def _put(batch: Batch, module: pi0.Pi0) -> Batch:
+    return devices.put(dict(batch), next(module.parameters()).device)
+
+
+def _small(width: int, like: Tensor) -> Tensor:
+    """An input [1, 1, D] so small that a norm's eps, 1e-6, outweighs its mean square, 5e-7."""
+    return torch.from_numpy(1e-3 * np.cos(np.arange(width, dtype=np.float32))).to(like)[None, None]
+
+
+def _host(x: Tensor) -> np.ndarray:
+    return (x.float() if x.is_floating_point() else x).detach().cpu().numpy()
