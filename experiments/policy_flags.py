@@ -1,0 +1,44 @@
+"""--checkpoint and what else decides how a policy is opened, for every program that runs one."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from openpi_port import Policy
+from openpi_port.errors import UserError
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory, gs://... or hf://user/name")
+BACKEND = flags.DEFINE_enum("backend", "flax", ["flax", "torch"], "the framework that computes")
+DEVICE = flags.DEFINE_string("device", None, "cpu, gpu, tpu (flax), cuda:1 (torch); default: the best there is")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and matrix products")
+ROBOT = flags.DEFINE_string("robot", None, "a file of openpi_port/robots; for checkpoints that don't name one")
+PROMPT = flags.DEFINE_string("prompt", None, "instruction for observations that bring none")
+ASSET = flags.DEFINE_string("asset", None, "which of several data sets' statistics in openpi's assets/")
+NUM_STEPS = flags.DEFINE_integer("num_steps", 10, "Euler steps per chunk", 1)
+
+
+def policy() -> Policy:
+    """The policy that the command line asks for.
+
+    Raises:
+      UserError: see `Policy.from_pretrained`.
+    """
+    if CHECKPOINT.value is None:
+        raise UserError("--checkpoint= names no policy: give a directory, gs://... or hf://user/name")
+    overrides = {} if ASSET.value is None else {"asset": ASSET.value}
+    opened = Policy.from_pretrained(
+        CHECKPOINT.value,
+        BACKEND.value,
+        device=DEVICE.value,
+        dtype=DTYPE.value,
+        robot=ROBOT.value,
+        default_prompt=PROMPT.value,
+        num_steps=NUM_STEPS.value,
+        **overrides,
+    )
+    about = opened.metadata
+    print(
+        f"{CHECKPOINT.value}: {about['robot']}, chunks of {about['action_horizon']} actions, {BACKEND.value}",
+        flush=True,
+    )
+    return opened
