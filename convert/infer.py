@@ -14,24 +14,12 @@ from typing import Any
 
 from convert import tables
 from openpi_port import config as config_lib
+from openpi_port.config import Pi0Fast
 from openpi_port.errors import UserError, near
 
 Shapes = Mapping[str, tuple[int, ...]]
 SIGLIP_HEAD_DIM = 72  # So400m/14's, the vision tower of every published checkpoint
 PARTS = ("vision", "language", "expert")
-
-
-@dataclasses.dataclass(frozen=True)
-class Pi0Fast:
-    """A model without an action expert: pi0-FAST, or PaliGemma alone. Defaults are openpi's."""
-
-    vision: config_lib.Siglip
-    language: config_lib.Gemma
-    vocab_size: int = 257152
-    action_dim: int = 32
-    action_horizon: int = 32
-    max_token_len: int = 250
-    cameras: tuple[str, ...] = ("base_0_rgb", "base_1_rgb", "wrist_0_rgb")
 
 
 def config(shapes: Shapes, side: str, described: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
@@ -41,7 +29,7 @@ def config(shapes: Shapes, side: str, described: Mapping[str, Any], overrides: M
       shapes: name -> shape of every tensor, under a side's names (`tables.SIDES`).
       side: which side's.
       described: fields of the configuration that the checkpoint's own files state, nested for vision etc.
-      overrides: the same from the caller; they win.
+      overrides: the same from the caller; they win. `model="pi0"`, "pi05" or "pi0_fast" says what is expected.
 
     Returns:
       `config.Pi0`, or `Pi0Fast` where there is no expert.
@@ -50,6 +38,7 @@ def config(shapes: Shapes, side: str, described: Mapping[str, Any], overrides: M
       UserError: an unknown field, or one that contradicts the shapes.
     """
     read = {"flax": _from_flax, "torch": _from_torch, "openpi": _from_openpi, "hf": _from_hf}[side]
+    kind, overrides = overrides.get("model"), {k: v for k, v in overrides.items() if k != "model"}
     cls = config_lib.Pi0 if any(n.startswith("action_in_proj") for n in shapes) else Pi0Fast
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key in overrides:
@@ -65,6 +54,9 @@ def config(shapes: Shapes, side: str, described: Mapping[str, Any], overrides: M
         _agree(part, fields[part], hint)
     if fields.get("state_in") == "prompt":
         fields["max_token_len"] = 200  # openpi's default for pi0.5
+    found = {"suffix": "pi0", "prompt": "pi05"}.get(fields.get("state_in"), "pi0_fast")
+    if kind is not None and kind != found:
+        raise UserError(f"model={kind!r} contradicts the weights, which are those of {found!r}")
     return config_lib.build(cls, {**fields, **stated}, "model")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from convert import huggingface, infer, settings
 from convert.source import Source
 from openpi_port import safetensors_io
-from openpi_port.config import Pi0
+from openpi_port.config import Pi0, Pi0Fast
 from openpi_port.errors import UserError, near
 from openpi_port.normalize import NormStats, Stats, load_norm_stats
 
@@ -27,6 +27,7 @@ STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 NORMS = {"MEAN_STD": "zscore", "QUANTILES": "quantile"}
 PROCESSORS = ("policy_preprocessor", "policy_postprocessor")
 NORMALIZERS = ("normalizer_processor", "unnormalizer_processor")
+HABITS = {"positions": "contiguous", "missing_cameras": "masked"}  # of pi0-FAST; openpi's are others
 TOKENIZER = "google/paligemma-3b-pt-224"
 
 
@@ -40,7 +41,7 @@ def open_(path: Path, tensors: Mapping[str, Any], overrides: Mapping[str, Any]) 
     stated = settings.read(path)
     bare = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items()}
     theirs, rules, unused = huggingface.untie(bare, path)
-    fields = {**model_fields(own), **stated.model}
+    fields = {**HABITS, **model_fields(own), **stated.model}
     model = infer.config(huggingface.shapes(theirs), "hf", fields, overrides)
     stats = read_stats(path)
     policy = dict(stated.policy) or {"data": data_fields(own, path, model), **semantics(own)}
@@ -68,7 +69,7 @@ def model_fields(own: Mapping[str, Any]) -> dict[str, Any]:
 
 def camera_names(own: Mapping[str, Any]) -> dict[str, str]:
     """Model camera -> LeRobot's feature. A feature with a model camera's name keeps it; others fill what is free."""
-    model = infer.Pi0Fast if own.get("type") == "pi0_fast" else Pi0
+    model = Pi0Fast if own.get("type") == "pi0_fast" else Pi0
     free = list(model.__dataclass_fields__["cameras"].default)
     features = [k for k, v in (own.get("input_features") or {}).items() if v.get("type") == "VISUAL"]
     short = {feature: feature.removeprefix(IMAGES) for feature in features}

@@ -160,7 +160,13 @@ def _write_policy(source: Source, part: Path, to: str) -> None:
         shutil.copyfile(file, part / name)
     if to == "openpi-torch":
         model = source.model
-        about = {"action_dim": model.action_dim, "action_horizon": model.action_horizon}
-        (part / "config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        about = {
+            "action_dim": model.action_dim,
+            "action_horizon": model.action_horizon,
+            "paligemma_variant": "gemma_2b",
+            "action_expert_variant": "gemma_300m",
+            "precision": huggingface.precision(source.to("hf")),
+        }
+        (part / "config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")  # no newline, as openpi
     if to == "lerobot":
         lerobot.write_files(part, source, huggingface.precision(source.to("hf")))

@@ -20,6 +20,7 @@ from openpi_port.errors import UserError
 
 MANIFEST = "manifest.ocdbt"
 TREE = "_METADATA"
+LARGE = 64_000_000  # bytes of an array that is worth a commit of its own
 CHUNK_CACHE = 6_000_000_000  # bytes; holds one decoded chunk of the largest array of a 3 B model
 
 
@@ -50,6 +51,7 @@ class Arrays(Mapping[str, Stored]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._context = ts.Context()  # shared, so that the store is opened once
         self._last: tuple[str, ts.TensorStore] | None = None
         try:
             tree = json.loads((self.path / TREE).read_text())["tree_metadata"]
@@ -74,7 +76,7 @@ class Arrays(Mapping[str, Stored]):
         base = self.path.absolute().as_uri()
         ocdbt = (self.path / MANIFEST).exists()
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"} if ocdbt else f"{base}/{path}/"
-        array = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+        array = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, context=self._context).result()
         shared_chunks = array.ndim > 1 and array.chunk_layout.read_chunk.shape[0] > 1
         if shared_chunks:  # several layers in one chunk: decode it once
             context = ts.Context({"cache_pool": {"total_bytes_limit": CHUNK_CACHE}})
@@ -104,26 +106,19 @@ def write(path: str | Path, tensors: Mapping[str, Any], progress: Any = None) ->
     started = time.time_ns()
     base = path.absolute().as_uri()
     tree = {}
+    context = ts.Context()  # shared, so that the store is opened once
+    small: ts.Transaction | None = None  # every commit waits for the disk, so small arrays share one
+    waiting = 0
     for name in tensors:
         array = np.asarray(tensors[name])
         keys = name.split("/")
-        # One chunk per leading index, so that a layer can be read alone.
-        chunks = [1, *array.shape[1:]] if array.ndim > 2 else list(array.shape)
-        store = ts.open(
-            {
-                "driver": "zarr",
-                "kvstore": {"driver": "ocdbt", "base": base, "path": ".".join(keys) + "/"},
-                "metadata": {
-                    "shape": list(array.shape),
-                    "chunks": chunks,
-                    "dtype": _zarr_dtype(array.dtype),
-                    "compressor": {"id": "zstd", "level": 1},
-                },
-                "store_data_equal_to_fill_value": True,
-            },
-            create=True,
-        ).result()
-        store.write(array).result()
+        if array.nbytes < LARGE:
+            small = small or ts.Transaction()
+            waiting += array.nbytes
+        _write_array(base, ".".join(keys), array, context, small if array.nbytes < LARGE else None)
+        if small is not None and waiting >= LARGE:
+            small.commit_async().result()
+            small, waiting = None, 0
         tree[repr(tuple(keys))] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dict's key
             "value_metadata": {
@@ -135,6 +130,8 @@ def write(path: str | Path, tensors: Mapping[str, Any], progress: Any = None) ->
         if progress is not None:
             progress(array.nbytes)
         del array  # before the next one is made
+    if small is not None:
+        small.commit_async().result()
     metadata = {
         "tree_metadata": tree,
         "use_zarr3": False,
@@ -155,6 +152,22 @@ def write(path: str | Path, tensors: Mapping[str, Any], progress: Any = None) ->
             }
         )
     )
+
+
+def _write_array(
+    base: str, path: str, array: np.ndarray, context: ts.Context, transaction: ts.Transaction | None
+) -> None:
+    # One chunk per leading index, so that a layer can be read alone.
+    chunks = [1, *array.shape[1:]] if array.ndim > 2 else list(array.shape)
+    metadata = {
+        "shape": list(array.shape),
+        "chunks": chunks,
+        "dtype": _zarr_dtype(array.dtype),
+        "compressor": {"id": "zstd", "level": 1},
+    }
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
+    spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata, "store_data_equal_to_fill_value": True}
+    ts.open(spec, create=True, context=context, transaction=transaction).result().write(array).result()
 
 
 def _zarr_dtype(dtype: np.dtype) -> str:
