@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
-from tensorboardX import SummaryWriter
-
 
 class Metrics:
     """Appends to the files of a run; a resumed run drops what was logged after the step it goes on from.
@@ -18,6 +16,8 @@ class Metrics:
     """
 
     def __init__(self, run: Path, start_step: int) -> None:
+        from tensorboardX import SummaryWriter  # takes 2 s, which a mistyped flag need not wait for
+
         run.mkdir(parents=True, exist_ok=True)
         path = run / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []

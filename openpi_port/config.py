@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from openpi_port.errors import UserError, near
@@ -75,11 +75,7 @@ class Pi0:
                     f"config.model: language.{field}={getattr(language, field)} and "
                     f"expert.{field}={getattr(expert, field)} must be equal, because the experts attend together"
                 )
-        if self.vision.image_size % self.vision.patch_size:
-            raise UserError(
-                f"config.model.vision: image_size={self.vision.image_size} is no multiple of "
-                f"patch_size={self.vision.patch_size}"
-            )
+        _check_patches(self.vision)
 
     @property
     def prefix_len(self) -> int:
@@ -90,6 +86,47 @@ class Pi0:
     def suffix_len(self) -> int:
         """Tokens of state (if it is one) and actions."""
         return self.action_horizon + (self.state_in == "suffix")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pi0Fast:
+    """An autoregressive policy (pi0-FAST): the vision-language model writes the actions as tokens. Defaults are openpi's.
+
+    Attributes:
+      vocab_size: rows of the embedding; action token k is row vocab_size - 1 - 128 - k.
+      action_dim: the most that a robot may have; the weights don't depend on it.
+      max_token_len: prompt, state and action tokens together.
+      positions: how tokens are numbered. "openpi": in training all are counted, padding and empty cameras too; the
+        first generated token skips a number. "contiguous": valid tokens only, without a gap (LeRobot).
+      missing_cameras: whether the black images of cameras that the robot lacks are seen, as in openpi, or masked.
+      size: the named size that this is, for people.
+    """
+
+    vision: Siglip
+    language: Gemma
+    vocab_size: int = 257152
+    action_dim: int = 32
+    action_horizon: int = 32
+    max_token_len: int = 250
+    cameras: tuple[str, ...] = ("base_0_rgb", "base_1_rgb", "wrist_0_rgb")
+    positions: Literal["openpi", "contiguous"] = "openpi"
+    missing_cameras: Literal["visible", "masked"] = "visible"
+    size: str = dataclasses.field(default="custom", compare=False)
+
+    def __post_init__(self) -> None:
+        _check_patches(self.vision)
+
+    @property
+    def prefix_len(self) -> int:
+        """Tokens of images and text."""
+        return len(self.cameras) * self.vision.num_tokens + self.max_token_len
+
+
+def _check_patches(vision: Siglip) -> None:
+    if vision.image_size % vision.patch_size:
+        raise UserError(
+            f"config.model.vision: image_size={vision.image_size} is no multiple of patch_size={vision.patch_size}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,22 +206,27 @@ class Train:
       name: names the run's directory.
       backend: "flax" or "torch".
       tokenizer: "paligemma", "small" (ships with the project) or a path to a SentencePiece model.
+      fast_tokenizer: of pi0-FAST's actions: a processor's directory, a name on the Hugging Face hub, or one that ships
+        ("fast_aloha").
       init: a checkpoint to start from (local, gs://, hf://); None starts from fresh weights.
       frozen: regular expressions over parameter paths (Flax names); what matches any is not trained.
+      draws: of noise and time per sample; several share one pass over images and prompt.
       loss_on_padding: count the repeated last action after an episode's end, as openpi does.
       out: directory for checkpoints and metrics.
     """
 
     name: str
-    model: Pi0
+    model: Pi0 | Pi0Fast
     data: Data
     optimizer: Optimizer = Optimizer()
     compute: Compute = Compute()
     backend: Literal["flax", "torch"] = "flax"
     tokenizer: str = "paligemma"
+    fast_tokenizer: str = "physical-intelligence/fast"
     init: str | None = None
     frozen: tuple[str, ...] = ()
     batch_size: int = 32
+    draws: int = 1
     num_steps: int = 30000
     seed: int = 0
     loss_on_padding: bool = False
@@ -251,6 +293,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, where)
+    if args and all(dataclasses.is_dataclass(a) for a in args):
+        return value if isinstance(value, args) else build(_closest(args, value), value, where)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{where}={value!r}: {near(str(value), map(str, args))}")
@@ -268,6 +312,12 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{where}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
     return value
+
+
+def _closest(classes: Sequence[type], values: Mapping[str, Any]) -> type:
+    """The dataclass whose fields these are, as nearly as possible."""
+    given = set(values.keys())
+    return min(classes, key=lambda cls: len(given ^ {f.name for f in dataclasses.fields(cls)}))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -67,8 +67,9 @@ def _activations(config: Train) -> int:
     vision = _layer(model.vision, model.vision.num_tokens, model.vision.num_tokens, size)
     vision_inputs = model.vision.num_tokens * model.vision.width * size
     prefix, suffix = model.prefix_len, model.suffix_len
-    joint = _layer(model.language, prefix, prefix + suffix, size) + _layer(model.expert, suffix, prefix + suffix, size)
-    joint_inputs = (prefix * model.language.width + suffix * model.expert.width) * size
+    expert = config.draws * _layer(model.expert, suffix, prefix + suffix, size)
+    joint = _layer(model.language, prefix, prefix + suffix, size) + expert
+    joint_inputs = (prefix * model.language.width + config.draws * suffix * model.expert.width) * size
     cameras, vision_depth, depth = len(model.cameras), model.vision.depth, model.language.depth
     if config.compute.remat == "full":
         return cameras * (vision_depth * vision_inputs + vision) + depth * joint_inputs + joint

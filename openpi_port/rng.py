@@ -44,18 +44,25 @@ def draw_noise(seed: int, index: int, shape: Sequence[int]) -> np.ndarray:
 
     Args:
       seed, index: see `generator`.
-      shape: (A, J).
+      shape: (A, J), or (R, A, J) for several draws.
 
     Returns:
-      f32 [A,J].
+      f32 of that shape.
     """
     return generator(seed, index, "noise").standard_normal(shape, np.float32)
 
 
-def draw_time(seed: int, index: int) -> np.float32:
-    """A flow-matching time: Beta(1.5, 1) * 0.999 + 0.001, so in [0.001, 1]; 1 is noise, 0 is data.
+def draw_time(seed: int, index: int, shape: Sequence[int] = ()) -> np.ndarray:
+    """Flow-matching times: Beta(1.5, 1) * 0.999 + 0.001, so in [0.001, 1]; 1 is noise, 0 is data.
 
     Beta(a, 1) has the distribution function x^a, so a uniform number to the power 1/a has that distribution.
+
+    Args:
+      seed, index: see `generator`.
+      shape: () for one time, (R,) for several draws.
+
+    Returns:
+      f32 of that shape.
     """
-    uniform = generator(seed, index, "time").random()
+    uniform = generator(seed, index, "time").random(shape)
     return np.float32(uniform ** (2.0 / 3.0) * 0.999 + 0.001)

@@ -247,3 +247,10 @@ def test_a_program_that_forgets_to_close_ends_quietly(tmp_path):
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 0 and stderr == ""
     assert_gone(pids)
+
+
+def test_draws_come_with_every_sample():
+    batch = batches(1, draws=3)[0]
+    assert batch["noise"].shape == (4, 3, ACTIONS, DIM) and batch["time"].shape == (4, 3)
+    np.testing.assert_array_equal(batch["time"][1], draw_time(3, 1, (3,)))
+    assert len(np.unique(batch["time"])) == 12

@@ -121,3 +121,11 @@ def test_float_images(reference, model):
     b = reference.batch
     floats = {name: np.float32(x) / 255 * 2 - 1 for name, x in b["image"].items()}
     close(model.loss({**b, "image": floats}, b["noise"], b["time"]), reference.outputs["loss"])
+
+def test_draws_share_a_prefix(reference, model):
+    """R draws of noise and time give the mean of their losses, one by one."""
+    b, rng = reference.batch, np.random.default_rng(0)
+    noise = rng.standard_normal((len(b["time"]), 3, *b["noise"].shape[1:]), np.float32)
+    time = rng.uniform(0.1, 1, noise.shape[:2]).astype(np.float32)
+    one_by_one = [model.loss(b, noise[:, i], time[:, i]) for i in range(3)]
+    close(model.loss(b, noise, time), np.mean(one_by_one, 0), 2e-5)

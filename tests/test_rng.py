@@ -57,4 +57,5 @@ def test_time_is_beta():
     assert times[0] >= 0.001 and times[-1] <= 1.0
     expected = ((times.astype(np.float64) - 0.001) / 0.999) ** 1.5
     assert np.abs(expected - np.arange(1, n + 1) / n).max() < 1.63 / np.sqrt(n)  # 1 % level
-    assert isinstance(draw_time(1, 0), np.float32)
+    assert draw_time(1, 0).dtype == np.float32 and draw_time(1, 0).shape == ()
+    assert draw_time(1, 0, (3,))[0] == draw_time(1, 0)  # the first of several draws

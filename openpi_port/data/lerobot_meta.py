@@ -164,9 +164,7 @@ def load_metadata(root: str | Path) -> Metadata:
     )
 
 
-def _read_v2(
-    root: Path, info: dict[str, Any], videos: list[str]
-) -> tuple[dict[int, str], tuple[Episode, ...]]:
+def _read_v2(root: Path, info: dict[str, Any], videos: list[str]) -> tuple[dict[int, str], tuple[Episode, ...]]:
     tasks = {row["task_index"]: row["task"] for row in _json_lines(root / "meta" / "tasks.jsonl")}
     episodes = []
     for row in _json_lines(root / "meta" / "episodes.jsonl"):
@@ -184,9 +182,7 @@ def _read_v2(
     return tasks, tuple(episodes)
 
 
-def _read_v3(
-    root: Path, info: dict[str, Any], videos: list[str]
-) -> tuple[dict[int, str], tuple[Episode, ...]]:
+def _read_v3(root: Path, info: dict[str, Any], videos: list[str]) -> tuple[dict[int, str], tuple[Episode, ...]]:
     table = read_parquet(root / "meta" / "tasks.parquet")
     # LeRobot writes a pandas frame whose index is the text; pandas names an unnamed index like this.
     text = "task" if "task" in table.column_names else "__index_level_0__"

@@ -158,9 +158,7 @@ class LeRobotWriter:
         """How many frames have been added."""
         return self._frames
 
-    def add_episode(
-        self, images: Mapping[str, np.ndarray], state: np.ndarray, action: np.ndarray, task: str
-    ) -> None:
+    def add_episode(self, images: Mapping[str, np.ndarray], state: np.ndarray, action: np.ndarray, task: str) -> None:
         """Appends one episode.
 
         Args:

@@ -52,7 +52,7 @@ class _MakeSample:
     steps: tuple[transforms.Transform, ...]
     seed: int
     augment: Kind
-    noise_shape: tuple[int, int]
+    noise_shape: tuple[int, ...]
 
     def __call__(self, index: int, row: int) -> dict[str, Any]:
         sample = transforms.forward(self.steps, self.dataset[int(row)])
@@ -65,7 +65,7 @@ class _MakeSample:
             **sample,
             "image": {camera: changed.get(camera, image) for camera, image in sample["image"].items()},
             "noise": draw_noise(self.seed, index, self.noise_shape),
-            "time": draw_time(self.seed, index),
+            "time": draw_time(self.seed, index, self.noise_shape[:-2]),
         }
 
 
@@ -114,6 +114,7 @@ def train_batches(
     seed: int,
     action_dim: int,
     action_horizon: int,
+    draws: int = 1,
     augment: Kind = "default",
     start_step: int = 0,
     num_workers: int = 0,
@@ -128,6 +129,7 @@ def train_batches(
       batch_size: B, of all processes together.
       seed: of order, noise, time and augmentation.
       action_dim, action_horizon: J and A of the noise.
+      draws: R; above 1, every sample brings R draws of noise and time.
       augment: "default", "openpi" or "none".
       start_step: the first batch's number; where a resumed run goes on.
       num_workers: processes of this process that load; 0 loads in threads. A program that uses workers must
@@ -136,7 +138,8 @@ def train_batches(
         order, of every batch.
 
     Returns:
-      Batches with every leaf of a sample stacked, and "noise" f32 [B,A,J], "time" f32 [B].
+      Batches with every leaf of a sample stacked, and "noise" f32 [B,A,J], "time" f32 [B]; with several draws
+      [B,R,A,J] and [B,R].
 
     Raises:
       UserError: B does not divide among the processes; while iterating, anything wrong with the data, or a worker
@@ -145,7 +148,7 @@ def train_batches(
     # As good as endless. grain's own endless length overflows once it is divided by the size of a batch of one.
     epochs = max(1, ENDLESS // max(1, len(dataset)))
     rows = grain.MapDataset.range(len(dataset)).shuffle(seed=seed % 2**32).repeat(epochs)
-    make = _MakeSample(dataset, tuple(steps), seed, augment, (action_horizon, action_dim))
+    make = _MakeSample(dataset, tuple(steps), seed, augment, _noise_shape(draws, action_horizon, action_dim))
     return _batches(rows, make, batch_size, start_step, num_workers, process_index, process_count)
 
 
@@ -157,6 +160,7 @@ def eval_batches(
     seed: int,
     action_dim: int,
     action_horizon: int,
+    draws: int = 1,
     num_batches: int,
     process_index: int = 0,
     process_count: int = 1,
@@ -168,7 +172,7 @@ def eval_batches(
 
     Args:
       num_batches: at most; less where the data set has not that many.
-      dataset, steps, batch_size, seed, action_dim, action_horizon, process_index, process_count: see
+      dataset, steps, batch_size, seed, action_dim, action_horizon, draws, process_index, process_count: see
         `train_batches`.
 
     Returns:
@@ -176,8 +180,12 @@ def eval_batches(
     """
     count = max(1, min(num_batches, len(dataset) // batch_size)) * batch_size
     rows = grain.MapDataset.source([i * len(dataset) // count for i in range(count)])
-    make = _MakeSample(dataset, tuple(steps), seed, "none", (action_horizon, action_dim))
+    make = _MakeSample(dataset, tuple(steps), seed, "none", _noise_shape(draws, action_horizon, action_dim))
     return _batches(rows, make, batch_size, 0, 0, process_index, process_count)
+
+
+def _noise_shape(draws: int, horizon: int, dim: int) -> tuple[int, ...]:
+    return (horizon, dim) if draws == 1 else (draws, horizon, dim)
 
 
 def _batches(

@@ -49,7 +49,7 @@ class Material:
     def _shape(self) -> dict[str, int]:
         model = self.config.model
         return {
-            "batch_size": self.config.batch_size, "seed": self.config.seed,
+            "batch_size": self.config.batch_size, "seed": self.config.seed, "draws": self.config.draws,
             "action_dim": model.action_dim, "action_horizon": model.action_horizon,
         }  # fmt: skip
 

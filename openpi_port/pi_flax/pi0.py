@@ -120,13 +120,15 @@ class Pi0(nnx.Module):
 
         Args:
           batch: observation and `actions` [B, A, J].
-          noise: [B, A, J].
-          time: [B], in (0, 1].
+          noise: [B, A, J]; or [B, R, A, J], R draws that share one pass over images and prompt.
+          time: [B] or [B, R], in (0, 1].
 
         Returns:
-          float32 [B, A].
+          float32 [B, A], the mean over the draws.
         """
         actions, noise, time = jnp.asarray(batch["actions"]), jnp.asarray(noise), jnp.asarray(time)
+        if noise.ndim == 4:
+            return self._loss_of_draws(batch, actions, noise, time)
         t = time[:, None, None]
         x_t = t * noise + (1 - t) * actions
         return jnp.square(self.velocity(batch, x_t, time) - (noise - actions)).mean(-1)
@@ -168,6 +170,18 @@ class Pi0(nnx.Module):
 
         x_t, _ = jax.lax.scan(step, noise, times)
         return x_t
+
+    def _loss_of_draws(self, batch: Batch, actions: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
+        size, draws = noise.shape[:2]
+        t = time[:, :, None, None]
+        actions = actions[:, None]
+        x_t = t * noise + (1 - t) * actions  # [B, R, A, J]
+        prefix, cache = self.prefill(batch)
+        prefix = Tokens(*(jnp.repeat(x, draws, axis=0) for x in prefix))
+        cache = KVCache(*(jnp.repeat(x, draws, axis=1) for x in cache))
+        state = jnp.repeat(jnp.asarray(batch["state"]), draws, axis=0)
+        v_t = self.denoise(prefix, cache, state, x_t.reshape(size * draws, *x_t.shape[2:]), time.reshape(-1))
+        return jnp.square(v_t.reshape(x_t.shape) - (noise - actions)).mean((1, 3))
 
     def _project_out(self, out: jax.Array) -> jax.Array:
         return self.action_out_proj(out[:, -self.config.action_horizon :].astype(jnp.float32))

@@ -121,13 +121,15 @@ class Pi0(nn.Module):
 
         Args:
           batch: observation and `actions` [B, A, J].
-          noise: [B, A, J].
-          time: [B], in (0, 1].
+          noise: [B, A, J]; or [B, R, A, J], R draws that share one pass over images and prompt.
+          time: [B] or [B, R], in (0, 1].
 
         Returns:
-          float32 [B, A].
+          float32 [B, A], the mean over the draws.
         """
         actions = batch["actions"]
+        if noise.ndim == 4:
+            return self._loss_of_draws(batch, actions, noise, time)
         t = time[:, None, None]
         x_t = t * noise + (1 - t) * actions
         return (self.velocity(batch, x_t, time) - (noise - actions)).square().mean(-1)
@@ -166,6 +168,18 @@ class Pi0(nn.Module):
         for time in torch.from_numpy(times).to(noise.device):
             x_t = x_t + float(dt) * self.denoise(prefix, cache, batch["state"], x_t, time.expand(noise.shape[0]))
         return x_t
+
+    def _loss_of_draws(self, batch: Batch, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        draws = noise.shape[1]
+        t = time[:, :, None, None]
+        actions = actions[:, None]
+        x_t = t * noise + (1 - t) * actions  # [B, R, A, J]
+        prefix, cache = self.prefill(batch)
+        prefix = Tokens(*(x.repeat_interleave(draws, dim=0) for x in prefix))
+        cache = KVCache(*(x.repeat_interleave(draws, dim=1) for x in cache))
+        state = batch["state"].repeat_interleave(draws, dim=0)
+        v_t = self.denoise(prefix, cache, state, x_t.flatten(0, 1), time.flatten())
+        return (v_t.reshape(x_t.shape) - (noise - actions)).square().mean((1, 3))
 
     def _project_out(self, out: Tensor) -> Tensor:
         return self.action_out_proj(out[:, -self.config.action_horizon :].float())
