@@ -67,6 +67,7 @@ class Layer(nnx.Module):
         positions: jax.Array,
         mask: jax.Array,
         cache: KVCache | None,
+        write_at: jax.Array | int | None = None,
     ) -> tuple[list[jax.Array | None], KVCache]:
         """See `Gemma.__call__`; returns the experts' outputs and the keys and values of their tokens."""
         present = [i for i, x in enumerate(xs) if x is not None]
@@ -77,7 +78,11 @@ class Layer(nnx.Module):
             q, k, v = self.experts[i].qkv(normed[i][0], positions[:, start:stop])
             qs.append(q), ks.append(k), vs.append(v)
         q, new = jnp.concatenate(qs, 1), KVCache(jnp.concatenate(ks, 1), jnp.concatenate(vs, 1))
-        seen = new if cache is None else KVCache(*(jnp.concatenate(c, 1) for c in zip(cache, new, strict=True)))
+        if write_at is not None:
+            at = (0, write_at, 0, 0)
+            seen = new = KVCache(*(jax.lax.dynamic_update_slice(c, n, at) for c, n in zip(cache, new, strict=True)))
+        else:
+            seen = new if cache is None else KVCache(*(jnp.concatenate(c, 1) for c in zip(cache, new, strict=True)))
         attended = attention(q, seen.k, seen.v, mask)
 
         outs: list[jax.Array | None] = [None] * len(xs)
@@ -92,15 +97,11 @@ class Layer(nnx.Module):
 class Gemma(nnx.Module):
     """The stack of layers, the token embedding of expert 0 and the final norms."""
 
-    def __init__(
-        self, configs: Sequence[Config], adarms: Sequence[bool], vocab_size: int, compute: Compute
-    ) -> None:
+    def __init__(self, configs: Sequence[Config], adarms: Sequence[bool], vocab_size: int, compute: Compute) -> None:
         self.compute = compute
         self.embedding = nnx.Param(jnp.zeros((vocab_size, configs[0].width)))
         self.layers = stack(Layer(configs, adarms), configs[0].depth)
-        self.norms = nnx.List(
-            [(AdaRMSNorm if a else RMSNorm)(c.width) for c, a in zip(configs, adarms, strict=True)]
-        )
+        self.norms = nnx.List([(AdaRMSNorm if a else RMSNorm)(c.width) for c, a in zip(configs, adarms, strict=True)])
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeds token ids [B, T], scaled by sqrt(D): [B, T, D] in the working dtype."""
@@ -116,6 +117,7 @@ class Gemma(nnx.Module):
         cache: KVCache | None = None,
         *,
         return_cache: bool = False,
+        write_at: jax.Array | int | None = None,
     ) -> tuple[list[jax.Array | None], KVCache | None]:
         """Runs the tokens of every expert through all layers.
 
@@ -126,6 +128,8 @@ class Gemma(nnx.Module):
           mask: bool [B, T, S]; S counts the cache first, then the tokens.
           cache: keys and values that the tokens also see.
           return_cache: whether to keep the tokens' own keys and values.
+          write_at: writes them into the cache, from that place of S on, instead of appending them; S is then the
+            length of the cache, and what is returned is the cache.
 
         Returns:
           The normed outputs per expert, and the tokens' keys and values [L, B, T, K, H] or None.
@@ -135,16 +139,13 @@ class Gemma(nnx.Module):
 
         def body(xs: list, inputs: tuple) -> tuple[list, KVCache | None]:
             layer, seen = inputs
-            xs, new = nnx.merge(graph, layer)(xs, conds, positions, mask, seen)
-            return xs, new if return_cache else None
+            xs, new = nnx.merge(graph, layer)(xs, conds, positions, mask, seen, write_at)
+            return xs, new if return_cache or write_at is not None else None
 
         if self.compute.remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
         xs, new = jax.lax.scan(body, xs, (layers, cache))
-        outs = [
-            None if x is None else norm(x, cond)[0]
-            for x, cond, norm in zip(xs, conds, self.norms, strict=True)
-        ]
+        outs = [None if x is None else norm(x, cond)[0] for x, cond, norm in zip(xs, conds, self.norms, strict=True)]
         return outs, new
 
     def logits(self, x: jax.Array) -> jax.Array:

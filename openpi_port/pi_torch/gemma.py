@@ -70,6 +70,7 @@ class Layer(nn.Module):
         positions: Tensor,
         mask: Tensor,
         cache: KVCache | None,
+        write_at: Tensor | None = None,
     ) -> tuple[list[Tensor | None], KVCache]:
         """See `Gemma.forward`; returns the experts' outputs and the keys and values of their tokens."""
         present = [i for i, x in enumerate(xs) if x is not None]
@@ -80,7 +81,10 @@ class Layer(nn.Module):
             q, k, v = self.experts[i].qkv(normed[i][0], positions[:, start:stop])
             qs.append(q), ks.append(k), vs.append(v)
         q, new = torch.cat(qs, 1), KVCache(torch.cat(ks, 1), torch.cat(vs, 1))
-        seen = new if cache is None else KVCache(*(torch.cat(c, 1) for c in zip(cache, new, strict=True)))
+        if write_at is not None:
+            seen = new = KVCache(*(c.index_copy_(1, write_at, n) for c, n in zip(cache, new, strict=True)))
+        else:
+            seen = new if cache is None else KVCache(*(torch.cat(c, 1) for c in zip(cache, new, strict=True)))
         attended = attention(q, seen.k, seen.v, mask)
 
         outs: list[Tensor | None] = [None] * len(xs)
@@ -95,9 +99,7 @@ class Layer(nn.Module):
 class Gemma(nn.Module):
     """The stack of layers, the token embedding of expert 0 and the final norms."""
 
-    def __init__(
-        self, configs: Sequence[Config], adarms: Sequence[bool], vocab_size: int, compute: Compute
-    ) -> None:
+    def __init__(self, configs: Sequence[Config], adarms: Sequence[bool], vocab_size: int, compute: Compute) -> None:
         super().__init__()
         self.compute = compute
         self.embedding = nn.Parameter(torch.zeros(vocab_size, configs[0].width))
@@ -120,6 +122,7 @@ class Gemma(nn.Module):
         cache: KVCache | None = None,
         *,
         return_cache: bool = False,
+        write_at: Tensor | None = None,
     ) -> tuple[list[Tensor | None], KVCache | None]:
         """Runs the tokens of every expert through all layers.
 
@@ -130,6 +133,8 @@ class Gemma(nn.Module):
           mask: bool [B, T, S]; S counts the cache first, then the tokens.
           cache: keys and values that the tokens also see.
           return_cache: whether to keep the tokens' own keys and values.
+          write_at: int [T], writes them into the cache, in place, at those indices of S, instead of appending them; S
+            is then the length of the cache, and what is returned is the cache.
 
         Returns:
           The normed outputs per expert, and the tokens' keys and values [L, B, T, K, H] or None.
@@ -140,15 +145,14 @@ class Gemma(nn.Module):
         for i, layer in enumerate(self.layers):
             seen = None if cache is None else KVCache(cache.k[i], cache.v[i])
             if self.compute.remat == "full" and torch.is_grad_enabled():
-                xs, new = checkpoint(layer, xs, conds, positions, mask, seen, use_reentrant=False)
+                xs, new = checkpoint(layer, xs, conds, positions, mask, seen, write_at, use_reentrant=False)
             else:
-                xs, new = layer(xs, conds, positions, mask, seen)
+                xs, new = layer(xs, conds, positions, mask, seen, write_at)
             if return_cache:
                 news.append(new)
-        outs = [
-            None if x is None else norm(x, cond)[0]
-            for x, cond, norm in zip(xs, conds, self.norms, strict=True)
-        ]
+        outs = [None if x is None else norm(x, cond)[0] for x, cond, norm in zip(xs, conds, self.norms, strict=True)]
+        if write_at is not None:
+            return outs, cache
         return outs, KVCache(*map(torch.stack, zip(*news, strict=True))) if return_cache else None
 
     def logits(self, x: Tensor) -> Tensor:
