@@ -79,6 +79,7 @@ class Policy:
             "state_dim": robot.STATE_DIM or len(stats["state"].mean),
             "action_dim": robot.ACTION_DIM or len(stats["actions"].mean),
             "action_horizon": self.horizon,
+            "noise_dim": model.config.action_dim,
             "default_prompt": data.prompt,
             "size": model.config.size,
             **(metadata or {}),

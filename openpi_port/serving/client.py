@@ -52,6 +52,7 @@ class Client:
         self._patience_s, self._timeout_s = patience_s, timeout_s
         self._lock = threading.Lock()
         self._connection: ClientConnection | None = None
+        self._open = contextlib.ExitStack()  # ends the connection
         self.metadata: dict[str, Any] = {}
         with self._lock:
             self._connect(time.monotonic() + patience_s)
@@ -100,9 +101,10 @@ class Client:
         wait = 0.05
         while True:
             try:
-                self._connection = connect(
+                opening = connect(
                     self._url, compression=None, max_size=None, additional_headers=self._headers, open_timeout=10
                 )
+                self._connection = self._open.enter_context(opening)
                 self.metadata = codec.unpack(self._connection.recv(timeout=self._timeout_s))
                 return
             except InvalidURI as error:
@@ -125,10 +127,9 @@ class Client:
         time.sleep(wait * random.uniform(0.5, 1.0))
 
     def _drop(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(Exception):
-                connection.close()
+        self._connection = None
+        with contextlib.suppress(OSError, ConnectionClosed):
+            self._open.close()
 
     def __enter__(self) -> Client:
         return self

@@ -1,0 +1,453 @@
+"""The server and its client: openpi-client's format, batching, limits, hostile bytes, restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import hypothesis.strategies as st
+import msgpack
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from small_policy import ACTION_DIM, HORIZON, make_checkpoint, observation_of
+from websockets.exceptions import ConnectionClosedError
+from websockets.sync.client import connect
+from websockets.sync.server import serve as serve_sync
+
+from openpi_port import Policy, UserError
+from openpi_port.rng import draw_noise
+from openpi_port.serving import codec
+from openpi_port.serving.chunks import Ahead, OpenLoop
+from openpi_port.serving.client import Client, ServerError
+from openpi_port.serving.server import Options, background
+
+LOCAL = {"host": "127.0.0.1", "port": 0}
+
+
+@pytest.fixture(scope="module")
+def openpi_client():
+    reason = "the real openpi-client is absent: pip install --no-deps openpi-client==0.1.2 dm-tree typing_extensions"
+    pytest.importorskip("tree", reason=reason)
+    module = pytest.importorskip("openpi_client.websocket_client_policy", reason=reason)
+    pytest.importorskip("openpi_client.action_chunk_broker", reason=reason)
+    return module
+
+
+class Echo:
+    """A policy that answers its state, takes `seconds` for a pass, and can't bear the state 13."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.metadata = {"name": "echo", "size": 3}
+        self.seconds = seconds
+        self.batches: list[int] = []
+
+    def prepare(self, observation):
+        if not isinstance(observation, dict) or "state" not in observation:
+            raise UserError("observation: no 'state'")
+        return float(np.asarray(observation["state"]).ravel()[0])
+
+    def infer_prepared(self, samples):
+        time.sleep(self.seconds)
+        self.batches.append(len(samples))
+        if 13 in samples:
+            raise RuntimeError("unlucky")
+        return [{"actions": np.full((4, 2), x, np.float32)} for x in samples]
+
+    def infer(self, observation):
+        return self.infer_prepared([self.prepare(observation)])[0]
+
+
+def state(value):
+    return {"state": np.array([value], np.float32)}
+
+
+def first(result):
+    return float(result["actions"][0, 0])
+
+
+@contextlib.contextmanager
+def serving(policy=None, **options):
+    with background(policy or Echo(), Options(**{**LOCAL, **options})) as url:
+        yield url
+
+
+def get(url, path, **headers):
+    request = urllib.request.Request(url.replace("ws:", "http:") + path, headers=headers)
+    return urllib.request.urlopen(request, timeout=5).read().decode()
+
+
+# The format
+
+
+MESSAGES = {
+    "observation": observation_of(0),
+    "scalars": {"a": np.float32(1.5), "b": np.int64(3), "c": np.bool_(True), "d": [1, 2.5, None, "x", b"y"]},
+    "arrays": [np.zeros((0, 3), np.int16), np.arange(6.0).reshape(2, 3).T, np.array("text"), np.array(True)],
+    "big_endian": np.arange(3, dtype=">f4"),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_same_bytes_as_openpi_client(openpi_client, name):
+    theirs = openpi_client.msgpack_numpy
+    data = theirs.packb(MESSAGES[name])
+    assert codec.pack(MESSAGES[name]) == data
+    np.testing.assert_equal(codec.unpack(data), theirs.unpackb(data))
+
+
+ARRAY = {b"__ndarray__": True, b"data": b"\0" * 8, b"dtype": "<f4", b"shape": [2]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {**ARRAY, b"dtype": "|O"},
+        {**ARRAY, b"dtype": "<f4,<f4"},
+        {**ARRAY, b"dtype": "|V4"},
+        {**ARRAY, b"dtype": 4},
+        {**ARRAY, b"shape": [3]},
+        {**ARRAY, b"shape": [-1]},
+        {**ARRAY, b"shape": [2**40, 2**40]},
+        {**ARRAY, b"shape": 2},
+        {**ARRAY, b"data": "text"},
+        {b"__ndarray__": True},
+        {b"__npgeneric__": True, b"data": 300, b"dtype": "|i1"},
+        msgpack.ExtType(5, b"x"),
+        [{}] * 2000,
+        [0] * 5000,
+    ],
+)
+def test_hostile_messages_are_refused(message):
+    with pytest.raises(UserError, match="malformed"):
+        codec.unpack(msgpack.packb(message))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x91" * 5000, pickle.dumps(print), codec.pack({"a": 1}) + b"\0"])
+def test_what_is_no_message_is_refused(data):
+    with pytest.raises(UserError, match="malformed"):
+        codec.unpack(data)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_no_bytes_break_the_reader(data):
+    message = bytearray(codec.pack({"images": {"a": np.zeros((2, 2, 3), np.uint8)}, "state": np.ones(3)}))
+    for _ in range(data.draw(st.integers(1, 4))):
+        message[data.draw(st.integers(0, len(message) - 1))] = data.draw(st.integers(0, 255))
+    for bytes_ in (bytes(message), data.draw(st.binary(max_size=64))):
+        with contextlib.suppress(UserError):
+            codec.unpack(bytes_)
+
+
+@pytest.mark.parametrize("value", [object(), np.array([object()]), np.zeros(2, complex), {"x": {1, 2}}])
+def test_what_does_not_travel_is_refused(value):
+    with pytest.raises(TypeError, match="travel"):
+        codec.pack(value)
+
+
+# With the real policy and the real openpi-client
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return Policy.from_pretrained(make_checkpoint(tmp_path_factory.mktemp("serving") / "20"), "torch", device="cpu")
+
+
+def test_the_real_openpi_client(openpi_client, policy):
+    from openpi_client.action_chunk_broker import ActionChunkBroker
+
+    observation = {**observation_of(0), "noise": draw_noise(0, 0, (HORIZON, ACTION_DIM))}
+    want = policy.infer(observation)["actions"]
+    with serving(policy, api_key="secret") as url:
+        port = int(url.rpartition(":")[2])
+        client = openpi_client.WebsocketClientPolicy("127.0.0.1", port, api_key="secret")
+        assert client.get_server_metadata() == policy.metadata
+        result = client.infer(observation)
+        np.testing.assert_allclose(result["actions"], want, atol=1e-6)
+        assert set(result) == {"actions", "policy_timing", "server_timing"}
+        broker = ActionChunkBroker(client, action_horizon=2)
+        for step in range(2):
+            np.testing.assert_allclose(broker.infer(observation)["actions"], want[step], atol=1e-6)
+        with pytest.raises(RuntimeError, match="wrong robot"):
+            client.infer({**observation, "state": np.zeros(3)})
+        assert client.infer(observation)["server_timing"]["prev_total_ms"] > 0
+        client._ws.close()
+
+
+def test_our_client_asks_openpi_s_server(openpi_client):
+    """A server as openpi's speaks: packed by openpi's own module, a traceback as text, then the end."""
+    theirs = openpi_client.msgpack_numpy
+
+    def handler(connection):
+        connection.send(theirs.packb({"reset_pose": [0.0]}))
+        for message in connection:
+            observation = theirs.unpackb(message)
+            if "state" not in observation:
+                connection.send("Traceback (most recent call last): KeyError")
+                connection.close(1011, "Internal server error")
+            else:
+                connection.send(theirs.packb({"actions": np.stack([observation["state"]] * 2), "server_timing": {}}))
+
+    with serve_sync(handler, "127.0.0.1", 0, compression=None) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Client(f"127.0.0.1:{server.socket.getsockname()[1]}", patience_s=5) as client:
+            assert client.metadata == {"reset_pose": [0.0]}
+            assert first(client.infer(state(3))) == 3
+            with pytest.raises(ServerError, match="KeyError"):
+                client.infer({"prompt": "x"})
+            assert first(client.infer(state(4))) == 4  # on a new connection
+        server.shutdown()
+
+
+# The server
+
+
+@pytest.mark.parametrize(
+    "message", ["text", b"\xc1", codec.pack({"prompt": "x"}), codec.pack([]), codec.pack(state(13))]
+)
+def test_an_error_is_for_one_request_alone(message):
+    with serving() as url, Client(url) as other, connect(url, compression=None) as connection:
+        connection.recv()
+        connection.send(message)
+        reply = connection.recv(timeout=5)
+        assert isinstance(reply, str) and reply.startswith("error: ") and "unlucky" not in reply
+        assert first(other.infer(state(2))) == 2
+        connection.send(codec.pack(state(5)))
+        assert first(codec.unpack(connection.recv(timeout=5))) == 5
+
+
+def test_many_clients_share_passes_and_get_their_own_answers():
+    echo = Echo(seconds=0.02)
+    with serving(echo, max_batch=4, wait_s=0.05) as url, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(url)) for _ in range(6)]
+        with ThreadPoolExecutor(6) as pool:
+            for turn in range(5):
+                values = [100 * turn + i for i in range(6)]
+                asked = pool.map(lambda c, v: first(c.infer(state(v))), clients, values)
+                assert list(asked) == values
+        text = get(url, "/metrics")
+    assert sum(echo.batches) == 30 and max(echo.batches) <= 4 and len(echo.batches) < 20
+    assert "openpi_port_requests_total 30" in text and "openpi_port_clients 6" in text
+    assert f"openpi_port_infer_seconds_count {len(echo.batches)}" in text
+    assert 'openpi_port_batch_size_bucket{le="+Inf"}' in text
+
+
+def test_one_client_alone_never_waits_for_others():
+    with serving(wait_s=5.0) as url, Client(url) as client:
+        start = time.perf_counter()
+        client.infer(state(1))
+        assert time.perf_counter() - start < 2
+
+
+def test_the_wait_for_others_is_bounded():
+    with serving(wait_s=0.1) as url, Client(url) as client, Client(url):
+        start = time.perf_counter()
+        client.infer(state(1))
+        assert 0.08 < time.perf_counter() - start < 2
+
+
+def test_who_is_to_blame_fails_alone_in_a_pass():
+    with serving(Echo(0.02), wait_s=0.2) as url, Client(url) as good, Client(url) as bad, ThreadPoolExecutor(2) as pool:
+        wrong, right = pool.submit(bad.infer, state(13)), pool.submit(good.infer, state(1))
+        assert first(right.result()) == 1
+        with pytest.raises(ServerError, match="internal"):
+            wrong.result()
+
+
+def test_the_loop_is_free_while_the_model_computes():
+    with serving(Echo(seconds=1.0)) as url, Client(url) as client, ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.infer, state(1))
+        time.sleep(0.1)
+        start = time.perf_counter()
+        assert get(url, "/healthz") == "OK\n"
+        assert time.perf_counter() - start < 0.5 and not answer.done()
+        assert first(answer.result()) == 1
+
+
+def test_a_slow_answer_is_an_error_after_the_timeout():
+    too_late = pytest.raises(ServerError, match="no answer within")
+    with serving(Echo(seconds=0.5), timeout_s=0.1) as url, Client(url) as client, too_late:
+        client.infer(state(1))
+
+
+def test_large_messages_end_only_their_own_connection():
+    with serving(max_message=10_000) as url, Client(url) as other:
+        with pytest.raises(UserError, match="more than the server takes"):
+            Client(url).infer({"state": np.zeros(10_000)})
+        with connect(url, compression=None, max_size=None) as connection:
+            connection.recv()
+            connection.send(b"\0" * 10_001)
+            with pytest.raises(ConnectionClosedError, match="1009"):
+                connection.recv(timeout=5)
+        assert first(other.infer(state(1))) == 1
+
+
+def test_api_key():
+    with serving(api_key="secret") as url:
+        for key in (None, "other"):
+            with pytest.raises(UserError, match="API key"):
+                Client(url, api_key=key, patience_s=2)
+        assert first(Client(url, api_key="secret").infer(state(1))) == 1
+        assert get(url, "/healthz") == "OK\n"
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            get(url, "/metrics")
+        assert "openpi_port_connections_total 1" in get(url, "/metrics", Authorization="Api-Key secret")
+
+
+def test_too_many_clients_are_turned_away():
+    with serving(max_clients=1) as url, Client(url), pytest.raises(UserError, match="HTTP 503"):
+        Client(url, patience_s=0.3)
+
+
+def test_raw_sockets_do_no_harm():
+    with serving() as url:
+        port = int(url.rpartition(":")[2])
+        for junk in (b"", b"\0" * 1000, b"GET / HTTP/1.1\r\n\r\n", b"POST / HTTP/1.1\r\nA: " + b"b" * 100_000):
+            with socket.create_connection(("127.0.0.1", port)) as raw, contextlib.suppress(OSError):
+                raw.sendall(junk)
+        assert first(Client(url).infer(state(1))) == 1
+
+
+def test_stopping_answers_what_is_under_way():
+    with ThreadPoolExecutor(1) as pool:
+        with serving(Echo(seconds=0.5)) as url:
+            client = Client(url, patience_s=0.2)
+            answer = pool.submit(client.infer, state(1))
+            time.sleep(0.2)
+        assert first(answer.result()) == 1
+        with pytest.raises(UserError, match="no server there"):
+            client.infer(state(2))
+
+
+def test_a_taken_port_is_one_line():
+    with serving() as url, pytest.raises(UserError, match="--port="), serving(port=int(url.rpartition(":")[2])):
+        pass
+
+
+# The client
+
+
+def test_the_client_outlives_a_restart():
+    with serving() as url:
+        client = Client(url, patience_s=20)
+        assert first(client.infer(state(1))) == 1
+        port = int(url.rpartition(":")[2])
+    later = threading.Event()
+
+    def restart():
+        with serving(port=port):
+            later.wait(20)
+
+    timer = threading.Timer(0.3, restart)
+    timer.start()
+    try:
+        assert first(client.infer(state(2))) == 2
+        client.close()
+    finally:
+        later.set()
+        timer.join()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:1"])
+def test_no_server_is_one_line(url):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1: no"):
+        Client(url, patience_s=0.2)
+
+
+# Chunks to actions
+
+
+class Counting:
+    """Chunk n is 100 n + 0, 1, 2, ...; takes `seconds`."""
+
+    def __init__(self, seconds=0.0):
+        self.calls, self.seconds = 0, seconds
+
+    def infer(self, observation):
+        time.sleep(self.seconds)
+        self.calls += 1
+        return {"actions": 100.0 * self.calls + np.arange(6.0)[:, None], "policy_timing": {"infer_ms": 1.0}}
+
+    def reset(self):
+        pass
+
+
+def test_open_loop_is_openpi_s_broker(openpi_client):
+    from openpi_client.action_chunk_broker import ActionChunkBroker
+
+    ours, theirs = OpenLoop(Counting(), 4), ActionChunkBroker(Counting(), 4)
+    for step in range(10):
+        if step == 6:
+            ours.reset()
+            theirs.reset()
+        np.testing.assert_equal(ours.infer({}), theirs.infer({}))
+    assert [float(OpenLoop(Counting()).infer({})["actions"][0])] == [100.0]
+
+
+def test_ahead_leaves_out_the_past_and_never_stops():
+    policy = Counting()
+    ahead = Ahead(policy, replan=4, lead=2)
+    played = []
+    for _ in range(9):
+        played.append(float(ahead.infer({})["actions"][0]))
+        time.sleep(0.05)
+    ahead.close()
+    # Asked at step 2 of a chunk, taken over at step 4: the answer's first two actions are in the past.
+    assert played == [100, 101, 102, 103, 202, 203, 204, 205, 302]
+
+
+def test_ahead_plays_on_while_the_answer_is_late():
+    policy = Counting()
+    ahead = Ahead(policy, replan=3, lead=1)
+    ahead.infer({})
+    policy.seconds = 0.3
+    played = [float(ahead.infer({})["actions"][0]) for _ in range(6)]
+    ahead.close()
+    assert played == [101, 102, 103, 104, 105, 204]  # asked at 2, needed at 6: four steps are in the past
+
+
+@pytest.mark.parametrize("make", [lambda: OpenLoop(Counting(), 0), lambda: OpenLoop(Counting(), 7).infer({})])
+def test_replan_must_fit(make):
+    with pytest.raises(UserError, match="replan"):
+        make()
+
+
+# The command
+
+
+def test_the_command_serves_and_ends_on_sigterm(tmp_path):
+    path = make_checkpoint(tmp_path / "20")
+    command = [sys.executable, "-m", "experiments.serve", f"--checkpoint={path}", "--backend=torch", "--port=0"]
+    command += ["--host=127.0.0.1", "--max_batch=1", "--device=cpu"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OPENPI_PORT_API_KEY": "k"}
+    )
+    try:
+        line = next(line for line in process.stdout if line.startswith("serving on "))
+        with Client(line.split()[2].rstrip(","), api_key="k") as client:
+            assert client.infer(observation_of(0))["actions"].shape == (HORIZON, 14)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.stdout.close()
+
+
+def test_the_command_without_a_checkpoint_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.serve"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --checkpoint=") and done.stderr.count("\n") == 1
