@@ -1,6 +1,6 @@
 """Image augmentation on the host, per sample and camera, on uint8: one affine warp and one or two passes of colour.
 
-Two kinds are offered beside "none":
+Two kinds for robots in the world, beside "none":
 
 | | "default" | "openpi": what openpi's JAX training does (augmax 0.4.1) |
 |---|---|---|
@@ -11,6 +11,9 @@ Two kinds are offered beside "none":
 | contrast | factor 0.6 to 1.4 about the image's mean grey | augmax's curve on the HSV value, up to 0.4 |
 | saturation | factor 0.5 to 1.5 | none: augmax computes it and drops the result |
 | hue | none: colours name objects in prompts | turned by up to 0.1 of the circle, though openpi never asks for it |
+
+A third, "shift", is for a camera that never moves, as in simulation, where a pixel is a place: half the images are
+shifted by up to 4 pixels, brightness and contrast change a little (factors 0.8 to 1.2), and nothing else.
 
 Wrist cameras (with "wrist" in their name) keep their geometry: it says where the gripper is in the picture.
 H W pixels.
@@ -25,11 +28,12 @@ from typing import Literal
 import cv2
 import numpy as np
 
-Kind = Literal["default", "openpi", "none"]
+Kind = Literal["default", "openpi", "shift", "none"]
 
 CROP = 0.95  # of each side
 ROTATION = math.radians(5.0)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = 0.3, 0.4, 0.5, 0.1
+SHIFT = 4.0  # pixels
 GREY = np.array([0.299, 0.587, 0.114])  # luma of RGB, ITU-R BT.601
 
 
@@ -38,7 +42,7 @@ def augment(images: Mapping[str, np.ndarray], kind: Kind, rng: np.random.Generat
 
     Args:
       images: {camera: uint8 [H,W,3]}; never written to.
-      kind: "default", "openpi" or "none".
+      kind: see the module.
       rng: the sample's own generator; the same generator state gives the same result.
 
     Returns:
@@ -46,8 +50,8 @@ def augment(images: Mapping[str, np.ndarray], kind: Kind, rng: np.random.Generat
     """
     if kind == "none":
         return dict(images)
-    border = cv2.BORDER_REFLECT_101 if kind == "default" else cv2.BORDER_CONSTANT
-    colour = _colour_default if kind == "default" else _colour_openpi
+    border = cv2.BORDER_CONSTANT if kind == "openpi" else cv2.BORDER_REFLECT_101
+    colour = {"default": _colour_default, "openpi": _colour_openpi, "shift": _colour_shift}[kind]
     out = {}
     # By name, so that the parameters don't depend on the order in which cameras are listed.
     for camera in sorted(images):
@@ -56,7 +60,7 @@ def augment(images: Mapping[str, np.ndarray], kind: Kind, rng: np.random.Generat
         image = images[camera]
         if "wrist" not in camera:
             height, width = image.shape[:2]
-            matrix = warp_matrix(height, width, *draws[:3])
+            matrix = _shift_matrix(*draws[:3]) if kind == "shift" else warp_matrix(height, width, *draws[:3])
             flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
             image = cv2.warpAffine(image, matrix, (width, height), flags=flags, borderMode=border)
         out[camera] = colour(image, draws[3:])
@@ -82,6 +86,20 @@ def warp_matrix(height: int, width: int, x: float, y: float, angle: float) -> np
     centre = np.array([(width - 1) / 2, (height - 1) / 2])
     shift = np.array([x * (width - crop_width) / 2, y * (height - crop_height) / 2])
     return np.column_stack([linear, centre + shift - linear @ centre])
+
+
+def _shift_matrix(x: float, y: float, coin: float) -> np.ndarray:
+    """A shift by whole pixels, for one image in two."""
+    shift = np.rint(SHIFT * np.array([x, y])) * (coin > 0)
+    return np.column_stack([np.eye(2), shift])
+
+
+def _colour_shift(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Brightness and contrast, each by a fifth."""
+    brightness, contrast = 1.0 + 0.2 * draws[0], 1.0 + 0.2 * draws[1]
+    mean = brightness * float(GREY @ cv2.mean(image)[:3])
+    matrix = np.column_stack([contrast * brightness * np.eye(3), np.full(3, (1.0 - contrast) * mean)])
+    return cv2.transform(image, matrix)
 
 
 def _colour_default(image: np.ndarray, draws: np.ndarray) -> np.ndarray:

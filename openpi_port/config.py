@@ -156,7 +156,9 @@ class Data:
       delta: which action dimensions become differences to the state; empty for none.
       norm: z-score, or quantiles to [-1, 1].
       validation: share of episodes kept for validation.
-      augment: "default", "openpi" (what openpi's JAX training really does) or "none".
+      augment: "default", "openpi" (what openpi's JAX training really does), "shift" (for a camera that never moves)
+        or "none".
+      state_noise: standard deviation of noise on the normalised state in training.
       root: where data sets from the hub are kept; None takes the hub's own cache.
       cache_gb: room on disk for decoded, resized frames; 0 decodes every time.
       num_workers: processes that load; 0 loads in threads of the main process.
@@ -172,7 +174,8 @@ class Data:
     delta: tuple[bool, ...] = ()
     norm: Literal["zscore", "quantile"] = "zscore"
     validation: float = 0.1
-    augment: Literal["default", "openpi", "none"] = "default"
+    augment: Literal["default", "openpi", "shift", "none"] = "default"
+    state_noise: float = 0.0
     root: str | None = None
     cache_gb: float = 8.0
     num_workers: int = 0

@@ -23,9 +23,7 @@ IMAGE = cv2.resize(RNG.integers(0, 256, (14, 14, 3), np.uint8), (224, 224), inte
 def test_resize_equals_openpi(golden):
     vectors = np.load(golden / "openpi" / "io" / "io.npz")
     for i in range(4):
-        np.testing.assert_array_equal(
-            resize_with_pad(vectors[f"resize/{i}/in"], 224), vectors[f"resize/{i}/out"]
-        )
+        np.testing.assert_array_equal(resize_with_pad(vectors[f"resize/{i}/in"], 224), vectors[f"resize/{i}/out"])
 
 
 @settings(max_examples=20, deadline=None)
@@ -131,9 +129,7 @@ def test_contrast_curve():
 
 def test_openpi_leaves_the_colours_of_half_the_samples():
     wrist = {"wrist": IMAGE}
-    same = sum(
-        np.array_equal(augment(wrist, "openpi", generator(0, i, "augment"))["wrist"], IMAGE) for i in range(200)
-    )
+    same = sum(np.array_equal(augment(wrist, "openpi", generator(0, i, "augment"))["wrist"], IMAGE) for i in range(200))
     assert 70 < same < 130
 
 
@@ -144,3 +140,17 @@ def test_fast_enough():
     for index in range(20):
         augment(images, "default", generator(0, index, "augment"))
     assert (time.process_time() - start) / 20 < 0.010
+
+
+def test_shift_moves_half_the_images_by_whole_pixels():
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[30:34, 30:34] = 200
+    moved = 0
+    for seed in range(40):
+        out = augment({"base_0_rgb": image}, "shift", np.random.default_rng(seed))["base_0_rgb"]
+        bright = np.argwhere(out[..., 0] > 0.5 * out.max())
+        assert len(bright) == 16, "the square keeps its size"
+        offset = bright.min(0) - 30
+        assert (np.abs(offset) <= 4).all()
+        moved += bool(offset.any())
+    assert 10 < moved < 30

@@ -42,6 +42,7 @@ class Rows:
         return {
             "image": {"base_0_rgb": image(row), "left_wrist_0_rgb": np.zeros((16, 16, 3), np.uint8)},
             "image_mask": {"base_0_rgb": np.bool_(True), "left_wrist_0_rgb": np.bool_(False)},
+            "state": np.full(DIM, row, np.float32),
             "actions": np.full((ACTIONS, DIM), row, np.float32),
             "pid": np.int64(os.getpid()),
         }
@@ -254,3 +255,14 @@ def test_draws_come_with_every_sample():
     assert batch["noise"].shape == (4, 3, ACTIONS, DIM) and batch["time"].shape == (4, 3)
     np.testing.assert_array_equal(batch["time"][1], draw_time(3, 1, (3,)))
     assert len(np.unique(batch["time"])) == 12
+
+
+def test_state_noise_only_where_asked():
+    noise = np.zeros(DIM, np.float32)
+    noise[0] = 0.1
+    plain, noisy = batches(2), batches(2, state_noise=noise)
+    for one, other in zip(plain, noisy, strict=True):
+        difference = other["state"] - one["state"]
+        assert (difference[:, 0] != 0).all() and not difference[:, 1:].any()
+        np.testing.assert_array_equal(one["noise"], other["noise"])
+    assert_equal(noisy[1], batches(1, state_noise=noise, start_step=1)[0])

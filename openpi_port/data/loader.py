@@ -53,6 +53,7 @@ class _MakeSample:
     seed: int
     augment: Kind
     noise_shape: tuple[int, ...]
+    state_noise: np.ndarray | None = None
 
     def __call__(self, index: int, row: int) -> dict[str, Any]:
         sample = transforms.forward(self.steps, self.dataset[int(row)])
@@ -61,8 +62,13 @@ class _MakeSample:
         mask = sample.get("image_mask", {})
         seen = {camera: image for camera, image in sample["image"].items() if mask.get(camera, True)}
         changed = augment(seen, self.augment, generator(self.seed, index, "augment"))
+        state = sample["state"]
+        if self.state_noise is not None:
+            noise = generator(self.seed, index, "state").standard_normal(state.shape, np.float32)
+            state = state + self.state_noise * noise
         return {
             **sample,
+            "state": state,
             "image": {camera: changed.get(camera, image) for camera, image in sample["image"].items()},
             "noise": draw_noise(self.seed, index, self.noise_shape),
             "time": draw_time(self.seed, index, self.noise_shape[:-2]),
@@ -116,6 +122,7 @@ def train_batches(
     action_horizon: int,
     draws: int = 1,
     augment: Kind = "default",
+    state_noise: np.ndarray | None = None,
     start_step: int = 0,
     num_workers: int = 0,
     process_index: int = 0,
@@ -130,7 +137,8 @@ def train_batches(
       seed: of order, noise, time and augmentation.
       action_dim, action_horizon: J and A of the noise.
       draws: R; above 1, every sample brings R draws of noise and time.
-      augment: "default", "openpi" or "none".
+      augment: see `openpi_port.augment`.
+      state_noise: f32 [J], standard deviation of noise added to the normalised state; None for none.
       start_step: the first batch's number; where a resumed run goes on.
       num_workers: processes of this process that load; 0 loads in threads. A program that uses workers must
         guard its start with `if __name__ == "__main__"`, because workers import its main module.
@@ -148,7 +156,8 @@ def train_batches(
     # As good as endless. grain's own endless length overflows once it is divided by the size of a batch of one.
     epochs = max(1, ENDLESS // max(1, len(dataset)))
     rows = grain.MapDataset.range(len(dataset)).shuffle(seed=seed % 2**32).repeat(epochs)
-    make = _MakeSample(dataset, tuple(steps), seed, augment, _noise_shape(draws, action_horizon, action_dim))
+    shape = _noise_shape(draws, action_horizon, action_dim)
+    make = _MakeSample(dataset, tuple(steps), seed, augment, shape, state_noise)
     return _batches(rows, make, batch_size, start_step, num_workers, process_index, process_count)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+import numpy as np
+
 from openpi_port import normalize, transforms
 from openpi_port.config import Train
 from openpi_port.data import loader, stats
@@ -36,10 +38,13 @@ class Material:
 
     def batches(self, start_step: int) -> loader.Batches:
         """Training batches from that step on."""
-        data = self.config.data
+        data, state_noise = self.config.data, None
+        if data.state_noise:  # on what the robot has; the padding up to the model's dims stays zero
+            state_noise = np.zeros(self.config.model.action_dim, np.float32)
+            state_noise[: len(self.norm_stats["state"].mean)] = data.state_noise
         return loader.train_batches(
-            self.train, self.steps, **self._shape(), augment=data.augment, start_step=start_step,
-            num_workers=data.num_workers,
+            self.train, self.steps, **self._shape(), augment=data.augment, state_noise=state_noise,
+            start_step=start_step, num_workers=data.num_workers,
         )  # fmt: skip
 
     def validation_batches(self) -> loader.Batches:
