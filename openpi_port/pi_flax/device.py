@@ -29,6 +29,11 @@ def describe(device: jax.Device) -> tuple[str, int]:
     return device.device_kind, stats.get("bytes_limit", 0)
 
 
+def peak(device: jax.Device) -> int:
+    """The most bytes that were in use on the device so far; 0 where that isn't counted (CPU)."""
+    return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
 def precision(compute: Compute) -> contextlib.AbstractContextManager:
     """A context in which float32 products are really float32, on accelerators too."""
     if compute.dtype == "float32":

@@ -35,6 +35,11 @@ def describe(device: torch.device) -> tuple[str, int]:
     return properties.name, properties.total_memory
 
 
+def peak(device: torch.device) -> int:
+    """The most bytes that were in use on the device so far; 0 where that isn't counted (CPU)."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
 @contextlib.contextmanager
 def precision(compute: Compute) -> Iterator[None]:
     """A context in which float32 products are really float32, on accelerators too."""

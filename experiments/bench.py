@@ -1,0 +1,113 @@
+"""Measures latency and throughput with random weights on the device at hand.
+
+    python -m experiments.bench --config=pi0_aloha:base --config.backend=torch
+    python -m experiments.bench --config=pi0_aloha:mini --only=inference --json=bench.json
+
+Inference is the wall clock from an observation in the host's memory to actions in the host's memory. Every figure is
+a median, with the 90th percentile beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags as absl_flags
+
+from convert import tables
+from experiments import flags
+from openpi_port import init, memory
+from openpi_port.backends import Backend
+from openpi_port.config import Compute, Pi0, Train
+
+PARTS = ("inference", "train")
+ONLY = absl_flags.DEFINE_list("only", list(PARTS), f"what to measure: {', '.join(PARTS)}")
+REPEAT = absl_flags.DEFINE_integer("repeat", 30, "timed calls of inference", lower_bound=1)
+STEPS = absl_flags.DEFINE_integer("steps", 10, "timed training steps", lower_bound=1)
+JSON = absl_flags.DEFINE_string("json", None, "also write the figures to this file")
+
+
+def main() -> None:
+    """Measures what `--only` names and prints a table."""
+    config = flags.config()
+    backend = Backend(config.backend)
+    device, _ = backend.device.describe(backend.device.find(None))
+    rows: dict[str, Any] = {"device": device, "backend": config.backend, "size": config.model.size}
+    begin = time.perf_counter()
+    weights = dict(tables.translate(init.Fresh(config.model, 0), config.model, "flax", config.backend))
+    print(f"{config.name}, {config.backend} on {device}; weights drawn in {time.perf_counter() - begin:.0f} s", flush=True)
+    for part in ONLY.value:
+        rows |= {"inference": inference, "train": train}[part](config, backend, weights)
+    for name, value in rows.items():
+        print(f"{name:36} {value:.4g}" if isinstance(value, float) else f"{name:36} {value}")
+    if JSON.value:
+        Path(JSON.value).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def inference(config: Train, backend: Backend, weights: dict[str, np.ndarray]) -> dict[str, float]:
+    """A chunk at batch 1, 10 Euler steps."""
+    begin = time.perf_counter()
+    model = backend.infer.load(config.model, weights, Compute(dtype=config.compute.dtype))
+    batch = random_batch(config.model, 1)
+    model.sample_actions(batch, batch["noise"])
+    ready = time.perf_counter() - begin
+    times = timed(lambda: model.sample_actions(batch, batch["noise"]), REPEAT.value)
+    return {
+        "inference/ready_s": ready,
+        "inference/median_ms": 1e3 * float(np.median(times)),
+        "inference/p90_ms": 1e3 * float(np.quantile(times, 0.9)),
+    }
+
+
+def train(config: Train, backend: Backend, weights: dict[str, np.ndarray]) -> dict[str, float]:
+    """Optimizer steps on one batch that lies ready."""
+    trainer = backend.train.Trainer(config, weights)
+    batch = random_batch(config.model, config.batch_size)
+    begin = time.perf_counter()
+    float(trainer.update(batch)["loss"])
+    ready = time.perf_counter() - begin
+    times = timed(lambda: float(trainer.update(batch)["loss"]), STEPS.value)
+    step = float(np.median(times))
+    return {
+        "train/first_step_s": ready,
+        "train/step_ms": 1e3 * step,
+        "train/samples_per_s": config.batch_size / step,
+        "train/planned_gib": memory.plan(config).total / memory.GIB,
+        "train/peak_gib": backend.device.peak(backend.device.find(None)) / memory.GIB,
+    }
+
+
+def timed(call: Callable[[], Any], repeat: int) -> list[float]:
+    """Seconds of each of `repeat` calls."""
+    times = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def random_batch(model: Pi0, size: int) -> dict[str, Any]:
+    """A batch of noise with every camera present and a full prompt."""
+    rng = np.random.default_rng(0)
+    chunk = (size, model.action_horizon, model.action_dim)
+    pixels = model.vision.image_size
+    return {
+        "image": {c: rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8) for c in model.cameras},
+        "image_mask": {c: np.ones(size, bool) for c in model.cameras},
+        "state": rng.standard_normal(chunk[::2], np.float32),
+        "tokenized_prompt": rng.integers(0, model.vocab_size, (size, model.max_token_len)).astype(np.int32),
+        "tokenized_prompt_mask": np.ones((size, model.max_token_len), bool),
+        "actions": rng.standard_normal(chunk, np.float32),
+        "action_is_pad": np.zeros(chunk[:2], bool),
+        "noise": rng.standard_normal(chunk, np.float32),
+        "time": rng.uniform(0.001, 1, size).astype(np.float32),
+    }
+
+
+if __name__ == "__main__":
+    flags.run(main)
