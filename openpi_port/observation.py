@@ -33,8 +33,8 @@ def rename(observation: Mapping[str, Any], data: Data) -> dict[str, Any]:
       data: names of cameras and state.
 
     Returns:
-      {key of each camera: image, key(s) of the state: array, "prompt": str}, as far as they were there: the first
-      transform says what is missing.
+      {key of each camera: image, key(s) of the state: array, "prompt": str, "task": str}, as far as they were there:
+      the first transform says what is missing.
 
     Raises:
       UserError: not a mapping of names to arrays, two values under one name, or a prompt that is no text.
@@ -52,8 +52,9 @@ def rename(observation: Mapping[str, Any], data: Data) -> dict[str, Any]:
     states = split_keys(data.state)
     for key in states:
         _copy(found, key, (_path(key), "state") if len(states) == 1 else (_path(key),), out)
-    if (prompt := found.get("prompt")) is not None:
-        out["prompt"] = _text(prompt)
+    for key in ("prompt", "task"):  # the second is LeRobot's word; Repack prefers the policy's own default to it
+        if key in found:
+            out[key] = _text(found[key], key)
     return out
 
 
@@ -82,10 +83,10 @@ def _copy(found: Mapping[str, Any], key: str, names: tuple[str, ...], out: dict[
             return
 
 
-def _text(prompt: Any) -> str:
+def _text(prompt: Any, key: str) -> str:
     """A prompt as clients send it: str, or numpy's text."""
     if isinstance(prompt, np.ndarray) and prompt.ndim == 0:
         prompt = prompt.item()
     if not isinstance(prompt, str):
-        raise UserError(f"observation: prompt is text, got {type(prompt).__name__}")
+        raise UserError(f"observation: {key} is text, got {type(prompt).__name__}")
     return str(prompt)

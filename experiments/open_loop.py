@@ -1,0 +1,82 @@
+"""A policy's chunks against the recorded ones, on the episodes that training left out.
+
+Axis letters: A actions in a chunk, D action dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from openpi_port import Policy
+from openpi_port.check_sample import split_keys
+from openpi_port.data.datasets import open_datasets
+from openpi_port.errors import UserError
+from openpi_port.rng import draw_noise
+from openpi_port.sim import pictures
+
+BATCH = 8
+
+
+def evaluate(policy: Policy, out: Path, *, samples: int, plots: int) -> None:
+    """Prints and writes the error per dimension, in robot units, and plots some chunks.
+
+    Args:
+      policy: whose `data` names the data set.
+      out: directory.
+      samples: frames, spread evenly over the validation episodes.
+      plots: chunks to plot, spread likewise.
+
+    Raises:
+      UserError: the checkpoint names no data set, or it has no validation episodes.
+    """
+    data = policy.data
+    if not data.repo_id:
+        raise UserError("the checkpoint names no data set; open-loop evaluation needs the one that it was trained on")
+    config = policy.model.config
+    _, dataset = open_datasets(data, horizon=policy.horizon, image_size=config.vision.image_size)
+    if dataset is None:
+        raise UserError(f"{data.repo_id}: no validation episodes (data.validation={data.validation:g})")
+    count = min(samples, len(dataset))
+    rows = [i * len(dataset) // count for i in range(count)]
+    shown = {rows[i * count // plots] for i in range(min(plots, count))} if plots else set()
+    shape = (policy.horizon, config.action_dim)
+    errors = []
+    out.mkdir(parents=True, exist_ok=True)
+    policy.warmup((BATCH,))
+    for start in tqdm(range(0, count, BATCH), unit="batch", dynamic_ncols=True):
+        part = rows[start : start + BATCH]
+        raw = [dataset[row] for row in part]
+        results = policy.infer_batch(raw, np.stack([draw_noise(0, row, shape) for row in part]))
+        for row, sample, result in zip(part, raw, results, strict=True):
+            true = np.concatenate([np.asarray(sample[k], np.float32) for k in split_keys(data.actions)], axis=-1)
+            true = np.where(sample["action_is_pad"][:, None], np.nan, true)
+            errors.append(result["actions"] - true)
+            if row in shown:
+                title = f"episode {sample['episode_index']}, frame {sample['frame_index']}"
+                pictures.plot_chunk(out / "chunks" / f"{row:06d}.png", result["actions"], true, title)
+    report(np.stack(errors), out, data.repo_id)
+
+
+def report(errors: np.ndarray, out: Path, name: str) -> None:
+    """Mean absolute and root mean square error per dimension.
+
+    Args:
+      errors: [samples, A, D], robot units; NaN past an episode's end.
+      out: where open_loop.json goes.
+      name: of the data set.
+    """
+    mae = np.nanmean(np.abs(errors), axis=(0, 1))
+    rmse = np.sqrt(np.nanmean(errors**2, axis=(0, 1)))
+    by_step = np.nanmean(np.abs(errors), axis=(0, 2))
+    print(f"{name}: {len(errors)} validation chunks, robot units\n{'dim':>4} {'mean abs':>10} {'rms':>10}")
+    for dim, (a, r) in enumerate(zip(mae, rmse, strict=True)):
+        print(f"{dim:4} {a:10.4g} {r:10.4g}")
+    print(f" all {mae.mean():10.4g} {np.sqrt((rmse**2).mean()):10.4g}")
+    numbers = {"dataset": name, "samples": len(errors), "mae": mae.tolist(), "rmse": rmse.tolist()}
+    numbers["mae_by_step"] = by_step.tolist()
+    (out / "open_loop.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")

@@ -1,0 +1,228 @@
+"""Closed loop: a policy drives simulated robots, several at once, each in a process of its own.
+
+    worker: observation -> main: one batch of all robots -> chunks -> worker: plays `replan` actions -> observation ...
+
+Robots move in lock step, chunk by chunk, so that batches, and with them every number, depend on the seeds alone.
+Axis letters: T control steps, K actions of a chunk that are played, D action dimensions, N kept frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from openpi_port.errors import UserError
+from openpi_port.rng import draw_noise
+from openpi_port.sim import aloha, expert
+
+IMAGE_SIZE = 224  # as in the data (experiments/collect.py)
+Act = Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is played, and how.
+
+    Attributes:
+      task: a key of aloha.TASKS.
+      max_steps: control steps (20 ms) until an episode counts as failed.
+      replan: actions played per chunk.
+      prompt: instead of the task's own instruction.
+      frames_every: keep every n-th picture for videos; 0 keeps none.
+      frame_size: of those pictures, pixels.
+      render: False leaves pictures out of the observation, for drivers that need none.
+    """
+
+    task: str
+    max_steps: int = 400
+    replan: int = 25
+    prompt: str | None = None
+    frames_every: int = 0
+    frame_size: int = 112
+    render: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """What happened; ends with the first success or after max_steps."""
+
+    seed: int
+    success: bool
+    states: np.ndarray  # f32 [T, 14], before each action
+    actions: np.ndarray  # f32 [T, 14], as executed
+    rewards: np.ndarray  # int [T]
+    frames: np.ndarray | None  # uint8 [N, H, W, 3]
+    sim_seconds: float
+
+
+def rollout(
+    setting: Setting, seeds: Sequence[int], act: Act | None, *, workers: int, noise_shape: tuple[int, int] | None = None
+) -> Iterator[Episode]:
+    """Plays one episode per seed.
+
+    Args:
+      setting: what to play.
+      seeds: of the cube's position, as in gym-aloha, and of the policy's noise.
+      act: observations to results with "actions" [A, D], as `Policy.infer_batch`; None lets the scripted expert act.
+      workers: robots, and processes.
+      noise_shape: (A, J) of the policy; each call then gets noise keyed by seed and call, whatever the batch.
+
+    Yields:
+      Episodes, in the order of the seeds within each group of `workers`.
+
+    Raises:
+      UserError: no OpenGL, no such task, chunks shorter than `replan`, or a process died.
+    """
+    with contextlib.ExitStack() as stack:
+        robots = [stack.enter_context(_Robot(setting)) for _ in range(min(workers, len(seeds)))]
+        for start in range(0, len(seeds), len(robots)):
+            yield from _group(setting, robots, seeds[start : start + len(robots)], act, noise_shape)
+
+
+def _group(
+    setting: Setting, robots: list[_Robot], seeds: Sequence[int], act: Act | None, noise_shape: tuple[int, int] | None
+) -> Iterator[Episode]:
+    """One episode on each robot."""
+    playing = dict(zip(seeds, robots, strict=False))
+    for seed, robot in playing.items():
+        robot.send("reset", seed)
+    if act is None:
+        for robot in playing.values():
+            robot.receive()
+            robot.send("expert")
+        for robot in playing.values():
+            robot.receive()
+    else:
+        observations = {seed: robot.receive() for seed, robot in playing.items()}
+        call = 0
+        while observations:
+            if noise_shape is not None:
+                observations = {s: {**o, "noise": draw_noise(s, call, noise_shape)} for s, o in observations.items()}
+            for (seed, _), result in zip(observations.items(), act(list(observations.values())), strict=True):
+                chunk = np.asarray(result["actions"])
+                if len(chunk) < setting.replan:
+                    raise UserError(f"--replan={setting.replan}, but the policy's chunks have {len(chunk)} actions")
+                playing[seed].send("play", chunk[: setting.replan])
+            answers = {seed: playing[seed].receive() for seed in observations}
+            observations = {seed: observation for seed, observation in answers.items() if observation is not None}
+            call += 1
+    for robot in playing.values():
+        robot.send("episode")
+        yield robot.receive()
+
+
+class _Robot:
+    """A simulation in another process; requests are answered one by one."""
+
+    def __init__(self, setting: Setting) -> None:
+        context = get_context("spawn")  # a forked OpenGL does not work
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, setting), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def send(self, *request: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # `receive` tells
+            self._connection.send(request)
+
+    def receive(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise UserError("a simulation's process died: too little memory? try fewer --workers") from error
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def __enter__(self) -> _Robot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()  # which the process takes for the end
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.terminate()
+
+
+def _work(connection: Connection, setting: Setting) -> None:
+    """The loop of a robot's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; only the main process answers
+    try:
+        with aloha.AlohaSim(setting.task, IMAGE_SIZE, setting.render) as sim:
+            stage = _Stage(sim, setting)
+            while True:
+                name, *arguments = connection.recv()
+                connection.send(getattr(stage, name)(*arguments))
+    except EOFError:
+        pass
+    except Exception as error:
+        connection.send(error)
+
+
+class _Stage:
+    """One simulation and the record of its present episode."""
+
+    def __init__(self, sim: aloha.AlohaSim, setting: Setting) -> None:
+        self._sim, self._setting = sim, setting
+        self._expert: expert.Expert | None = None
+
+    def reset(self, seed: int) -> dict[str, Any]:
+        self._seed, self._seconds = seed, 0.0
+        self._states: list[np.ndarray] = []
+        self._actions: list[np.ndarray] = []
+        self._rewards: list[int] = []
+        self._frames: list[np.ndarray] = []
+        self._observation = self._sim.reset(seed)
+        return self._for_policy()
+
+    def play(self, actions: np.ndarray) -> dict[str, Any] | None:
+        """The observation after a chunk; None when the episode has ended."""
+        begin = time.perf_counter()
+        for action in actions:
+            self._keep_frame()
+            self._states.append(self._observation["state"])
+            self._actions.append(np.asarray(action, np.float32))
+            self._observation, reward = self._sim.step(action)
+            self._rewards.append(reward)
+            if self._ended():
+                break
+        self._seconds += time.perf_counter() - begin
+        return None if self._ended() else self._for_policy()
+
+    def expert(self) -> None:
+        """Plays the scripted expert to its end."""
+        self._expert = self._expert or expert.Expert(self._setting.task)
+        self.play(self._expert(self._sim.cube).actions)
+
+    def episode(self) -> Episode:
+        self._keep_frame(last=True)
+        return Episode(
+            self._seed,
+            max(self._rewards) == aloha.SUCCESS,
+            np.stack(self._states),
+            np.stack(self._actions),
+            np.array(self._rewards),
+            np.stack(self._frames) if self._frames else None,
+            self._seconds,
+        )
+
+    def _ended(self) -> bool:
+        return self._rewards[-1] == aloha.SUCCESS or len(self._rewards) >= self._setting.max_steps
+
+    def _for_policy(self) -> dict[str, Any]:
+        return {**self._observation, "prompt": self._setting.prompt or self._sim.instruction}
+
+    def _keep_frame(self, last: bool = False) -> None:
+        every, size = self._setting.frames_every, self._setting.frame_size
+        if every and self._observation["images"] and (last or len(self._rewards) % every == 0):
+            image = Image.fromarray(self._observation["images"][aloha.CAMERA])
+            self._frames.append(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)))
