@@ -60,11 +60,11 @@ def load(path: str | Path) -> tuple[dict[str, Any], Mapping[str, str]]:
         lost = [name for name, shard in shards.items() if name not in opened[shard]]
         if lost:
             raise UserError(f"{index}: says that {lost[0]} is in {shards[lost[0]]}, but it is not")
-        return {name: opened[shard][name] for name, shard in shards.items()}, {}
+        return {name: opened[shard].stored[name] for name, shard in shards.items()}, {}
     if file.suffix in PICKLES:
         raise UserError(f"{file}: a pickle can run code and is never opened; save the weights as safetensors")
     arrays = safetensors_io.Arrays(file)
-    return dict(arrays), arrays.metadata
+    return arrays.stored, arrays.metadata
 
 
 def kind(names: Mapping[str, Any]) -> str | None:
@@ -181,7 +181,7 @@ def same(a: np.ndarray, b: np.ndarray, rows: int = 16384) -> bool:
     """Whether two arrays are equal to the bit; in slices, because they may be memory maps of gigabytes."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return all(a[i : i + rows].tobytes() == b[i : i + rows].tobytes() for i in range(0, max(len(a), 1), rows))
+    return all(a[i : i + rows].tobytes() == b[i : i + rows].tobytes() for i in range(0, a.shape[0], rows))
 
 
 class Written(Mapping[str, Any]):

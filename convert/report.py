@@ -31,7 +31,9 @@ def table(source: Source, to: str) -> str:
         goes = "goes along" if to in ("flax", "torch") else f"stays behind: {to} has no place for it"
         lines.append(f"train_state/ ({len(source.train_state)} tensors): {goes}")
     count, size = sum(entry_size(entry) for entry in source.entries), num_bytes(weights)
-    if source.norm_stats is None:
+    if source.format in ("paligemma", "big_vision"):
+        lines.append("no action expert: gemma/*/experts/1, gemma/norms/1 and all action projections start fresh")
+    elif source.norm_stats is None:
         assets = [name.split("/")[1] for name in source.files if name.startswith("assets/")]
         choose = f"choose with --asset={'|'.join(assets)}" if assets else "compute them before the policy can run"
         lines.append(f"no statistics of states and actions: {choose}")

@@ -87,4 +87,4 @@ def read_files(path: Path) -> dict[str, Path]:
 def read_unused(path: Path) -> dict[str, Any]:
     """Tensors that an earlier conversion set aside because nothing computes with them."""
     file = path / UNUSED
-    return dict(safetensors_io.Arrays(file)) if file.exists() else {}
+    return dict(safetensors_io.Arrays(file).stored) if file.exists() else {}

@@ -62,6 +62,24 @@ class Source:
         check(shapes, side_shapes(entries, self.side), str(self.path))
         return Translated(entries, self.tensors, self.side, side)
 
+    def start_of(self, model: Any) -> tuple[Translated, list[str]]:
+        """What a vision-language model gives to a policy that is to be trained.
+
+        Args:
+          model: `config.Pi0`, with the same vision tower and language model.
+
+        Returns:
+          Canonical weights of the part that is here, and the names of those that are absent and start fresh.
+
+        Raises:
+          UserError: the parts differ in size.
+        """
+        entries = tables.paligemma_entries(model)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+        check(shapes, side_shapes(entries, self.side), str(self.path))
+        here = Translated(entries, self.tensors, self.side, OURS)
+        return here, [name for name in side_shapes(tables.entries(model), OURS) if name not in here]
+
     def canonical(self) -> Translated:
         """The tensors under our Flax names."""
         return self.to(OURS)

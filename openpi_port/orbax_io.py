@@ -167,7 +167,12 @@ def _write_array(
     }
     kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
     spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata, "store_data_equal_to_fill_value": True}
-    ts.open(spec, create=True, context=context, transaction=transaction).result().write(array).result()
+    store = ts.open(spec, create=True, context=context, transaction=transaction).result()
+    if transaction is not None or array.ndim < 3:
+        store.write(array).result()
+    else:
+        for i, layer in enumerate(array):  # tensorstore copies what it writes
+            store[i].write(layer).result()
 
 
 def _zarr_dtype(dtype: np.dtype) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -36,8 +35,31 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # the official reader's limit
 
 
+class Stored:
+    """A tensor on disk: `shape`, `dtype` and numpy indexing through a map that lives as long as its result.
+
+    So what was read does not stay in the process's memory, unlike with one map for the whole file.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> None:
+        self._path, self._offset = path, offset
+        self.shape, self.dtype = shape, dtype
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if not math.prod(self.shape):
+            return np.empty(self.shape, self.dtype)[index]
+        return np.memmap(self._path, self.dtype, "r", self._offset, self.shape)[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self[()], dtype)
+
+
 class Arrays(Mapping[str, np.ndarray]):
-    """The tensors of a file, as read-only views of a memory map.
+    """The tensors of a file, as read-only memory maps.
+
+    Attributes:
+      metadata: the header's strings.
+      stored: name -> tensor that is mapped only while it is indexed.
 
     Args:
       path: the file.
@@ -51,51 +73,42 @@ class Arrays(Mapping[str, np.ndarray]):
         try:
             with self.path.open("rb") as file:
                 size = self.path.stat().st_size
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+                start = file.read(8)
+                length = struct.unpack("<Q", start)[0] if size >= 8 else 0
+                whole = 2 <= length <= min(MAX_HEADER, size - 8)
+                header = file.read(length) if whole else b""
         except OSError as e:
             raise UserError(f"{self.path}: {e.strerror}") from None
-        length = struct.unpack("<Q", self._map[:8])[0] if size >= 8 else 0
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            if self._map[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
-                raise UserError(
-                    f"{self.path}: a pickle, not safetensors; pickles can run code and are never opened"
-                )
-            raise UserError(
-                f"{self.path}: no safetensors file, or cut off (its {size} bytes hold no whole header)"
-            )
+        if not whole:
+            if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
+                raise UserError(f"{self.path}: a pickle, not safetensors; pickles can run code and are never opened")
+            raise UserError(f"{self.path}: no safetensors file, or cut off (its {size} bytes hold no whole header)")
         try:
-            header = json.loads(self._map[8 : 8 + length])
-            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-            self._slots = {name: self._slot(name, 8 + length, size, **spec) for name, spec in header.items()}
+            tree = json.loads(header)
+            self.metadata: dict[str, str] = tree.pop("__metadata__", None) or {}
+            self.stored = {name: self._slot(name, 8 + length, size, **spec) for name, spec in tree.items()}
         except (ValueError, TypeError, AttributeError) as e:
             raise UserError(f"{self.path}: its safetensors header is damaged ({e})") from None
 
-    def _slot(
-        self, name: str, start: int, size: int, *, dtype: str, shape: list, data_offsets: list
-    ) -> tuple:
+    def _slot(self, name: str, start: int, size: int, *, dtype: str, shape: list, data_offsets: list) -> Stored:
         if dtype not in DTYPES:
             raise UserError(f"{self.path}: {name} has dtype {dtype}; known: {', '.join(DTYPES)}")
         first, last = data_offsets
         if last - first != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise UserError(
-                f"{self.path}: {name} holds {last - first} bytes, which don't fit {dtype} {shape}"
-            )
+            raise UserError(f"{self.path}: {name} holds {last - first} bytes, which don't fit {dtype} {shape}")
         if start + last > size:
             missing = start + last - size
-            raise UserError(
-                f"{self.path}: cut off; {name} ends {missing} bytes after the end: fetch it again"
-            )
-        return DTYPES[dtype], tuple(shape), start + first
+            raise UserError(f"{self.path}: cut off; {name} ends {missing} bytes after the end: fetch it again")
+        return Stored(self.path, DTYPES[dtype], tuple(shape), start + first)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        dtype, shape, offset = self._slots[name]
-        return np.frombuffer(self._map, dtype, math.prod(shape), offset).reshape(shape)
+        return self.stored[name][...]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._slots)
+        return iter(self.stored)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self.stored)
 
 
 def write(
@@ -106,7 +119,7 @@ def write(
 ) -> None:
     """Writes a safetensors file, asking for each tensor once and in the mapping's order.
 
-    The bytes lie as the official writer puts them (widest dtype first, then by name), so equal tensors give equal files.
+    The bytes lie as the official writer puts them (widest dtype first, then by name): equal tensors, equal files.
 
     Args:
       path: of a file that doesn't exist yet.

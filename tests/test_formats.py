@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import zipfile
@@ -17,7 +18,7 @@ import safetensors.torch
 import torch
 
 from convert import formats, tables, target
-from convert.layout import OURS, Translated, side_shapes
+from convert.layout import OURS, side_shapes
 from convert.source import Source
 from openpi_port import orbax_io, safetensors_io
 from openpi_port.errors import UserError
@@ -215,7 +216,8 @@ def test_lora_is_merged_on_request_and_never_dropped(golden, tmp_path):
     tree = {name: np.asarray(array) for name, array in orbax_io.Arrays(golden / "openpi/pi05/params").items()}
     before = tree["params/PaliGemma/llm/layers/attn/q_einsum/w"]
     a, b = rng.standard_normal((3, 4, 64, 2), np.float32), rng.standard_normal((3, 4, 2, 32), np.float32)
-    tree |= {"params/PaliGemma/llm/layers/attn/q_einsum/lora_a": a, "params/PaliGemma/llm/layers/attn/q_einsum/lora_b": b}
+    q_einsum = "params/PaliGemma/llm/layers/attn/q_einsum"
+    tree |= {f"{q_einsum}/lora_a": a, f"{q_einsum}/lora_b": b}
     linear = tree["params/PaliGemma/llm/layers/mlp/linear"]
     a2, b2 = rng.standard_normal((3, 128, 2), np.float32), rng.standard_normal((3, 2, 64), np.float32)
     tree |= {"params/PaliGemma/llm/layers/mlp/linear_lora_a": a2, "params/PaliGemma/llm/layers/mlp/linear_lora_b": b2}
@@ -249,7 +251,7 @@ def paligemma(golden) -> Source:
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_big_vision_npz(tmp_path, paligemma, compressed, dtype):
-    theirs = {f"params/{n.removeprefix('PaliGemma/')}": np.asarray(t).astype(dtype) for n, t in paligemma.tensors.items()}
+    theirs = {n.replace("PaliGemma", "params"): np.asarray(t).astype(dtype) for n, t in paligemma.tensors.items()}
     (np.savez_compressed if compressed else np.savez)(tmp_path / "pt.npz", **theirs)
     source = formats.open_checkpoint(tmp_path / "pt.npz")
     assert source.format == "big_vision"
@@ -304,8 +306,12 @@ def test_what_a_vision_language_model_lacks_for_pi0_is_the_expert(paligemma, gol
         "gemma", "action_in_proj", "action_out_proj", "action_time_mlp_in", "action_time_mlp_out", "state_proj"
     }  # fmt: skip
     assert all("experts/1" in name or "norms/1" in name for name in lacking if name.startswith("gemma"))
-    present = Translated(tables.paligemma_entries(pi0), paligemma.tensors, "openpi", OURS)
-    assert present.keys() | lacking == side_shapes(tables.entries(pi0), OURS).keys()
+    present, absent = paligemma.start_of(pi0)
+    assert set(absent) == lacking
+    assert same(arrays(present), arrays(paligemma.canonical()))
+    other = dataclasses.replace(pi0, vocab_size=100)
+    with pytest.raises(UserError, match=r"input_embedding is \(512, 64\), not \(100, 64\)"):
+        paligemma.start_of(other)
 
 
 def test_urls_are_fetched_once_and_whole(golden, tmp_path, monkeypatch):
