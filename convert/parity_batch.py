@@ -114,9 +114,12 @@ def dataset(source: Source, size: int) -> dict[str, Any]:
     loaded = material.load(config, source.norm_stats)
     stream = loaded.batches(0) if loaded.validation is None else loaded.validation_batches()
     try:
-        return batches.select(next(stream), (*batches.OBSERVATION, "actions", "noise", "time"))
+        batch = batches.select(next(stream), (*batches.OBSERVATION, "actions", "noise", "time"))
     finally:
         stream.close()
+    if batch["noise"].ndim == 4:  # several draws of noise and time for each sample
+        batch |= {name: batch[name][:, 0] for name in ("noise", "time")}
+    return batch
 
 
 def valid_prefix(config: Pi0, batch: dict[str, Any]) -> np.ndarray:

@@ -55,9 +55,8 @@ def forward(module: pi0.Pi0, batch: Batch) -> Named:
         for name, part in parts.items():
             yield f"vision/{i:02d}/{name}", _host(part)
         yield f"vision/{i:02d}/out", _host(x)
-    yield "vision/norm_small", _host(_jit(module.vision.norm)(_small(config.vision.width, dtype)))
-    yield "vision/norm", _host(_jit(module.vision.norm)(x))
-    yield "vision/tokens", _host(_jit(module.vision)(images))
+    for name, part in _jit(module.vision, end_parts)(x, _small(config.vision.width, dtype)).items():
+        yield f"vision/{name}", _host(part)
     yield "prefix/prompt", _host(_jit(module, lambda m, ids: m.gemma.embed(ids))(batch["tokenized_prompt"]))
 
     time = batch["time"]
@@ -83,11 +82,14 @@ def forward(module: pi0.Pi0, batch: Batch) -> Named:
         for name, x in zip(EXPERTS, xs, strict=True):
             yield f"layers/{i:02d}/{name}/out", _host(x)
     for i, name in enumerate(EXPERTS):
-        norm = _jit(module.gemma.norms[i])
-        yield f"output/{name}_norm_small", _host(norm(small[i], conds[i])[0])
-        yield f"output/{name}", _host(norm(xs[i], conds[i])[0])
-    yield "output/velocity", _host(_jit(module, pi0.Pi0.velocity)(batch, x_t, time))
-    yield "output/loss", _host(_jit(module, pi0.Pi0.loss)(batch, batch["noise"], time))
+        norm = _jit(module.gemma.norms[i], lambda norm, *args: [norm(x, args[-1])[0] for x in args[:-1]])
+        probed, normed = norm(small[i], xs[i], conds[i])
+        yield f"output/{name}_norm_small", _host(probed)
+        yield f"output/{name}", _host(normed)
+    ends = _jit(module, lambda m, batch, x_t: (m.velocity(batch, x_t, time), m.loss(batch, batch["noise"], time)))
+    velocity, loss = ends(batch, x_t)
+    yield "output/velocity", _host(velocity)
+    yield "output/loss", _host(loss)
 
 
 def block_parts(block: siglip.Block, x: jax.Array, small: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -103,6 +105,12 @@ def block_parts(block: siglip.Block, x: jax.Array, small: jax.Array) -> tuple[di
         mlp=block.mlp(block.norm_mlp(after)),
     )
     return parts, block(x)
+
+
+def end_parts(vision: siglip.Siglip, x: jax.Array, small: jax.Array) -> dict[str, jax.Array]:
+    """What follows the last vision block, whose output is x [B, T, D]."""
+    normed = vision.norm(x)
+    return OrderedDict(norm_small=vision.norm(small), norm=normed, tokens=vision.head(normed))
 
 
 def layer_parts(

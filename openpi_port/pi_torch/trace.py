@@ -54,9 +54,8 @@ def forward(module: pi0.Pi0, batch: Batch) -> Named:
         for name, part in parts.items():
             yield f"vision/{i:02d}/{name}", _host(part)
         yield f"vision/{i:02d}/out", _host(x)
-    yield "vision/norm_small", _host(module.vision.norm(small))
-    yield "vision/norm", _host(module.vision.norm(x))
-    yield "vision/tokens", _host(module.vision(images))
+    for name, part in end_parts(module.vision, x, small).items():
+        yield f"vision/{name}", _host(part)
     yield "prefix/prompt", _host(module.gemma.embed(batch["tokenized_prompt"]))
 
     time = batch["time"]
@@ -101,6 +100,12 @@ def block_parts(block: siglip.Block, x: Tensor, small: Tensor) -> tuple[dict[str
         "mlp": block.mlp(block.norm_mlp(after)),
     }
     return parts, block(x)
+
+
+def end_parts(vision: siglip.Siglip, x: Tensor, small: Tensor) -> dict[str, Tensor]:
+    """What follows the last vision block, whose output is x [B, T, D]."""
+    normed = vision.norm(x)
+    return {"norm_small": vision.norm(small), "norm": normed, "tokens": vision.head(normed)}
 
 
 def layer_parts(

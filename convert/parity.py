@@ -1,0 +1,265 @@
+"""`python -m convert.parity A B`: the same input through two checkpoints or backends, compared tensor by tensor.
+
+A and B are any checkpoints that can be opened; the same path twice compares the two frameworks. Prints one table per
+stage, names the first tensor that differs by more than rounding explains, and writes a page with pictures.
+Exit status: 0 the same, 1 something diverges, 2 a mistake in the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import formats, parity_batch, tables
+from convert.parity_rows import STAGES, TOLERANCE, Row, compare_gradients, compare_traces, first_beyond
+from convert.source import Source
+from openpi_port.backends import NAMES, Backend
+from openpi_port.config import Compute, Pi0, to_dict
+from openpi_port.errors import UserError, near
+
+PARTS = ("forward", "sampling", "gradients")
+BOLD, RED, PLAIN = "\033[1m", "\033[31m", "\033[0m"
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of the two: a checkpoint in a framework.
+
+    Attributes:
+      label: for people.
+      backend: the framework's modules.
+      module: the filled model.
+    """
+
+    label: str
+    backend: Backend
+    module: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+      a, b: labels of the two sides.
+      dtype: that both computed in.
+      batch: which input.
+      rows: every tensor, in the order of the computation.
+      pictures: tensors of both sides that the page draws: name -> (A's, B's).
+    """
+
+    a: str
+    b: str
+    dtype: str
+    batch: str
+    rows: list[Row]
+    pictures: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def first(self) -> Row | None:
+        """The first tensor beyond tolerance."""
+        return first_beyond(self.rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    try:
+        return _run(argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = argparse.ArgumentParser("python -m convert.parity", description=__doc__, allow_abbrev=False)
+    parser.error = _usage
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument("--backend-a", choices=NAMES, help="default: the framework that wrote A")
+    parser.add_argument(
+        "--backend-b", choices=NAMES, help="default: that of B, or the other one if A and B are the same"
+    )
+    parser.add_argument("--batch", choices=parity_batch.KINDS, default="random")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="float32")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to compare; gradients need the most memory")
+    parser.add_argument("--device", help="cpu, gpu, cuda:1; default: the best that each framework finds")
+    parser.add_argument("--out", default="parity.html", help="the page; empty for none")
+    args, rest = parser.parse_known_args(argv)
+    parts = args.parts.split(",")
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"--parts={part}: {near(part, PARTS)}")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size={args.batch_size} must be at least 1")
+
+    overrides = _overrides(rest)
+    sources = [formats.open_checkpoint(path, **overrides) for path in (args.a, args.b)]
+    same_architecture(*(source.model for source in sources))
+    backend_a = args.backend_a or native(sources[0])
+    other = next(name for name in NAMES if name != backend_a)
+    backend_b = args.backend_b or (other if args.a == args.b else native(sources[1]))
+    batch = parity_batch.make(args.batch, sources[0], args.batch_size, args.seed)
+    sides = [
+        load(source, backend, args.dtype, args.device)
+        for source, backend in zip(sources, (backend_a, backend_b), strict=True)
+    ]
+    report = run(*sides, batch, parts, args.dtype, args.batch)
+    print(text(report, color=sys.stdout.isatty()))
+    if args.out:
+        from convert import parity_page
+
+        Path(args.out).write_text(parity_page.page(report), encoding="utf-8")
+        print(f"{args.out}: the same with pictures")
+    return 0 if report.first is None else 1
+
+
+def _usage(message: str) -> None:
+    raise UserError(f"{message}; see python -m convert.parity --help")
+
+
+def _overrides(rest: list[str]) -> dict[str, Any]:
+    """`--model.action_horizon=50` to {"action_horizon": 50}; parts of the model nest."""
+    overrides: dict[str, Any] = {}
+    for arg in rest:
+        name, equals, value = arg.partition("=")
+        if not name.startswith("--model.") or not equals:
+            raise UserError(f"{arg}: no such argument; see python -m convert.parity --help")
+        *outer, field = name.removeprefix("--model.").split(".")
+        level = overrides
+        for part in outer:
+            level = level.setdefault(part, {})
+        level[field] = tuple(value.split(",")) if field == "cameras" else int(value) if value.isdigit() else value
+    return overrides
+
+
+def native(source: Source) -> str:
+    """The framework that computes with a checkpoint of that format at home."""
+    return "flax" if source.format in ("flax", "openpi") else "torch"
+
+
+def same_architecture(a: Pi0, b: Pi0) -> None:
+    """Refuses to compare what can't be the same.
+
+    Raises:
+      UserError: a model of another kind, or two that differ in a size; the message names the first.
+    """
+    for model in (a, b):
+        if not isinstance(model, Pi0):
+            raise UserError(f"a {type(model).__name__} checkpoint has no trace; the report compares pi0 and pi0.5")
+    left, right = ({k: v for k, v in to_dict(model).items() if k != "size"} for model in (a, b))
+    for field in left:
+        if left[field] != right[field]:
+            raise UserError(
+                f"A and B are of different architectures: {field} is {left[field]} and {right[field]}; where the "
+                f"weights don't determine it, state it with --model.{field}="
+            )
+
+
+def load(source: Source, backend: str, dtype: str = "float32", device: str | None = None) -> Side:
+    """Fills a model of a framework with a checkpoint."""
+    modules = Backend(backend)
+    weights = tables.translate(source.tensors, source.model, source.side, backend)
+    model = modules.infer.load(source.model, weights, Compute(dtype=dtype), device)
+    return Side(f"{source.path} ({source.format}) in {backend}", modules, model.module)
+
+
+def run(a: Side, b: Side, batch: dict[str, Any], parts: Sequence[str], dtype: str, batch_name: str) -> Report:
+    """Sends a batch through both sides and compares everything on the way.
+
+    Args:
+      a, b: what to compare, of the same architecture.
+      batch: see `parity_batch`.
+      parts: of `PARTS`.
+      dtype: that both compute in.
+      batch_name: for the report.
+    """
+    config, compute = a.module.config, a.module.compute
+    valid = parity_batch.valid_prefix(config, batch)
+    rows: list[Row] = []
+    pictures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    with a.backend.device.precision(compute), b.backend.device.precision(compute):
+        for part in [p for p in ("forward", "sampling") if p in parts]:
+            traces = (getattr(side.backend.trace, part)(side.module, batch) for side in (a, b))
+            for row, left, right in compare_traces(*traces, dtype, valid):
+                rows.append(row)
+                if row.name.startswith(("masks/attention", "trajectory/")) and "velocity" not in row.name:
+                    pictures[row.name] = (left, right)
+        if "gradients" in parts:
+            grads = (
+                tables.translate(side.backend.trace.gradients(side.module, batch), config, side.backend.name, "flax")
+                for side in (a, b)
+            )
+            rows += compare_gradients(*map(dict, grads), dtype)
+    return Report(a.label, b.label, dtype, batch_name, rows, pictures)
+
+
+def text(report: Report, *, color: bool) -> str:
+    """The tables for a terminal: one per stage; layers that agree take one line each, with their worst tensor.
+
+    Args:
+      report: what was found.
+      color: whether bold and red are understood.
+    """
+    bold, red, plain = (BOLD, RED, PLAIN) if color else ("", "", "")
+    lines = [f"A: {report.a}", f"B: {report.b}", f"{report.dtype}, batch {report.batch}"]
+    header = ("tensor", "shape", "max |A|", "max error", "relative", "allowed", "")
+    for stage in STAGES:
+        rows = [row for row in report.rows if row.stage == stage]
+        if not rows:
+            continue
+        cells, marks = [header], [""]
+        for label, row, ok in fold(rows, report.first):
+            beyond = "" if ok else "<- first" if row is report.first else "beyond"
+            exact = row.allowed == 0 and row.relative <= 1 and float(row.error).is_integer()
+            numbers = (f"{row.error:.0f}" if exact else f"{row.error:.1e}", f"{row.relative:.1e}", f"{row.allowed:.1e}")
+            cells.append((label, "x".join(map(str, row.shape)), f"{row.magnitude:.2e}", *numbers, beyond))
+            marks.append("" if ok else bold + red if row is report.first else red)
+        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+        beyond = sum(not row.ok for row in rows)
+        verdict = f"{beyond} of {len(rows)} beyond tolerance" if beyond else f"{len(rows)} tensors agree"
+        lines += ["", f"{bold}{stage}{plain}: {verdict}"]
+        for row, mark in zip(cells, marks, strict=True):
+            padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            lines.append(f"  {mark}{'  '.join(padded).rstrip()}{plain if mark else ''}")
+    lines += ["", conclusion(report) if report.first is None else f"{bold}{conclusion(report)}{plain}"]
+    return "\n".join(lines)
+
+
+def fold(rows: Sequence[Row], first: Row | None) -> list[tuple[str, Row, bool]]:
+    """Rows with labels: the tensors of a layer as the worst among them, the first beyond tolerance always by itself."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        parts = row.name.split("/")
+        layered = len(parts) > 2 and parts[1].isdigit()
+        key = f"{parts[0]}/{parts[1]}" if layered and row is not first else row.name
+        groups.setdefault(key, []).append(row)
+    folded = []
+    for key, members in groups.items():
+        worst = max(members, key=lambda row: (not row.ok, row.error / row.allowed if row.allowed else row.error))
+        label = key if len(members) == 1 and key == worst.name else f"{key} worst: {worst.name.removeprefix(key + '/')}"
+        folded.append((label, worst, worst.ok))
+    return folded
+
+
+def conclusion(report: Report) -> str:
+    """The verdict in a sentence."""
+    first = report.first
+    if first is None:
+        worst = max((row for row in report.rows if row.allowed), key=lambda row: row.error / row.allowed)
+        return (
+            f"{len(report.rows)} tensors agree; the furthest apart is {worst.name}, {worst.error:.1e} of "
+            f"{worst.allowed:.1e} allowed"
+        )
+    return f"first tensor beyond tolerance: {first.name}, error {first.error:.1e}, allowed {first.allowed:.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

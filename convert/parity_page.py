@@ -1,0 +1,191 @@
+"""The parity report as one HTML file with the pictures inside: errors by layer, masks, trajectories."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from convert.parity import Report, conclusion
+from convert.parity_rows import STAGES, TOLERANCE, Row
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1f }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
+th, td { text-align: right; padding: .1rem .7rem; border-bottom: 1px solid #e4e4ea }
+th:first-child, td:first-child { text-align: left; font-family: ui-monospace, monospace }
+tr.beyond { color: #b3261e } tr.first { font-weight: bold; background: #fde7e5 }
+.verdict { padding: .6rem 1rem; border-radius: .4rem; background: #e3f4e6 } .verdict.bad { background: #fde7e5 }
+img { max-width: 100% } summary { cursor: pointer } figcaption { color: #55555f; max-width: 60rem }
+"""
+
+
+def page(report: Report) -> str:
+    """The whole page.
+
+    Args:
+      report: of `convert.parity.run`.
+
+    Returns:
+      HTML that needs no other file and no network.
+    """
+    first = report.first
+    title = "Parity: the same" if first is None else f"Parity: diverges at {first.name}"
+    figures = [("Error by layer", errors(report), ERRORS), ("Attention mask", masks(report), MASKS)]
+    figures += [("Actions", actions(report), ACTIONS), ("Way from noise to actions", paths(report), PATHS)]
+    body = [
+        f"<h1>{_e(title)}</h1>",
+        f"<p>A: {_e(report.a)}<br>B: {_e(report.b)}<br>{report.dtype}, batch {report.batch}, tolerance "
+        f"{TOLERANCE[report.dtype]:.0e} of each tensor's largest value</p>",
+        f"<p class='verdict{'' if first is None else ' bad'}'>{_e(conclusion(report))}</p>",
+        *(_figure(name, picture, caption) for name, picture, caption in figures if picture),
+        *(_stage(stage, [row for row in report.rows if row.stage == stage], first) for stage in STAGES),
+    ]
+    head = f"<meta charset='utf-8'><title>{_e(title)}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
+
+
+ERRORS = (
+    "Largest difference of every tensor in units of its largest value, in the order of the computation. The dashed "
+    "line is the tolerance; what lies at the bottom differs by nothing. Ticks mark where a stage or a layer begins."
+)
+MASKS = "Who (down) may see whom (across), every sample; white may. What differs is red."
+ACTIONS = "The sampled chunk, first sample: A in blue, B in orange and dashed. One panel per action dimension."
+PATHS = "The first action of the chunk, first sample, at every Euler step, from noise (0) to action. Colours as above."
+
+
+def errors(report: Report) -> str:
+    """A point per tensor on a logarithmic axis, coloured by stage."""
+    rows = report.rows
+    floor, tolerance = 1e-9, TOLERANCE[report.dtype]
+    fig, ax = plt.subplots(figsize=(13, 4.6), layout="constrained")
+    ticks: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        parts = row.name.split("/")
+        ticks.setdefault("/".join(parts[:2]) if len(parts) > 2 and parts[1].isdigit() else parts[0], i)
+    for number, stage in enumerate(STAGES):
+        at = [i for i, row in enumerate(rows) if row.stage == stage]
+        values = [min(max(measure(rows[i], tolerance), floor), 1e3) for i in at]
+        if at:
+            ax.plot(at, values, ".-", color=f"C{number}", label=stage, lw=0.6, ms=5)
+    ax.axhline(tolerance, color="black", ls="--", lw=1)
+    if report.first is not None:
+        i = rows.index(report.first)
+        ax.plot(i, min(max(measure(report.first, tolerance), floor), 1e3), "o", mfc="none", mec="#b3261e", ms=13, mew=2)
+        side = "right" if i > len(rows) * 0.6 else "left"
+        ax.annotate(
+            report.first.name, (i, 30), color="#b3261e", ha=side, xytext=(8 if side == "left" else -8, 0),
+            textcoords="offset points",
+        )  # fmt: skip
+        ax.axvline(i, color="#b3261e", lw=0.8)
+    ax.set_yscale("log")
+    ax.set_ylim(floor / 2, 1e-2 if report.first is None and report.dtype == "float32" else 1e3)
+    ax.set_ylabel("relative error")
+    every = max(1, len(ticks) // 40)
+    shown = list(ticks.items())[::every]
+    ax.set_xticks([i for _, i in shown], [name for name, _ in shown], rotation=90, fontsize=7)
+    ax.margins(x=0.01)
+    ax.grid(axis="y", lw=0.3)
+    ax.legend(ncols=len(STAGES), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
+    return _png(fig)
+
+
+def measure(row: Row, tolerance: float) -> float:
+    """The error in units of what the tolerance is a share of; of masks, the share of elements that differ."""
+    return row.relative if row.allowed == 0 else row.error / row.allowed * tolerance
+
+
+def masks(report: Report) -> str:
+    """The attention masks of every sample, A's and B's and what differs."""
+    if "masks/attention" not in report.pictures:
+        return ""
+    a, b = report.pictures["masks/attention"]
+    count = min(len(a), 4)
+    fig, axes = plt.subplots(count, 3, figsize=(12, 4 * count), layout="constrained", squeeze=False)
+    for i in range(count):
+        for ax, picture, name in zip(axes[i], (a[i], b[i], a[i] != b[i]), ("A", "B", "A≠B"), strict=True):
+            colors = "Reds" if name == "A≠B" else "gray"
+            ax.imshow(picture, cmap=colors, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+            changed = f": {int(picture.sum())} of {picture.size}" if name == "A≠B" else ""
+            ax.set_title(f"sample {i}, {name}{changed}", fontsize=9)
+            ax.tick_params(labelsize=7)
+    return _png(fig)
+
+
+def actions(report: Report) -> str:
+    """Chunks over time, a panel per action dimension."""
+    if "trajectory/actions" not in report.pictures:
+        return ""
+    a, b = (chunk[0] for chunk in report.pictures["trajectory/actions"])
+    return _panels(a, b, "step of the chunk")
+
+
+def paths(report: Report) -> str:
+    """The first action on its way from noise, a panel per action dimension."""
+    names = [name for name in report.pictures if name.endswith("/x_t")]
+    if not names:
+        return ""
+    a, b = (np.stack([report.pictures[name][side][0, 0] for name in names]) for side in (0, 1))
+    return _panels(a, b, "Euler step")
+
+
+def _panels(a: np.ndarray, b: np.ndarray, label: str) -> str:
+    """[steps, J] of both sides."""
+    columns = min(8, a.shape[1])
+    rows = -(-a.shape[1] // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(13, 1.9 * rows + 0.4), layout="constrained", squeeze=False)
+    for j, ax in enumerate(axes.flat):
+        if j >= a.shape[1]:
+            ax.axis("off")
+            continue
+        ax.plot(a[:, j], color="C0", lw=2.4)
+        ax.plot(b[:, j], color="C1", lw=1.4, ls="--")
+        ax.set_title(f"dim {j}", fontsize=8)
+        ax.tick_params(labelsize=7)
+    fig.supxlabel(label, fontsize=9)
+    return _png(fig)
+
+
+def _stage(stage: str, rows: list[Row], first: Row | None) -> str:
+    if not rows:
+        return ""
+    beyond = sum(not row.ok for row in rows)
+    verdict = f"{beyond} of {len(rows)} beyond tolerance" if beyond else f"{len(rows)} tensors agree"
+    head = "".join(
+        f"<th>{name}</th>"
+        for name in ("tensor", "shape", "max |A|", "max error", "relative", "allowed", "norm A", "norm B")
+    )
+    lines = []
+    for row in rows:
+        kind = "first" if row is first else ""
+        kind += "" if row.ok else " beyond"
+        numbers = (row.magnitude, row.error, row.relative, row.allowed, *row.norms)
+        cells = "".join(f"<td>{number:.3g}</td>" for number in numbers)
+        shape = "×".join(map(str, row.shape))
+        lines.append(f"<tr class='{kind.strip()}'><td>{_e(row.name)}</td><td>{shape}</td>{cells}</tr>")
+    is_open = " open" if beyond else ""
+    table = f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+    return f"<details{is_open}><summary><b>{stage}</b>: {verdict}</summary>{table}</details>"
+
+
+def _figure(name: str, picture: str, caption: str) -> str:
+    image = f"<img alt='{_e(name)}' src='data:image/png;base64,{picture}'>"
+    return f"<h2>{_e(name)}</h2><figure style='margin:0'>{image}<figcaption>{_e(caption)}</figcaption></figure>"
+
+
+def _png(fig: plt.Figure) -> str:
+    data = io.BytesIO()
+    fig.savefig(data, format="png", dpi=110)
+    plt.close(fig)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def _e(text: str) -> str:
+    return html.escape(text, quote=True)
