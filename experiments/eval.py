@@ -87,6 +87,8 @@ def driver(
         shape = (about["action_horizon"], about["noise_dim"]) if "noise_dim" in about else None
         return lambda o: list(pool.map(lambda c, x: c.infer(x), clients, o)), shape, {"server": SERVER.value, **about}
     policy = policy_flags.policy()
+    if policy.horizon < REPLAN.value:
+        raise UserError(f"--replan={REPLAN.value}, but the policy's chunks have {policy.horizon} actions")
     policy.warmup(range(1, workers + 1))
     shape = (policy.horizon, policy.model.config.action_dim)
     return policy.infer_batch, shape, policy.metadata
@@ -148,8 +150,10 @@ def report(
     steps = sum(len(e.rewards) for e in episodes)
     infer_ms = [1e3 * s for _, s in calls]
     sim_ms = 1e3 * sum(e.sim_seconds for e in episodes) / steps
+    held = sum(e.held for e in episodes)
     print(
-        f"{successes} of {count} episodes succeeded: {successes / count:.0%} (95% interval {low:.1%} to {high:.1%})\n"
+        f"{successes} of {count} episodes succeeded: {successes / count:.0%} (95% interval {low:.1%} to {high:.1%}); "
+        f"{held} still did {setting.after} steps later\n"
         f"{1e3 * seconds / steps:.1f} ms a control step over all; simulation {sim_ms:.1f} ms in its process"
         + (f"; inference {np.median(infer_ms):.1f} ms a chunk (median of {len(calls)} calls)" if calls else "")
     )
@@ -159,8 +163,10 @@ def report(
         "prompt": setting.prompt or aloha.TASKS[setting.task].instruction,
         "replan": setting.replan,
         "max_steps": setting.max_steps,
+        "after_success": setting.after,
         "episodes": count,
         "successes": successes,
+        "held": held,
         "success_rate": successes / count,
         "confidence_95": [low, high],
         "wall_s": seconds,
@@ -170,7 +176,13 @@ def report(
         "infer_ms": {"median": float(np.median(infer_ms)), "max": max(infer_ms)} if calls else None,
         "mean_batch": float(np.mean([n for n, _ in calls])) if calls else None,
         "results": [
-            {"seed": e.seed, "success": e.success, "steps": len(e.rewards), "best_reward": int(e.rewards.max())}
+            {
+                "seed": e.seed,
+                "success": e.success,
+                "held": e.held,
+                "steps": len(e.rewards),
+                "best": int(e.rewards.max()),
+            }
             for e in episodes
         ],
     }

@@ -35,6 +35,7 @@ class Setting:
     Attributes:
       task: a key of aloha.TASKS.
       max_steps: control steps (20 ms) until an episode counts as failed.
+      after: control steps played on after the first success, to see whether it lasts.
       replan: actions played per chunk.
       prompt: instead of the task's own instruction.
       frames_every: keep every n-th picture for videos; 0 keeps none.
@@ -44,6 +45,7 @@ class Setting:
 
     task: str
     max_steps: int = 400
+    after: int = 50
     replan: int = 25
     prompt: str | None = None
     frames_every: int = 0
@@ -53,10 +55,16 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """What happened; ends with the first success or after max_steps."""
+    """What happened, up to `after` steps past the first success, or max_steps.
+
+    Attributes:
+      success: the environment's own word (its reward reached 4), at any step.
+      held: and it still was so in most of the last ten steps; a contact may flicker.
+    """
 
     seed: int
     success: bool
+    held: bool
     states: np.ndarray  # f32 [T, 14], before each action
     actions: np.ndarray  # f32 [T, 14], as executed
     rewards: np.ndarray  # int [T]
@@ -207,7 +215,8 @@ class _Stage:
         self._keep_frame(last=True)
         return Episode(
             self._seed,
-            max(self._rewards) == aloha.SUCCESS,
+            aloha.SUCCESS in self._rewards,
+            self._rewards[-10:].count(aloha.SUCCESS) > 5,
             np.stack(self._states),
             np.stack(self._actions),
             np.array(self._rewards),
@@ -216,7 +225,9 @@ class _Stage:
         )
 
     def _ended(self) -> bool:
-        return self._rewards[-1] == aloha.SUCCESS or len(self._rewards) >= self._setting.max_steps
+        if aloha.SUCCESS in self._rewards:
+            return len(self._rewards) > self._rewards.index(aloha.SUCCESS) + self._setting.after
+        return len(self._rewards) >= self._setting.max_steps
 
     def _for_policy(self) -> dict[str, Any]:
         return {**self._observation, "prompt": self._setting.prompt or self._sim.instruction}

@@ -1,0 +1,177 @@
+"""Closed-loop and open-loop evaluation: chunks, seeds, intervals, results, and what users see when it can't run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import av
+import numpy as np
+import pytest
+from conftest import ROOT
+from small_policy import make_checkpoint
+
+from openpi_port import UserError
+from openpi_port.sim import gl, pictures, rollout, wilson
+from openpi_port.sim.aloha import AlohaSim
+from openpi_port.sim.expert import Expert
+
+NO_PICTURES = rollout.Setting("transfer_cube", max_steps=300, after=20, render=False)
+needs_gl = pytest.mark.skipif(
+    not any(gl.works(name) for name in gl.BACKENDS), reason="no OpenGL: apt-get install libosmesa6"
+)
+
+
+@pytest.mark.parametrize(
+    ("successes", "episodes", "low", "high"),
+    [(50, 50, 0.9287, 1.0), (0, 50, 0.0, 0.0713), (38, 50, 0.6259, 0.8570), (1, 2, 0.0945, 0.9055)],
+)
+def test_wilson(successes, episodes, low, high):
+    """Against published tables of Wilson's interval."""
+    np.testing.assert_allclose(wilson.interval(successes, episodes), (low, high), atol=1e-4)
+
+
+class Scripted:
+    """Answers the expert's targets in chunks; knows each robot by its noise, which is keyed by the seed."""
+
+    def __init__(self, seeds, shape):
+        self.shape, self.asked = shape, []
+        self.plans = {}
+        for seed in seeds:
+            with AlohaSim(render=False) as sim:
+                sim.reset(seed)
+                self.plans[seed] = Expert("transfer_cube")(sim.cube, tail=400).actions
+        self.seeds = {
+            (seed, call): rollout.draw_noise(seed, call, shape).tobytes() for seed in seeds for call in range(20)
+        }
+
+    def __call__(self, observations):
+        self.asked.append(len(observations))
+        out = []
+        for o in observations:
+            assert o["prompt"] == "Transfer cube" and o["state"].shape == (14,)
+            (seed, call) = next(k for k, v in self.seeds.items() if v == o["noise"].tobytes())
+            out.append({"actions": self.plans[seed][25 * call : 25 * call + 50]})
+        return out
+
+
+def test_chunks_move_the_cube_and_batches_change_nothing():
+    seeds, shape = [0, 3], (50, 14)
+    together = Scripted(seeds, shape)
+    episodes = list(rollout.rollout(NO_PICTURES, seeds, together, workers=2, noise_shape=shape))
+    assert [e.seed for e in episodes] == seeds and together.asked[0] == 2
+    for e in episodes:
+        assert e.success and e.held and e.rewards[-21] == 4 and (e.rewards[:-21] < 4).all()
+        np.testing.assert_array_equal(e.actions, together.plans[e.seed][: len(e.actions)])
+    (alone,) = rollout.rollout(NO_PICTURES, [3], Scripted([3], shape), workers=1, noise_shape=shape)
+    np.testing.assert_array_equal(alone.states, episodes[1].states)
+    (expert,) = rollout.rollout(NO_PICTURES, [3], None, workers=1)
+    np.testing.assert_array_equal(expert.states, alone.states)
+
+
+def test_an_episode_ends_at_max_steps():
+    setting = rollout.Setting("transfer_cube", max_steps=30, replan=25, render=False)
+    stay = lambda observations: [{"actions": np.tile(o["state"], (50, 1))} for o in observations]  # noqa: E731
+    (episode,) = rollout.rollout(setting, [0], stay, workers=4)
+    assert not episode.success and not episode.held and len(episode.rewards) == 30 and episode.frames is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "answer", "words"),
+    [
+        (NO_PICTURES, np.zeros((10, 14)), "--replan=25"),
+        (NO_PICTURES, np.full((50, 14), np.nan), "finite joint targets"),
+        (NO_PICTURES, np.zeros((50, 7)), "14 finite joint targets"),
+        (rollout.Setting("transfer_cub", render=False), np.zeros((50, 14)), "transfer_cube"),
+    ],
+)
+def test_faults_are_one_line(setting, answer, words):
+    with pytest.raises(UserError, match=words):
+        list(rollout.rollout(setting, [0], lambda o: [{"actions": answer}] * len(o), workers=1))
+
+
+def test_a_dead_process_is_one_line(monkeypatch):
+    def kill(observations):
+        import multiprocessing
+
+        for child in multiprocessing.active_children():
+            child.kill()
+            child.join()
+        return [{"actions": np.zeros((50, 14))}]
+
+    with pytest.raises(UserError, match="process died"):
+        list(rollout.rollout(NO_PICTURES, [0], kill, workers=1))
+
+
+def episode(frames, success):
+    images = np.full((frames, 32, 32, 3), 100, np.uint8)
+    ones = np.ones((frames, 14), np.float32)
+    return rollout.Episode(0, success, success, ones, ones, np.ones(frames, int), images, 1.0)
+
+
+def test_grid_and_videos(tmp_path):
+    shown = [episode(5, True), episode(9, False), episode(7, True)]
+    frames = list(pictures.grid(shown))
+    assert len(frames) == 9 + 12 and frames[0].shape == (76, 76, 3)
+    assert tuple(frames[3][0, 0]) == pictures.RUNNING and tuple(frames[4][0, 0]) == pictures.GOOD
+    assert tuple(frames[8][0, 38]) == pictures.BAD and not frames[8][38:, 38:].any()
+    pictures.write_mp4(tmp_path / "grid.mp4", iter(frames), 25)
+    with av.open(str(tmp_path / "grid.mp4")) as video:
+        assert len(list(video.decode(video=0))) == len(frames)
+        assert video.streams.video[0].average_rate == 25
+    pictures.write_gif(tmp_path / "grid.gif", iter(frames), 25)
+    assert (tmp_path / "grid.gif").read_bytes().startswith(b"GIF89a")
+
+
+def command(*arguments, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.eval", *arguments], cwd=ROOT, env={**os.environ, **env},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_wrong_command_is_one_line():
+    done = command("--env=aloha_transfer", "--expert")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "did you mean aloha_transfer_cube" in done.stderr
+
+
+def test_without_opengl_the_command_says_so():
+    done = command("--expert", MUJOCO_GL="off")
+    assert done.returncode == 2 and done.stderr.startswith("error: no OpenGL") and done.stderr.count("\n") == 1
+
+
+@needs_gl
+def test_the_command(tmp_path):
+    cameras = {"base_0_rgb": "observation.images.top"}
+    path = make_checkpoint(tmp_path / "20", robot="aloha_sim", cameras=cameras, delta=())
+    arguments = [f"--checkpoint={path}", "--backend=torch", "--episodes=1", "--max_steps=6", "--replan=4"]
+    done = command(*arguments, f"--out={tmp_path / 'out'}", "--seed=7")
+    assert done.returncode == 0, done.stderr
+    assert "0 of 1 episodes succeeded: 0% (95% interval 0.0% to 79.3%)" in done.stdout
+    numbers = json.loads((tmp_path / "out/results.json").read_text())
+    assert numbers["results"] == [{"seed": 7, "success": False, "held": False, "steps": 6, "best": 0}]
+    assert numbers["policy"]["checkpoint"] == str(path) and numbers["replan"] == 4
+    assert (tmp_path / "out/grid.mp4").stat().st_size and (tmp_path / "out/episodes/seed_0007.png").stat().st_size
+
+
+def test_open_loop_on_the_data_set_that_ships(tmp_path):
+    cameras = {"base_0_rgb": "observation.images.top"}
+    data = {
+        "repo_id": "aloha_sim_transfer_cube",
+        "robot": "aloha_sim",
+        "cameras": cameras,
+        "delta": (),
+        "cache_gb": 0.0,
+    }
+    path = make_checkpoint(tmp_path / "20", **data)
+    out = tmp_path / "out"
+    done = command(
+        f"--checkpoint={path}", "--backend=torch", "--env=dataset", "--samples=3", "--plots=1", f"--out={out}"
+    )
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((out / "open_loop.json").read_text())
+    assert numbers["samples"] == 3 and len(numbers["mae"]) == 14 and len(numbers["mae_by_step"]) == 4
+    assert np.isfinite(numbers["mae"]).all() and len(list((out / "chunks").iterdir())) == 1
