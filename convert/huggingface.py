@@ -85,9 +85,11 @@ def open_(path: str | Path, *, asset: str | None = None, **overrides: Any) -> So
     tensors, _ = load(path)
     folder = path if path.is_dir() else path.parent
     found = kind(tensors)
-    if found == "lerobot":
-        from convert import lerobot
+    from convert import lerobot  # which uses this module
 
+    # LeRobot also opens, and people publish, its directories with openpi's names.
+    kind_stated = settings.read_json(folder / "config.json").get("type")
+    if found == "lerobot" or (found == "openpi-torch" and kind_stated in lerobot.TYPES):
         return lerobot.open_(folder, tensors, overrides)
     if found == "openpi-torch":
         return open_openpi_torch(folder, tensors, asset, overrides)

@@ -192,6 +192,17 @@ def test_heads_that_the_weights_do_not_show_are_asked_for(golden, tmp_path):
     assert formats.open_checkpoint(tmp_path / "alone", vision={"num_heads": 2}).model.language.num_heads == 4
 
 
+def test_lerobot_with_openpis_names_is_lerobot(golden, tmp_path):
+    shutil.copytree(golden / "lerobot/pi0/pretrained", tmp_path / "it")
+    tensors = safetensors_io.Arrays(tmp_path / "it/model.safetensors")
+    bare = {name.removeprefix("model."): np.array(tensors[name]) for name in tensors}
+    (tmp_path / "it/model.safetensors").unlink()
+    safetensors_io.write(tmp_path / "it/model.safetensors", bare)
+    source = formats.open_checkpoint(tmp_path / "it", vision={"num_heads": 2})
+    assert source.format == "lerobot"
+    assert source.norm_stats is not None
+
+
 def test_an_untied_head_is_kept_where_unused_and_refused_where_used(golden, tmp_path):
     for kind in ("pi0", "pi0_fast"):
         path = tmp_path / kind
