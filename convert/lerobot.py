@@ -161,6 +161,20 @@ def _rounds_to(exact: Stats, rounded: Stats) -> bool:
     return True
 
 
+def inexpressible(source: Source) -> list[str]:
+    """What a policy does that LeRobot's processors can't: whoever runs it there must do it around the policy."""
+    data, tokenizer = source.settings.get("data", {}), source.settings.get("tokenizer") or {}
+    notes = []
+    if data.get("robot", "lerobot") != "lerobot":
+        notes.append(f"the steps of openpi_port/robots/{data['robot']}.py")
+    carried = any(name.startswith(f"{settings.LEROBOT}/") for name in source.files)
+    if any(data.get("delta", ())) and not carried:
+        notes.append("actions as differences to the state")
+    if tokenizer.get("spec", "paligemma") != "paligemma":
+        notes.append(f"the tokenizer {tokenizer['spec']!r} (its processors name PaliGemma's)")
+    return notes
+
+
 def write_files(path: Path, source: Source, precision: str) -> None:
     """Writes config.json and the processors: those that came with the policy where they still hold, else new ones."""
     carried = [f for name, f in source.files.items() if name.startswith(f"{settings.LEROBOT}/")]

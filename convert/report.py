@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from convert import lerobot
 from convert.layout import Entry, Spot
 from convert.source import Source
 from convert.target import SIDES, num_bytes
@@ -31,6 +32,8 @@ def table(source: Source, to: str) -> str:
         goes = "goes along" if to in ("flax", "torch") else f"stays behind: {to} has no place for it"
         lines.append(f"train_state/ ({len(source.train_state)} tensors): {goes}")
     count, size = sum(entry_size(entry) for entry in source.entries), num_bytes(weights)
+    if to == "lerobot" and (notes := lerobot.inexpressible(source)):
+        lines.append(f"LeRobot has no way to say, so do it around the policy there: {'; '.join(notes)}")
     if source.format in ("paligemma", "big_vision"):
         lines.append("no action expert: gemma/*/experts/1, gemma/norms/1 and all action projections start fresh")
     elif source.norm_stats is None:

@@ -124,8 +124,11 @@ def _write_weights(source: Source, weights: Translated, part: Path, to: str, pro
     if source.train_state and to in PARAMS:
         state = part / TRAIN_STATE
         state.mkdir()
-        write_part = orbax_io.write if to == "flax" else safetensors_io.write
-        write_part(state / PARAMS[to], _train_state(source, SIDES[to]))
+        tensors = _train_state(source, SIDES[to])
+        if to == "flax":
+            orbax_io.write(state / PARAMS[to], tensors)
+        else:
+            safetensors_io.write(state / PARAMS[to], tensors, {"format": "pt"})
 
 
 def _train_state(source: Source, side: str) -> dict[str, np.ndarray]:

@@ -230,6 +230,18 @@ def test_what_is_written_for_lerobot_has_the_fields_of_lerobots_own(golden, tmp_
         assert [s.get("state_file") for s in own] == [s.get("state_file") for s in want]
 
 
+def test_what_lerobot_can_not_express_is_said(golden, tmp_path, capsys):
+    target.write(formats.open_checkpoint(golden / "openpi/pi0"), tmp_path / "ours", "flax")
+    policy = json.loads((tmp_path / "ours/policy.json").read_text())
+    policy |= {"data": {"robot": "aloha", "norm": "zscore", "delta": [True]}, "tokenizer": {"spec": "small", "sha256": ""}}
+    (tmp_path / "ours/policy.json").write_text(json.dumps(policy))
+    assert command.main([str(tmp_path / "ours"), "--to=lerobot"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("robots/aloha.py", "differences to the state", "'small'"))
+    assert command.main([str(golden / "lerobot/pi0/pretrained"), "--to=lerobot"]) == 0
+    assert "around the policy" not in capsys.readouterr().out
+
+
 def test_training_state_goes_along(golden, tmp_path):
     source = formats.open_checkpoint(golden / "openpi/pi0")
     target.write(source, tmp_path / "flax", "flax")
