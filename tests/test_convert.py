@@ -233,7 +233,8 @@ def test_what_is_written_for_lerobot_has_the_fields_of_lerobots_own(golden, tmp_
 def test_what_lerobot_can_not_express_is_said(golden, tmp_path, capsys):
     target.write(formats.open_checkpoint(golden / "openpi/pi0"), tmp_path / "ours", "flax")
     policy = json.loads((tmp_path / "ours/policy.json").read_text())
-    policy |= {"data": {"robot": "aloha", "norm": "zscore", "delta": [True]}, "tokenizer": {"spec": "small", "sha256": ""}}
+    policy["data"] = {"robot": "aloha", "norm": "zscore", "delta": [True]}
+    policy["tokenizer"] = {"spec": "small", "sha256": ""}
     (tmp_path / "ours/policy.json").write_text(json.dumps(policy))
     assert command.main([str(tmp_path / "ours"), "--to=lerobot"]) == 0
     out = capsys.readouterr().out
