@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from typing import Any
 
 import msgpack
@@ -20,6 +21,9 @@ MAX_CONTAINERS = 1000  # maps and lists in a message; an observation has about t
 MAX_ITEMS = 4096  # of one list: a state sent as plain numbers
 MAX_NDIM = 8
 
+BUFFER = 2**20  # kept between messages: growing one takes 0.6 ms for three images of 224 pixels, packing 0.03 ms
+_LOCAL = threading.local()  # a packer is not thread-safe
+
 _DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|U\d{1,4}|S\d{1,4})")
 
 
@@ -29,7 +33,9 @@ def pack(message: Any) -> bytes:
     Raises:
       TypeError: anything else in it, object arrays included.
     """
-    return msgpack.packb(message, default=_encode)
+    if not hasattr(_LOCAL, "packer"):
+        _LOCAL.packer = msgpack.Packer(default=_encode, buf_size=BUFFER)
+    return _LOCAL.packer.pack(message)
 
 
 def unpack(data: bytes) -> Any:
