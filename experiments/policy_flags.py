@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from absl import flags
 
 from openpi_port import Policy
@@ -12,6 +15,8 @@ BACKEND = flags.DEFINE_enum("backend", "flax", ["flax", "torch"], "the framework
 DEVICE = flags.DEFINE_string("device", None, "cpu, gpu, tpu (flax), cuda:1 (torch); default: the best there is")
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and matrix products")
 ROBOT = flags.DEFINE_string("robot", None, "a file of openpi_port/robots; for checkpoints that don't name one")
+DATA = flags.DEFINE_string("data", None, 'JSON of config.Data\'s fields that are to differ: {"cameras": {...}}')
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "paligemma, small or a path, for checkpoints that bring none")
 PROMPT = flags.DEFINE_string("prompt", None, "instruction for observations that bring none")
 ASSET = flags.DEFINE_string("asset", None, "which of several data sets' statistics in openpi's assets/")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 10, "Euler steps per chunk", 1)
@@ -32,6 +37,8 @@ def policy() -> Policy:
         device=DEVICE.value,
         dtype=DTYPE.value,
         robot=ROBOT.value,
+        data=data(),
+        tokenizer=TOKENIZER.value,
         default_prompt=PROMPT.value,
         num_steps=NUM_STEPS.value,
         **overrides,
@@ -42,3 +49,16 @@ def policy() -> Policy:
         flush=True,
     )
     return opened
+
+
+def data() -> dict[str, Any] | None:
+    """What --data says."""
+    if DATA.value is None:
+        return None
+    try:
+        fields = json.loads(DATA.value)
+    except ValueError as error:
+        raise UserError(f"--data={DATA.value}: no JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"--data={DATA.value}: expected a JSON object")
+    return fields

@@ -96,6 +96,7 @@ class Policy:
         default_prompt: str | None = None,
         robot: str | None = None,
         data: Mapping[str, Any] | None = None,
+        tokenizer: str | None = None,
         num_steps: int = 10,
         seed: int = 0,
         **overrides: Any,
@@ -111,6 +112,8 @@ class Policy:
           robot: a module of `openpi_port.robots`, whose names of cameras and state are taken; needed for openpi's
             checkpoints, which don't say what robot they are for.
           data: fields of `config.Data` that are to differ from the checkpoint's (`{"cameras": {...}}`).
+          tokenizer: "paligemma", "small" or a SentencePiece model's path, for checkpoints that bring none; None takes
+            the one that the checkpoint names.
           num_steps: Euler steps per chunk.
           seed: of the noise.
           **overrides: see `load_model`; `asset="trossen"` chooses among openpi's statistics.
@@ -131,13 +134,13 @@ class Policy:
                 f"of openpi's assets/ with asset="
             )
         settings = _data(source, robot, data, default_prompt)
-        tokenizer = _tokenizer(source)
+        pieces = _tokenizer(source, tokenizer)
         _check_device(backend, device)
         weights = tables.translate(source.tensors, source.model, source.side, backend)
         model = Backend(backend).infer.load(source.model, weights, Compute(dtype=dtype), device)
         about = {"checkpoint": str(path), "backend": backend, "dtype": dtype, "step": source.settings.get("step")}
         stats = source.norm_stats
-        return cls(model, settings, stats, tokenizer, num_steps=num_steps, seed=seed, metadata=about)
+        return cls(model, settings, stats, pieces, num_steps=num_steps, seed=seed, metadata=about)
 
     def infer(self, observation: Observation, noise: np.ndarray | None = None) -> Result:
         """One observation to one chunk.
@@ -258,15 +261,16 @@ def _data(source: Source, robot: str | None, given: Mapping[str, Any] | None, pr
 _FROM_ROBOT = ("state", "actions", "delta")
 
 
-def _tokenizer(source: Source) -> paligemma.PromptTokenizer:
-    """The checkpoint's own, which must be the one that it was trained with, else the one that it names."""
+def _tokenizer(source: Source, given: str | None) -> paligemma.PromptTokenizer:
+    """The checkpoint's own, else the given or the named one; never another than it was trained with."""
     stated = source.settings.get("tokenizer") or {"spec": "paligemma"}
     file = source.files.get("tokenizer.model")
-    tokenizer = paligemma.PromptTokenizer(file) if file else paligemma.load(stated["spec"])
+    name = str(file or given or stated["spec"])
+    tokenizer = paligemma.load(name)
     wanted = stated.get("sha256")
     if wanted and tokenizer.fingerprint != wanted:
         raise UserError(
-            f"{file or stated['spec']}: not the tokenizer of this policy (SHA-256 {tokenizer.fingerprint[:12]}..., "
+            f"{name}: not the tokenizer of this policy (SHA-256 {tokenizer.fingerprint[:12]}..., "
             f"policy.json has {wanted[:12]}...)"
         )
     if tokenizer.vocab_size > source.model.vocab_size:

@@ -15,6 +15,7 @@ from small_policy import ALOHA, make_checkpoint, observation_of
 from openpi_port import Policy, UserError, transforms
 from openpi_port.observation import rename
 from openpi_port.rng import draw_noise
+from openpi_port.robots import droid
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,24 @@ def test_openpi_checkpoint_needs_a_robot(golden):
     path = golden / "openpi/pi0"
     with pytest.raises(UserError, match="what robot"):
         Policy.from_pretrained(path, "torch")
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_openpi_checkpoint_as_a_policy(golden, name):
+    """Weights, statistics and normalisation from openpi's directory; names from the robot's file."""
+    rng = np.random.default_rng(0)
+    joints = {"observation/joint_position": rng.normal(size=7), "observation/gripper_position": rng.uniform(size=1)}
+    images = {key: rng.integers(0, 256, (180, 320, 3), dtype=np.uint8) for key in droid.CAMERAS.values()}
+    answers = []
+    for backend in NAMES:
+        opened = Policy.from_pretrained(
+            golden / "openpi" / name, backend, device="cpu", robot="droid", tokenizer="small", default_prompt="go"
+        )
+        assert opened.data.norm == ("zscore" if name == "pi0" else "quantile")
+        noise = draw_noise(0, 0, (opened.horizon, 8))
+        answers.append(opened.infer({**images, **joints}, noise)["actions"])
+    np.testing.assert_allclose(*answers, atol=1e-4)
+    assert answers[0].shape[1] == 8 and np.isfinite(answers[0]).all()
 
 
 def test_faults_of_a_checkpoint(checkpoint, tmp_path):
