@@ -5,10 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from openpi_port.config import Pi0, Pi0Fast
+
 Batch = Mapping[str, Any]
 
 OBSERVATION = ("image", "image_mask", "state", "tokenized_prompt", "tokenized_prompt_mask")
 TRAINING = (*OBSERVATION, "actions", "action_is_pad", "noise", "time")
+FAST = ("image", "image_mask", "tokenized_prompt", "tokenized_prompt_mask")
+FAST_TRAINING = (*FAST, "token_ar_mask", "token_loss_mask")
+
+
+def training(model: Pi0 | Pi0Fast) -> tuple[str, ...]:
+    """What a model's loss reads."""
+    return FAST_TRAINING if isinstance(model, Pi0Fast) else TRAINING
+
+
+def prompt(batch: Batch) -> tuple[str, ...]:
+    """What decoding reads; a training batch says which of its tokens are the prompt."""
+    return (*FAST, "token_ar_mask") if "token_ar_mask" in batch else FAST
 
 
 def select(batch: Batch, keys: tuple[str, ...]) -> dict[str, Any]:

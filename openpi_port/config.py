@@ -90,7 +90,9 @@ class Pi0:
 
 @dataclasses.dataclass(frozen=True)
 class Pi0Fast:
-    """An autoregressive policy (pi0-FAST): the vision-language model writes the actions as tokens. Defaults are openpi's.
+    """An autoregressive policy (pi0-FAST): the vision-language model writes the actions as tokens.
+
+    Defaults are openpi's.
 
     Attributes:
       vocab_size: rows of the embedding; action token k is row vocab_size - 1 - 128 - k.

@@ -10,7 +10,7 @@ from openpi_port.config import Compute, Dtype
 from openpi_port.errors import UserError, near
 
 if TYPE_CHECKING:
-    from openpi_port.pi_flax.infer import Model
+    from openpi_port.pi_flax.infer import FastModel, Model
 
 
 def load_model(
@@ -19,7 +19,7 @@ def load_model(
     dtype: Dtype = "float32",
     device: str | None = None,
     **overrides: Any,
-) -> Model:
+) -> Model | FastModel:
     """Opens a checkpoint: ours, openpi's (JAX or PyTorch), LeRobot's; local, `gs://` or `hf://`.
 
     Sizes come from the weights' shapes, the rest from the checkpoint's own description.
@@ -29,10 +29,12 @@ def load_model(
       backend: the framework that computes; any checkpoint opens in either.
       dtype: of weights and matrix products.
       device: "cpu", "gpu", "tpu" in Flax, "cpu", "cuda:1" in torch; None takes the best there is.
-      **overrides: fields of `config.Pi0` that neither weights nor description determine (`action_horizon=16`).
+      **overrides: fields of `config.Pi0` or `config.Pi0Fast` that neither weights nor description determine
+        (`action_horizon=16`, `positions="contiguous"`); `model="pi0"`, `"pi05"` or `"pi0_fast"` says what is expected.
 
     Returns:
-      A model whose `loss(batch, noise, time)` and `sample_actions(batch, noise, num_steps=10)` take and return numpy.
+      A model whose `loss(batch, noise, time)` and `sample_actions(batch, noise, num_steps=10)` take and return numpy;
+      of pi0-FAST one with `loss(batch)` and `decode(batch, max_steps, temperature, rng)`.
 
     Raises:
       UserError: no checkpoint there, or one that doesn't fit.

@@ -9,7 +9,7 @@ import dataclasses
 import re
 
 from convert import layout, tables
-from openpi_port.config import Gemma, Pi0, Siglip, Train
+from openpi_port.config import Gemma, Pi0, Pi0Fast, Siglip, Train
 
 GIB = 2**30
 
@@ -40,7 +40,7 @@ class Plan:
         return f"{self.total / GIB:.1f} GiB (" + ", ".join(f"{p} {getattr(self, p) / GIB:.1f}" for p in parts) + ")"
 
 
-def count_params(model: Pi0, frozen: tuple[str, ...] = ()) -> tuple[int, int]:
+def count_params(model: Pi0 | Pi0Fast, frozen: tuple[str, ...] = ()) -> tuple[int, int]:
     """Number of parameters, and of those that no pattern of `frozen` matches."""
     shapes = layout.side_shapes(tables.entries(model), layout.OURS)
     trained = {n: s for n, s in shapes.items() if not any(re.search(p, n) for p in frozen)}
@@ -66,10 +66,12 @@ def _activations(config: Train) -> int:
     model, size = config.model, 2 if config.compute.dtype == "bfloat16" else 4
     vision = _layer(model.vision, model.vision.num_tokens, model.vision.num_tokens, size)
     vision_inputs = model.vision.num_tokens * model.vision.width * size
-    prefix, suffix = model.prefix_len, model.suffix_len
-    expert = config.draws * _layer(model.expert, suffix, prefix + suffix, size)
-    joint = _layer(model.language, prefix, prefix + suffix, size) + expert
-    joint_inputs = (prefix * model.language.width + config.draws * suffix * model.expert.width) * size
+    prefix, suffix = model.prefix_len, 0 if isinstance(model, Pi0Fast) else model.suffix_len
+    joint = _layer(model.language, prefix, prefix + suffix, size)
+    joint_inputs = prefix * model.language.width * size
+    if isinstance(model, Pi0):
+        joint += config.draws * _layer(model.expert, suffix, prefix + suffix, size)
+        joint_inputs += config.draws * suffix * model.expert.width * size
     cameras, vision_depth, depth = len(model.cameras), model.vision.depth, model.language.depth
     if config.compute.remat == "full":
         return cameras * (vision_depth * vision_inputs + vision) + depth * joint_inputs + joint

@@ -148,10 +148,15 @@ class Gemma(nnx.Module):
         outs = [None if x is None else norm(x, cond)[0] for x, cond, norm in zip(xs, conds, self.norms, strict=True)]
         return outs, new
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Scores of the vocabulary [B, T, V] in float32, through the tied embedding."""
-        table = self.embedding[...].astype(x.dtype)
-        return jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
+    def logits(self, x: jax.Array, table: jax.Array | None = None) -> jax.Array:
+        """Scores of the vocabulary in float32, through the tied embedding: [..., D] to [..., V].
+
+        Args:
+          x: outputs of the language model.
+          table: rows of the embedding [V, D], where not all are asked for.
+        """
+        table = self.embedding[...] if table is None else table
+        return jnp.einsum("...D,VD->...V", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from openpi_port import batch as batches
+from openpi_port import config as configs
+from openpi_port import grammar as grammars
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
-from openpi_port.config import Pi0 as Config
+from openpi_port.grammar import Grammar
 from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax import weights as weights_io
 from openpi_port.pi_flax.pi0 import Pi0
+from openpi_port.pi_flax.pi0_fast import Pi0Fast
 
 
 class Model:
@@ -27,7 +31,7 @@ class Model:
     """
 
     def __init__(self, module: Pi0, device: str | None = None) -> None:
-        self.config: Config = module.config
+        self.config: configs.Pi0 = module.config
         self._device = devices.find(device)
         graph, state = nnx.split(module)
         self._state = devices.put(state, self._device)
@@ -57,12 +61,74 @@ class Model:
             return np.asarray(self._sample_actions(self._state, batch, noise, num_steps))
 
 
-def build(config: Config, compute: Compute) -> Pi0:
+class FastModel:
+    """The public methods of `Pi0Fast` on numpy batches.
+
+    Attributes:
+      config: the architecture.
+      module: the nnx module, for whoever wants to go inside.
+    """
+
+    def __init__(self, module: Pi0Fast, device: str | None = None) -> None:
+        self.config: configs.Pi0Fast = module.config
+        self._device = devices.find(device)
+        graph, state = nnx.split(module)
+        self._state = devices.put(state, self._device)
+        self.module = nnx.merge(graph, self._state)
+        self._loss = jax.jit(lambda state, batch: nnx.merge(graph, state).loss(batch))
+
+        @partial(jax.jit, static_argnames="max_steps")
+        def decode(state: nnx.State, batch: Batch, max_steps: int, *options: Any) -> jax.Array:
+            return nnx.merge(graph, state).decode(batch, max_steps, *options)
+
+        self._decode = decode
+
+    def loss(self, batch: Batch) -> np.ndarray:
+        """See `Pi0Fast.loss`; float32 [B]."""
+        batch = batches.select(batch, batches.FAST_TRAINING)
+        with devices.precision(self.module.compute):
+            return np.asarray(self._loss(self._state, devices.put(batch, self._device)))
+
+    def decode(
+        self,
+        batch: Batch,
+        max_steps: int = 256,
+        temperature: float = 0.0,
+        rng: int | np.random.Generator = 0,
+        grammar: Grammar | None = None,
+    ) -> np.ndarray:
+        """Generates tokens; see `Pi0Fast.decode`.
+
+        Args:
+          batch: observation; of a training batch the prompt alone is taken.
+          max_steps: G, how many tokens at most.
+          temperature: 0 takes the likeliest token at every step; above, tokens are drawn.
+          rng: of the draws; both frameworks draw the same.
+          grammar: from `grammar.build`, keeps to whole chunks of actions; None allows every token, as openpi does.
+
+        Returns:
+          int32 [B, G], 0 after the end of sequence.
+        """
+        batch = batches.select(batch, batches.prompt(batch))
+        uniforms = grammars.check(grammar, max_steps, temperature, rng, len(batch["tokenized_prompt"]))
+        with devices.precision(self.module.compute):
+            inputs = devices.put((np.float32(temperature or 1), uniforms, grammar), self._device)
+            batch = devices.put(batch, self._device)
+            return np.asarray(self._decode(self._state, batch, max_steps, *inputs))
+
+
+def build(config: configs.Pi0 | configs.Pi0Fast, compute: Compute) -> Pi0 | Pi0Fast:
     """A model without memory: shapes only, to be filled by `weights.load`."""
-    return nnx.eval_shape(lambda: Pi0(config, compute))
+    module = Pi0Fast if isinstance(config, configs.Pi0Fast) else Pi0
+    return nnx.eval_shape(lambda: module(config, compute))
 
 
-def load(config: Config, weights: Mapping[str, np.ndarray], compute: Compute, device: str | None = None) -> Model:
+def load(
+    config: configs.Pi0 | configs.Pi0Fast,
+    weights: Mapping[str, np.ndarray],
+    compute: Compute,
+    device: str | None = None,
+) -> Model | FastModel:
     """Builds a model and fills it, strictly.
 
     Args:
@@ -77,8 +143,6 @@ def load(config: Config, weights: Mapping[str, np.ndarray], compute: Compute, de
     Raises:
       UserError: weights are missing, left over or misshapen.
     """
-    module = weights_io.load(build(config, compute), weights)
-    if compute.dtype == "bfloat16":
-        graph, state = nnx.split(module)
-        module = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16), state))
-    return Model(module, device)
+    dtype = "bfloat16" if compute.dtype == "bfloat16" else None
+    module = weights_io.load(build(config, compute), weights, devices.find(device), dtype)
+    return FastModel(module, device) if isinstance(config, configs.Pi0Fast) else Model(module, device)

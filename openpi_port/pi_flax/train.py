@@ -23,6 +23,7 @@ from openpi_port.config import Train as Config
 from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax import weights as weights_io
 from openpi_port.pi_flax.infer import build
+from openpi_port.pi_flax.pi0_fast import Pi0Fast
 from openpi_port.schedule import learning_rate
 
 
@@ -47,7 +48,7 @@ class Trainer:
         self.config = config
         self.step = 0
         self._device = devices.find(device)
-        module = weights_io.load(build(config.model, config.compute), weights)
+        module = weights_io.load(build(config.model, config.compute), weights, self._device)
         self._graph, trained, frozen = nnx.split(module, partial(is_trained, config), ...)
         self._optimizer = optax.chain(
             optax.clip_by_global_norm(config.optimizer.clip_norm),
@@ -62,7 +63,7 @@ class Trainer:
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on a numpy batch; returns scalars that are still being computed."""
-        batch = devices.put(batches.select(batch, batches.TRAINING), self._device)
+        batch = devices.put(batches.select(batch, batches.training(self.config.model)), self._device)
         rate = np.float32(learning_rate(self.step, self.config.optimizer))
         with devices.precision(self.config.compute):
             self._state, metrics = self._update(self._state, batch, rate)
@@ -71,7 +72,7 @@ class Trainer:
 
     def evaluate(self, batch: Batch) -> float:
         """The loss of the averaged weights on a numpy batch."""
-        batch = devices.put(batches.select(batch, batches.TRAINING), self._device)
+        batch = devices.put(batches.select(batch, batches.training(self.config.model)), self._device)
         trained = self._deployed()
         with devices.precision(self.config.compute):
             return float(self._evaluate(trained, self._state.frozen, batch))
@@ -120,7 +121,10 @@ class Trainer:
         return self._loss(trained, frozen, batch)
 
     def _loss(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> jax.Array:
-        loss = nnx.merge(self._graph, trained, frozen).loss(batch, batch["noise"], batch["time"])  # [B, A]
+        module = nnx.merge(self._graph, trained, frozen)
+        if isinstance(module, Pi0Fast):
+            return module.loss(batch).mean()
+        loss = module.loss(batch, batch["noise"], batch["time"])  # [B, A]
         counted = jnp.ones_like(loss) if self.config.loss_on_padding else 1.0 - batch["action_is_pad"]
         return (loss * counted).sum() / counted.sum()
 

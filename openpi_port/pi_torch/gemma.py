@@ -155,9 +155,15 @@ class Gemma(nn.Module):
             return outs, cache
         return outs, KVCache(*map(torch.stack, zip(*news, strict=True))) if return_cache else None
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Scores of the vocabulary [B, T, V] in float32, through the tied embedding."""
-        return F.linear(x, self.embedding.to(x.dtype)).float()
+    def logits(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """Scores of the vocabulary in float32, through the tied embedding: [..., D] to [..., V].
+
+        Args:
+          x: outputs of the language model.
+          table: rows of the embedding [V, D], where not all are asked for.
+        """
+        table = self.embedding if table is None else table
+        return F.linear(x, table.to(x.dtype)).float()
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:

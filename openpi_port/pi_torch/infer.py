@@ -8,12 +8,15 @@ import numpy as np
 import torch
 
 from openpi_port import batch as batches
+from openpi_port import config as configs
+from openpi_port import grammar as grammars
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
-from openpi_port.config import Pi0 as Config
+from openpi_port.grammar import Grammar
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import weights as weights_io
 from openpi_port.pi_torch.pi0 import Pi0
+from openpi_port.pi_torch.pi0_fast import Pi0Fast
 
 
 class Model:
@@ -25,7 +28,7 @@ class Model:
     """
 
     def __init__(self, module: Pi0, device: str | None = None) -> None:
-        self.config: Config = module.config
+        self.config: configs.Pi0 = module.config
         self._device = devices.find(device)
         self.module = module.to(self._device).eval()
 
@@ -45,13 +48,69 @@ class Model:
             return self.module.sample_actions(batch, noise, num_steps).cpu().numpy()
 
 
-def build(config: Config, compute: Compute) -> Pi0:
+class FastModel:
+    """The public methods of `Pi0Fast` on numpy batches.
+
+    Attributes:
+      config: the architecture.
+      module: the torch module, for whoever wants to go inside.
+    """
+
+    def __init__(self, module: Pi0Fast, device: str | None = None) -> None:
+        self.config: configs.Pi0Fast = module.config
+        self._device = devices.find(device)
+        self.module = module.to(self._device).eval()
+
+    @torch.inference_mode()
+    def loss(self, batch: Batch) -> np.ndarray:
+        """See `Pi0Fast.loss`; float32 [B]."""
+        batch = batches.select(batch, batches.FAST_TRAINING)
+        with devices.precision(self.module.compute):
+            return self.module.loss(devices.put(batch, self._device)).cpu().numpy()
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        batch: Batch,
+        max_steps: int = 256,
+        temperature: float = 0.0,
+        rng: int | np.random.Generator = 0,
+        grammar: Grammar | None = None,
+    ) -> np.ndarray:
+        """Generates tokens; see `Pi0Fast.decode`.
+
+        Args:
+          batch: observation; of a training batch the prompt alone is taken.
+          max_steps: G, how many tokens at most.
+          temperature: 0 takes the likeliest token at every step; above, tokens are drawn.
+          rng: of the draws; both frameworks draw the same.
+          grammar: from `grammar.build`, keeps to whole chunks of actions; None allows every token, as openpi does.
+
+        Returns:
+          int32 [B, G], 0 after the end of sequence.
+        """
+        batch = batches.select(batch, batches.prompt(batch))
+        uniforms = grammars.check(grammar, max_steps, temperature, rng, len(batch["tokenized_prompt"]))
+        with devices.precision(self.module.compute):
+            batch = devices.put(batch, self._device)
+            draws = None if uniforms is None else devices.put(uniforms, self._device)
+            tables = None if grammar is None else Grammar(*devices.put(grammar, self._device))
+            return self.module.decode(batch, max_steps, temperature or 1.0, draws, tables).cpu().numpy()
+
+
+def build(config: configs.Pi0 | configs.Pi0Fast, compute: Compute) -> Pi0 | Pi0Fast:
     """A model without memory: shapes only, to be filled by `weights.load`."""
+    module = Pi0Fast if isinstance(config, configs.Pi0Fast) else Pi0
     with torch.device("meta"):
-        return Pi0(config, compute)
+        return module(config, compute)
 
 
-def load(config: Config, weights: Mapping[str, np.ndarray], compute: Compute, device: str | None = None) -> Model:
+def load(
+    config: configs.Pi0 | configs.Pi0Fast,
+    weights: Mapping[str, np.ndarray],
+    compute: Compute,
+    device: str | None = None,
+) -> Model | FastModel:
     """Builds a model and fills it, strictly.
 
     Args:
@@ -66,7 +125,6 @@ def load(config: Config, weights: Mapping[str, np.ndarray], compute: Compute, de
     Raises:
       UserError: weights are missing, left over or misshapen.
     """
-    module = weights_io.load(build(config, compute), weights)
-    if compute.dtype == "bfloat16":
-        module = module.to(torch.bfloat16)
-    return Model(module, device)
+    dtype = "bfloat16" if compute.dtype == "bfloat16" else None
+    module = weights_io.load(build(config, compute), weights, devices.find(device), dtype)
+    return FastModel(module, device) if isinstance(config, configs.Pi0Fast) else Model(module, device)

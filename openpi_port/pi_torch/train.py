@@ -20,6 +20,7 @@ from openpi_port.config import Train as Config
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import weights as weights_io
 from openpi_port.pi_torch.infer import build
+from openpi_port.pi_torch.pi0_fast import Pi0Fast
 from openpi_port.schedule import learning_rate
 
 
@@ -43,7 +44,7 @@ class Trainer:
         self.config = config
         self.step = 0
         self._device = devices.find(device)
-        self._module = weights_io.load(build(config.model, config.compute), weights).to(self._device).train()
+        self._module = weights_io.load(build(config.model, config.compute), weights, self._device)
         for name, parameter in self._module.named_parameters():
             parameter.requires_grad_(is_trained(config, tuple(name.split("."))))
         trained = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
@@ -61,7 +62,7 @@ class Trainer:
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on a numpy batch; returns scalars that are still being computed."""
-        batch = devices.put(batches.select(batch, batches.TRAINING), self._device)
+        batch = devices.put(batches.select(batch, batches.training(self.config.model)), self._device)
         rate = learning_rate(self.step, self.config.optimizer)
         with devices.precision(self.config.compute):
             metrics = self._update_fn(batch, rate)
@@ -71,7 +72,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:
         """The loss of the averaged weights on a numpy batch."""
-        batch = devices.put(batches.select(batch, batches.TRAINING), self._device)
+        batch = devices.put(batches.select(batch, batches.training(self.config.model)), self._device)
         with devices.precision(self.config.compute):
             if self._state.average is None:
                 return float(self._loss(batch))
@@ -138,6 +139,8 @@ class Trainer:
         return {"loss": loss.detach(), "grad_norm": norm, "learning_rate": rate}
 
     def _loss(self, batch: Batch) -> Tensor:
+        if isinstance(self._module, Pi0Fast):
+            return self._module.loss(batch).mean()
         loss = self._module.loss(batch, batch["noise"], batch["time"])  # [B, A]
         counted = torch.ones_like(loss) if self.config.loss_on_padding else 1.0 - batch["action_is_pad"].float()
         return (loss * counted).sum() / counted.sum()

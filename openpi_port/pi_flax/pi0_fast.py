@@ -1,0 +1,242 @@
+"""pi0-FAST: the vision-language model itself writes the actions, as tokens of the FAST tokenizer.
+
+B batch, T text tokens (prompt, state, actions), D width, V vocabulary, S images and text, G generated tokens, N given
+ones, K tokens that can occur.
+
+    query \\ key             images + prompt + state   actions
+    images+prompt+state                x
+    actions                            x               causal
+
+In training all tokens go through once. In decoding the prompt goes through once and leaves its keys and values; then
+every step adds one token. Time has no part in it, and neither have noise and flow.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from openpi_port.batch import Batch
+from openpi_port.config import Compute
+from openpi_port.config import Pi0Fast as Config
+from openpi_port.grammar import EOS, Grammar
+from openpi_port.masks import attention_mask, positions
+from openpi_port.pi_flax.gemma import Gemma, KVCache
+from openpi_port.pi_flax.pi0 import Pi0, Tokens
+from openpi_port.pi_flax.siglip import Siglip
+
+CHUNK = 128  # tokens whose scores of the whole vocabulary exist at a time: 132 MB in float32
+
+
+class Prompt(NamedTuple):
+    """What decoding goes on from.
+
+    Attributes:
+      hidden: [B, D], what the first generated token is chosen from.
+      cache: keys and values, with room for all tokens to come.
+      valid: bool [B, S], which tokens of images and prompt may be seen.
+      length: int [B], how many those are.
+    """
+
+    hidden: jax.Array
+    cache: KVCache
+    valid: jax.Array
+    length: jax.Array
+
+
+class Pi0Fast(nnx.Module):
+    """Images and text to the next text token."""
+
+    embed_prefix = Pi0.embed_prefix  # all cameras, then the text
+
+    def __init__(self, config: Config, compute: Compute) -> None:
+        self.config = config
+        self.compute = compute
+        self.vision = Siglip(config.vision, config.language.width, compute)
+        self.gemma = Gemma([config.language], [False], config.vocab_size, compute)
+
+    def joint_inputs(self, batch: Batch) -> tuple[Tokens, jax.Array, jax.Array]:
+        """Embedded images and text, positions [B, S] and mask [B, S, S] of one pass over a training batch."""
+        x, valid, starts = self.embed_prefix(batch)
+        starts = starts.at[:, -self.config.max_token_len :].set(jnp.asarray(batch["token_ar_mask"]) > 0)
+        counted = valid if self.config.positions == "contiguous" else jnp.ones_like(valid)
+        return Tokens(x, valid, starts), positions(counted), attention_mask(valid, starts)
+
+    def hidden(self, batch: Batch) -> jax.Array:
+        """The last layer's output at every text token but the last, [B, T - 1, D]; see `logits`."""
+        tokens, pos, mask = self.joint_inputs(batch)
+        (out,), _ = self.gemma([tokens.x[:, :-1]], [None], pos[:, :-1], mask[:, :-1, :-1])
+        return out[:, 1 - self.config.max_token_len :]
+
+    def logits(self, batch: Batch) -> jax.Array:
+        """Scores float32 [B, T - 1, V]: those at place t are of token t + 1. For small vocabularies; see `loss`."""
+        return self.gemma.logits(self.hidden(batch))
+
+    def loss(self, batch: Batch) -> jax.Array:
+        """Cross-entropy of the scored tokens, their mean per sample.
+
+        Args:
+          batch: observation with `token_ar_mask` and `token_loss_mask` [B, T].
+
+        Returns:
+          float32 [B]; 0 for a sample without scored tokens.
+        """
+        scored = jnp.asarray(batch["token_loss_mask"])[:, 1:]
+        entropy = self._cross_entropy(self.hidden(batch), jnp.asarray(batch["tokenized_prompt"])[:, 1:], scored)
+        return entropy.sum(-1) / jnp.maximum(scored.sum(-1), 1)
+
+    def prefill(self, batch: Batch, lead: jax.Array, max_steps: int) -> Prompt:
+        """Runs images, prompt and the tokens that are given (`lead`) once.
+
+        Args:
+          batch: observation; of a training batch the prompt alone is taken.
+          lead: int [N], the beginning of what is generated, the same for all samples.
+          max_steps: G, N included.
+        """
+        x, valid, starts = self.embed_prefix(batch)
+        text = self.config.max_token_len
+        if "token_ar_mask" in batch:
+            valid = valid.at[:, -text:].set(valid[:, -text:] & (jnp.asarray(batch["token_ar_mask"]) == 0))
+        length, size, num = valid.sum(1), x.shape[0], lead.shape[0]
+
+        given = jnp.ones((size, num), bool)
+        x = jnp.concatenate([x, jnp.broadcast_to(self.gemma.embed(lead[None]), (size, num, x.shape[-1]))], 1)
+        mask = attention_mask(jnp.concatenate([valid, given], 1), jnp.concatenate([starts, given], 1))
+        pos = jnp.concatenate([positions(valid), self.position(length, jnp.arange(num))], 1)
+        (out,), cache = self.gemma([x], [None], pos, mask, return_cache=True)
+        cache = KVCache(*(jnp.pad(c, [(0, 0), (0, 0), (0, max_steps - num), (0, 0), (0, 0)]) for c in cache))
+        last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], 1) if num == 0 else jnp.full(size, x.shape[1] - 1)
+        return Prompt(jnp.take_along_axis(out, last[:, None, None], 1)[:, 0], cache, valid, length)
+
+    def position(self, length: jax.Array, step: jax.Array) -> jax.Array:
+        """Positions [B, N] of generated tokens number `step` [N] after prompts of `length` [B]."""
+        return length[:, None] + step[None] + (self.config.positions == "openpi")
+
+    def advance(self, prompt: Prompt, cache: KVCache, token: jax.Array, step: jax.Array) -> tuple[jax.Array, KVCache]:
+        """Feeds generated token [B] number `step`; returns what the next is chosen from, [B, D], and the cache."""
+        start = prompt.valid.shape[1]
+        written = jnp.arange(cache.k.shape[2] - start) <= step
+        mask = jnp.concatenate([prompt.valid, jnp.broadcast_to(written, (len(token), len(written)))], 1)
+        x, pos = self.gemma.embed(token[:, None]), self.position(prompt.length, step[None])
+        (out,), cache = self.gemma([x], [None], pos, mask[:, None], cache, write_at=start + step)
+        return out[:, 0], cache
+
+    def decode(
+        self,
+        batch: Batch,
+        max_steps: int,
+        temperature: jax.Array | float = 1.0,
+        uniforms: jax.Array | None = None,
+        grammar: Grammar | None = None,
+    ) -> jax.Array:
+        """Generates tokens until every sample has ended.
+
+        Args:
+          batch: observation.
+          max_steps: G, how many at most.
+          temperature: of the sampling, > 0.
+          uniforms: float [B, G], the draws (`grammar.draws`); None takes the likeliest token at every step.
+          grammar: what may be generated; None allows everything and looks at the whole vocabulary.
+
+        Returns:
+          int32 [B, G], 0 after the end of sequence.
+        """
+        lead = jnp.zeros(0, jnp.int32) if grammar is None else jnp.asarray(grammar.lead)
+        table = self.gemma.embedding[...] if grammar is None else self.gemma.embedding[...][grammar.ids]
+        prompt = self.prefill(batch, lead, max_steps)
+        size, first = prompt.hidden.shape[0], lead.shape[0]
+        tokens = jnp.zeros((size, max_steps), jnp.int32).at[:, :first].set(lead)
+        left = jnp.full(size, 0 if grammar is None else grammar.to_go.shape[0] - 1)
+
+        def write(
+            step: jax.Array, hidden: jax.Array, tokens: jax.Array, done: jax.Array, left: jax.Array, at: jax.Array
+        ):
+            """Chooses token number `step` from the hidden state."""
+            scores = self.gemma.logits(hidden, table)
+            allowed = jnp.ones_like(scores, bool)
+            if grammar is not None:
+                allowed = may_follow(grammar, left, at, max_steps - step)
+            draw = None if uniforms is None else uniforms[:, step]
+            column = choose(scores, allowed, temperature, draw)
+            token = column if grammar is None else jnp.asarray(grammar.ids)[column]
+            if grammar is not None:
+                left, at = left - jnp.asarray(grammar.count)[at, column], jnp.asarray(grammar.after)[at, column]
+            token = jnp.where(done, 0, token)
+            return tokens.at[:, step].set(token), done | (token == EOS), left, at
+
+        def body(carry: tuple) -> tuple:
+            step, cache, *state = carry
+            hidden, cache = self.advance(prompt, cache, state[0][:, step], step)
+            return step + 1, cache, *write(step + 1, hidden, *state)
+
+        def going(carry: tuple) -> jax.Array:
+            step, _, _, done, *_ = carry
+            return (step + 1 < max_steps) & ~done.all()
+
+        begin = (tokens, jnp.zeros(size, bool), left, jnp.zeros(size, jnp.int32))
+        state = write(jnp.asarray(first), prompt.hidden, *begin)
+        return jax.lax.while_loop(going, body, (jnp.asarray(first), prompt.cache, *state))[2]
+
+    def _cross_entropy(self, x: jax.Array, targets: jax.Array, scored: jax.Array) -> jax.Array:
+        """float32 [B, T], 0 where not scored; never holds [B, T, V], and spends nothing on what is not scored.
+
+        The scored tokens of all samples come first, in chunks; chunks beyond them are skipped.
+        """
+        shape, size = targets.shape, targets.size
+        x, targets, scored = x.reshape(size, -1), targets.reshape(-1), scored.reshape(-1)
+        order = jnp.pad(jnp.argsort(~scored, stable=True), (0, -size % CHUNK))
+        live = jnp.arange(order.size) < scored.sum()
+
+        def score(where: jax.Array) -> jax.Array:
+            logits = self.gemma.logits(x[where])
+            picked = jnp.take_along_axis(logits, targets[where][:, None], 1)[:, 0]
+            return jax.nn.logsumexp(logits, axis=-1) - picked
+
+        def chunk(_: None, inputs: tuple) -> tuple[None, jax.Array]:
+            where, live = inputs
+            return None, jax.lax.cond(live.any(), score, lambda where: jnp.zeros(where.shape), where)
+
+        chunks = (order.reshape(-1, CHUNK), live.reshape(-1, CHUNK))
+        _, entropy = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), None, chunks)
+        entropy = jnp.where(live, entropy.reshape(-1), 0)
+        return jnp.zeros(size).at[order].add(entropy).reshape(shape)
+
+
+def may_follow(grammar: Grammar, left: jax.Array, at: jax.Array, steps: jax.Array) -> jax.Array:
+    """Which tokens lead to a whole chunk.
+
+    Args:
+      grammar: the tables.
+      left: int [B], coefficients to come.
+      at: int [B], states.
+      steps: tokens that may still be generated.
+
+    Returns:
+      bool [B, K].
+    """
+    count, after, to_go = (jnp.asarray(x) for x in (grammar.count, grammar.after, grammar.to_go))
+    rest = left[:, None] - count[at]
+    return (rest >= 0) & (to_go[jnp.maximum(rest, 0), after[at]] < steps)
+
+
+def choose(scores: jax.Array, allowed: jax.Array, temperature: jax.Array | float, draw: jax.Array | None) -> jax.Array:
+    """One of K tokens by its score.
+
+    Args:
+      scores: float32 [B, K].
+      allowed: bool [B, K].
+      temperature: > 0.
+      draw: [B] in [0, 1), the place in the cumulative distribution; None takes the best.
+
+    Returns:
+      int32 [B].
+    """
+    scores = jnp.where(allowed, scores, -jnp.inf)
+    if draw is None:
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    total = jnp.cumsum(jax.nn.softmax(scores / temperature, axis=-1), axis=-1)
+    total = jnp.where(allowed, total, -1)  # rounding must not pick what is forbidden
+    return jnp.argmax(total > draw[:, None] * total.max(-1, keepdims=True), axis=-1).astype(jnp.int32)

@@ -1,0 +1,232 @@
+"""pi0-FAST: the vision-language model itself writes the actions, as tokens of the FAST tokenizer.
+
+B batch, T text tokens (prompt, state, actions), D width, V vocabulary, S images and text, G generated tokens, N given
+ones, K tokens that can occur.
+
+    query \\ key             images + prompt + state   actions
+    images+prompt+state                x
+    actions                            x               causal
+
+In training all tokens go through once. In decoding the prompt goes through once and leaves its keys and values; then
+every step adds one token. Time has no part in it, and neither have noise and flow.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from openpi_port.batch import Batch
+from openpi_port.config import Compute
+from openpi_port.config import Pi0Fast as Config
+from openpi_port.grammar import EOS, Grammar
+from openpi_port.masks import attention_mask, positions
+from openpi_port.pi_torch.gemma import Gemma, KVCache
+from openpi_port.pi_torch.pi0 import Pi0, Tokens
+from openpi_port.pi_torch.siglip import Siglip
+
+CHUNK = 128  # tokens whose scores of the whole vocabulary exist at a time: 132 MB in float32
+
+
+class Prompt(NamedTuple):
+    """What decoding goes on from.
+
+    Attributes:
+      hidden: [B, D], what the first generated token is chosen from.
+      cache: keys and values, with room for all tokens to come; written in place.
+      valid: bool [B, S], which tokens of images and prompt may be seen.
+      length: int [B], how many those are.
+    """
+
+    hidden: Tensor
+    cache: KVCache
+    valid: Tensor
+    length: Tensor
+
+
+class Pi0Fast(nn.Module):
+    """Images and text to the next text token."""
+
+    embed_prefix = Pi0.embed_prefix  # all cameras, then the text
+
+    def __init__(self, config: Config, compute: Compute) -> None:
+        super().__init__()
+        self.config = config
+        self.compute = compute
+        self.vision = Siglip(config.vision, config.language.width, compute)
+        self.gemma = Gemma([config.language], [False], config.vocab_size, compute)
+
+    def joint_inputs(self, batch: Batch) -> tuple[Tokens, Tensor, Tensor]:
+        """Embedded images and text, positions [B, S] and mask [B, S, S] of one pass over a training batch."""
+        x, valid, starts = self.embed_prefix(batch)
+        starts[:, -self.config.max_token_len :] = batch["token_ar_mask"] > 0
+        counted = valid if self.config.positions == "contiguous" else torch.ones_like(valid)
+        return Tokens(x, valid, starts), positions(counted), attention_mask(valid, starts)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The last layer's output at every text token but the last, [B, T - 1, D]; see `logits`."""
+        tokens, pos, mask = self.joint_inputs(batch)
+        (out,), _ = self.gemma([tokens.x[:, :-1]], [None], pos[:, :-1], mask[:, :-1, :-1])
+        return out[:, 1 - self.config.max_token_len :]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Scores float32 [B, T - 1, V]: those at place t are of token t + 1. For small vocabularies; see `loss`."""
+        return self.gemma.logits(self.hidden(batch))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy of the scored tokens, their mean per sample.
+
+        Args:
+          batch: observation with `token_ar_mask` and `token_loss_mask` [B, T].
+
+        Returns:
+          float32 [B]; 0 for a sample without scored tokens.
+        """
+        scored = batch["token_loss_mask"][:, 1:]
+        entropy = self._cross_entropy(self.hidden(batch), batch["tokenized_prompt"][:, 1:], scored)
+        return entropy.sum(-1) / scored.sum(-1).clamp(min=1)
+
+    def prefill(self, batch: Batch, lead: Tensor, max_steps: int) -> Prompt:
+        """Runs images, prompt and the tokens that are given (`lead`) once.
+
+        Args:
+          batch: observation; of a training batch the prompt alone is taken.
+          lead: int [N], the beginning of what is generated, the same for all samples.
+          max_steps: G, N included.
+        """
+        x, valid, starts = self.embed_prefix(batch)
+        text = self.config.max_token_len
+        if "token_ar_mask" in batch:
+            valid[:, -text:] &= batch["token_ar_mask"] == 0
+        length, size, num = valid.sum(1), x.shape[0], lead.shape[0]
+
+        given = torch.ones((size, num), dtype=torch.bool, device=x.device)
+        x = torch.cat([x, self.gemma.embed(lead[None]).expand(size, num, x.shape[-1])], 1)
+        mask = attention_mask(torch.cat([valid, given], 1), torch.cat([starts, given], 1))
+        pos = torch.cat([positions(valid), self.position(length, torch.arange(num, device=x.device))], 1)
+        (out,), cache = self.gemma([x], [None], pos, mask, return_cache=True)
+        cache = KVCache(*(F.pad(c, (0, 0, 0, 0, 0, max_steps - num)) for c in cache))
+        last = (
+            valid.shape[1] - 1 - valid.flip(1).int().argmax(1) if num == 0 else torch.full_like(length, x.shape[1] - 1)
+        )
+        return Prompt(out[torch.arange(size, device=x.device), last], cache, valid, length)
+
+    def position(self, length: Tensor, step: Tensor) -> Tensor:
+        """Positions [B, N] of generated tokens number `step` [N] after prompts of `length` [B]."""
+        return length[:, None] + step[None] + (self.config.positions == "openpi")
+
+    def advance(self, prompt: Prompt, cache: KVCache, token: Tensor, step: Tensor) -> tuple[Tensor, KVCache]:
+        """Feeds generated token [B] number `step`; returns what the next is chosen from, [B, D], and the cache."""
+        start = prompt.valid.shape[1]
+        written = torch.arange(cache.k.shape[2] - start, device=token.device) <= step
+        mask = torch.cat([prompt.valid, written.expand(len(token), -1)], 1)
+        x, pos = self.gemma.embed(token[:, None]), self.position(prompt.length, step[None])
+        (out,), cache = self.gemma([x], [None], pos, mask[:, None], cache, write_at=start + step[None])
+        return out[:, 0], cache
+
+    @torch.no_grad()
+    def decode(
+        self,
+        batch: Batch,
+        max_steps: int,
+        temperature: float = 1.0,
+        uniforms: Tensor | None = None,
+        grammar: Grammar | None = None,
+    ) -> Tensor:
+        """Generates tokens until every sample has ended.
+
+        Args:
+          batch: observation.
+          max_steps: G, how many at most.
+          temperature: of the sampling, > 0.
+          uniforms: float [B, G], the draws (`grammar.draws`); None takes the likeliest token at every step.
+          grammar: what may be generated; None allows everything and looks at the whole vocabulary.
+
+        Returns:
+          int32 [B, G], 0 after the end of sequence.
+        """
+        device = self.gemma.embedding.device
+        lead = torch.zeros(0, dtype=torch.int32, device=device) if grammar is None else grammar.lead
+        table = self.gemma.embedding if grammar is None else self.gemma.embedding[grammar.ids]
+        prompt = self.prefill(batch, lead, max_steps)
+        size, first = prompt.hidden.shape[0], lead.shape[0]
+        tokens = torch.zeros((size, max_steps), dtype=torch.int32, device=device)
+        tokens[:, :first] = lead
+        left = torch.full((size,), 0 if grammar is None else grammar.to_go.shape[0] - 1, device=device)
+        at = torch.zeros(size, dtype=torch.int64, device=device)
+        done = torch.zeros(size, dtype=torch.bool, device=device)
+
+        hidden, cache = prompt.hidden, prompt.cache
+        for step in range(first, max_steps):
+            scores = self.gemma.logits(hidden, table)
+            allowed = torch.ones_like(scores, dtype=torch.bool)
+            if grammar is not None:
+                allowed = may_follow(grammar, left, at, max_steps - step)
+            draw = None if uniforms is None else uniforms[:, step]
+            column = choose(scores, allowed, temperature, draw)
+            token = column if grammar is None else grammar.ids[column]
+            if grammar is not None:
+                left, at = left - grammar.count[at, column], grammar.after[at, column]
+            token = torch.where(done, 0, token.int())
+            tokens[:, step] = token
+            done = done | (token == EOS)
+            if step + 1 == max_steps or done.all():
+                break
+            hidden, cache = self.advance(prompt, cache, token, torch.tensor(step, device=device))
+        return tokens
+
+    def _cross_entropy(self, x: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
+        """float32 [B, T], 0 where not scored; never holds [B, T, V], and spends nothing on what is not scored.
+
+        The scored tokens of all samples are taken in chunks.
+        """
+        entropy = torch.zeros(targets.shape, device=x.device)
+
+        def score(x: Tensor, targets: Tensor) -> Tensor:
+            logits = self.gemma.logits(x)
+            picked = logits.gather(1, targets[:, None])[:, 0]
+            return torch.logsumexp(logits, dim=-1) - picked
+
+        chunks = zip(x[scored].split(CHUNK), targets[scored].long().split(CHUNK), strict=True)
+        parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+        return entropy.masked_scatter(scored, torch.cat(parts))
+
+
+def may_follow(grammar: Grammar, left: Tensor, at: Tensor, steps: int) -> Tensor:
+    """Which tokens lead to a whole chunk.
+
+    Args:
+      grammar: the tables.
+      left: int [B], coefficients to come.
+      at: int [B], states.
+      steps: tokens that may still be generated.
+
+    Returns:
+      bool [B, K].
+    """
+    rest = left[:, None] - grammar.count[at]
+    return (rest >= 0) & (grammar.to_go[rest.clamp(min=0), grammar.after[at]] < steps)
+
+
+def choose(scores: Tensor, allowed: Tensor, temperature: float, draw: Tensor | None) -> Tensor:
+    """One of K tokens by its score.
+
+    Args:
+      scores: float32 [B, K].
+      allowed: bool [B, K].
+      temperature: > 0.
+      draw: [B] in [0, 1), the place in the cumulative distribution; None takes the best.
+
+    Returns:
+      int64 [B].
+    """
+    scores = torch.where(allowed, scores, -torch.inf)
+    if draw is None:
+        return scores.argmax(-1)
+    total = torch.softmax(scores / temperature, dim=-1).cumsum(-1)
+    total = torch.where(allowed, total, -1)  # rounding must not pick what is forbidden
+    return (total > draw[:, None] * total.amax(-1, keepdim=True)).int().argmax(-1)
