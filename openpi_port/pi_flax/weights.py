@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
 from openpi_port import orbax_io, strict
+from openpi_port.config import Dtype
 
 PARAMS = "params"  # where the weights lie in a checkpoint
 
@@ -28,12 +29,16 @@ def arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     return {_name(path): np.asarray(leaf.get_value()) for path, leaf in _flat(model)}
 
 
-def load(model: nnx.Module, mapping: Mapping[str, Any]) -> nnx.Module:
+def load(
+    model: nnx.Module, mapping: Mapping[str, Any], device: jax.Device | None = None, dtype: Dtype | None = None
+) -> nnx.Module:
     """Fills every parameter of a model, strictly.
 
     Args:
       model: built under `nnx.eval_shape` (nothing is allocated twice) or in earnest.
-      mapping: canonical name -> array; each is asked for once. Parameters take the arrays' dtype.
+      mapping: canonical name -> array; each is asked for once.
+      device: where the parameters go, one by one; None takes the default device.
+      dtype: what they are rounded to, there; None keeps the arrays' dtype.
 
     Returns:
       A model of the same structure that holds the arrays.
@@ -44,7 +49,10 @@ def load(model: nnx.Module, mapping: Mapping[str, Any]) -> nnx.Module:
     found = mapping.shapes if hasattr(mapping, "shapes") else {k: tuple(v.shape) for k, v in mapping.items()}
     strict.check(found, shapes(model), "weights")
     graph, state = nnx.split(model)
-    filled = [(path, leaf.replace(jnp.asarray(mapping[_name(path)]))) for path, leaf in _flat_state(state)]
+    filled = []
+    for path, leaf in _flat_state(state):
+        value = jax.device_put(np.asarray(mapping[_name(path)]), device)
+        filled.append((path, leaf.replace(value if dtype is None else value.astype(dtype))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from openpi_port import safetensors_io, strict
+from openpi_port.config import Dtype
 
 PARAMS = "model.safetensors"  # where the weights lie in a checkpoint
 
@@ -29,13 +30,16 @@ def arrays(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: _to_numpy(p.detach()) for name, p in model.named_parameters()}
 
 
-def load(model: nn.Module, mapping: Mapping[str, Any], device: str | torch.device = "cpu") -> nn.Module:
+def load(
+    model: nn.Module, mapping: Mapping[str, Any], device: torch.device | None = None, dtype: Dtype | None = None
+) -> nn.Module:
     """Fills every parameter of a model, strictly.
 
     Args:
       model: built on the meta device (nothing is allocated twice) or in earnest.
-      mapping: torch name -> array; each is asked for once. Parameters take the arrays' dtype.
-      device: where the parameters go.
+      mapping: torch name -> array; each is asked for once.
+      device: where the parameters go, one by one; None leaves them on the CPU.
+      dtype: what they are rounded to, there; None keeps the arrays' dtype.
 
     Returns:
       The same model.
@@ -47,7 +51,7 @@ def load(model: nn.Module, mapping: Mapping[str, Any], device: str | torch.devic
     strict.check(found, shapes(model), "weights")
     for name in shapes(model):
         owner, _, leaf = name.rpartition(".")
-        value = _from_numpy(mapping[name]).to(device)
+        value = _from_numpy(mapping[name]).to(device).to(None if dtype is None else getattr(torch, dtype))
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
     return model
 
