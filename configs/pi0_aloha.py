@@ -1,7 +1,7 @@
 """pi0 on ALOHA: by default the simulated cube transfer that ships with the project.
 
 `--config=pi0_aloha` takes `base` where the device can train it and `mini` where it can't; `:base`, `:mini` and
-`:debug` decide. `--config.data.repo_id=` takes another data set: a directory, a name on the Hugging Face hub.
+`:debug` decide. `base` starts from openpi's published weights, the others from fresh ones. `--config.data.repo_id=` takes another data set: a directory, a name on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def get_config(size: str = "base") -> ConfigDict:
             model=Pi0(**sizes),
             data=data,
             compute=Compute(dtype="bfloat16", remat="full"),
+            init="gs://openpi-assets/checkpoints/pi0_base",
         )
     else:
         steps = 300 if size == "mini" else 20

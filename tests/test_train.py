@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -19,9 +20,9 @@ import pytest
 from conftest import ROOT
 from frameworks import batch_of, golden_model
 
-from configs import pi0_aloha, pi0_lerobot
+from configs import pi05_aloha, pi0_aloha, pi0_lerobot
 from experiments import train
-from openpi_port import checkpoint, starting
+from openpi_port import checkpoint, memory, starting
 from openpi_port.backends import NAMES, Backend
 from openpi_port.config import Train, build
 from openpi_port.data import material
@@ -292,3 +293,20 @@ def test_old_checkpoints_are_pruned(tmp_path):
         saver.save(step, finished)
     saver.wait()
     assert checkpoint.steps(tmp_path) == [4, 6]
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("p*.py")))
+@pytest.mark.parametrize("size", ["base", "mini", "debug"])
+def test_every_config_builds(name, size):
+    config = build(Train, importlib.import_module(f"configs.{name}").get_config(size))
+    assert config.model.size == size
+    total, _ = memory.count_params(config.model)
+    assert {"base": 2e9 < total < 4e9, "mini": total < 7e6, "debug": total < 1e6}[size]
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_pi05_trains(tmp_path, backend):
+    config = build(Train, pi05_aloha.get_config("debug"))
+    config = dataclasses.replace(config, out=str(tmp_path), backend=backend, num_steps=3, log_every=1, eval_batches=1)
+    curve = losses(run(config))
+    assert len(curve) == 3 and np.isfinite(curve).all()

@@ -1,0 +1,50 @@
+"""pi0-FAST on ALOHA: by default the simulated cube transfer that ships with the project.
+
+`base` (where the device can train it) writes actions with the published universal tokenizer; `mini` and `debug` with one
+that was fitted to this data set, which ships as `fast_aloha`:
+
+    python -m experiments.fit_fast --config=pi0_fast_aloha:mini --vocab_size=512 \\
+        --out=openpi_port/assets/tokenizers/fast_aloha
+
+`--config.fast_tokenizer=` takes another: a directory, or a name on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs.edge import to_edge
+from openpi_port.config import LANGUAGE, SIGLIP, Compute, Data, Optimizer, Pi0Fast, Train
+
+CAMERAS = {"base_0_rgb": "observation.images.top"}
+
+
+def get_config(size: str = "base") -> ConfigDict:
+    """The run at a named size."""
+    data = Data(repo_id="aloha_sim_transfer_cube", robot="aloha_sim", cameras=CAMERAS, norm="quantile")
+    sizes = {"vision": SIGLIP[size], "language": LANGUAGE[size], "size": size}
+    if size == "base":
+        config = Train(
+            name="pi0_fast_aloha",
+            model=Pi0Fast(**sizes, max_token_len=500),
+            data=data,
+            compute=Compute(dtype="bfloat16", remat="full"),
+        )
+    else:
+        steps = 300 if size == "mini" else 20
+        config = Train(
+            name=f"pi0_fast_aloha_{size}",
+            model=Pi0Fast(
+                **sizes, vocab_size=1152, action_dim=14, action_horizon=50, max_token_len=250, cameras=tuple(CAMERAS)
+            ),
+            data=data,
+            optimizer=Optimizer(peak_lr=1e-3, end_lr=1e-5, warmup_steps=steps // 10, decay_steps=steps),
+            tokenizer="small",
+            fast_tokenizer="fast_aloha",
+            batch_size=32 if size == "mini" else 4,
+            num_steps=steps,
+            log_every=10,
+            eval_every=steps // 4,
+            save_every=steps // 2,
+        )
+    return to_edge(config)
