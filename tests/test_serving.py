@@ -259,7 +259,12 @@ def test_the_wait_for_others_is_bounded():
 
 
 def test_who_is_to_blame_fails_alone_in_a_pass():
-    with serving(Echo(0.02), wait_s=0.2) as url, Client(url) as good, Client(url) as bad, ThreadPoolExecutor(2) as pool:
+    with (
+        serving(Echo(0.02), wait_s=0.2, timeout_s=3) as url,
+        Client(url) as good,
+        Client(url) as bad,
+        ThreadPoolExecutor(2) as pool,
+    ):
         wrong, right = pool.submit(bad.infer, state(13)), pool.submit(good.infer, state(1))
         assert first(right.result()) == 1
         with pytest.raises(ServerError, match="internal"):

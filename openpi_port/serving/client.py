@@ -45,7 +45,7 @@ class Client:
     """
 
     def __init__(
-        self, url: str, *, api_key: str | None = None, patience_s: float = 60.0, timeout_s: float = 30.0
+        self, url: str, *, api_key: str | None = None, patience_s: float = 60.0, timeout_s: float = 60.0
     ) -> None:
         self._url = url if "://" in url else f"ws://{url}"
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else {}
