@@ -1,7 +1,7 @@
 """pi0-FAST on ALOHA: by default the simulated cube transfer that ships with the project.
 
-`base` (where the device can train it) writes actions with the published universal tokenizer; `mini` and `debug` with one
-that was fitted to this data set, which ships as `fast_aloha`:
+`base` (where the device can train it) writes actions with the published universal tokenizer; `mini` and `debug` with
+one that was fitted to this data set, which ships as `fast_aloha`:
 
     python -m experiments.fit_fast --config=pi0_fast_aloha:mini --vocab_size=512 \\
         --out=openpi_port/assets/tokenizers/fast_aloha
@@ -35,7 +35,7 @@ def get_config(size: str = "base") -> ConfigDict:
         config = Train(
             name=f"pi0_fast_aloha_{size}",
             model=Pi0Fast(
-                **sizes, vocab_size=1152, action_dim=14, action_horizon=50, max_token_len=250, cameras=tuple(CAMERAS)
+                **sizes, vocab_size=1152, action_dim=14, action_horizon=50, max_token_len=200, cameras=tuple(CAMERAS)
             ),
             data=data,
             optimizer=Optimizer(peak_lr=1e-3, end_lr=1e-5, warmup_steps=steps // 10, decay_steps=steps),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from openpi_port import safetensors_io
-from openpi_port.checkpoint import POLICY, TOKENIZER
+from openpi_port.checkpoint import FAST_TOKENIZER, POLICY, TOKENIZER
 from openpi_port.errors import UserError
 
 UNUSED = "unused.safetensors"
@@ -78,8 +78,9 @@ def sizes(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_files(path: Path) -> dict[str, Path]:
-    """Files that travel with the weights as they are: a tokenizer of ours, or one that LeRobot 0.6 saved."""
-    found = [path / TOKENIZER, *(path / "tokenizer").glob("*"), *(path / LEROBOT).glob("*")]
+    """Files that travel with the weights as they are: tokenizers of ours, or one that LeRobot 0.6 saved."""
+    found = [path / TOKENIZER]
+    found += [f for folder in ("tokenizer", FAST_TOKENIZER, LEROBOT) for f in (path / folder).glob("*")]
     found += (path / "assets").glob("**/norm_stats.json")
     return {str(file.relative_to(path)): file for file in found if file.is_file()}
 

@@ -114,6 +114,8 @@ def save(saver: checkpoint.Saver, config: Train, data: material.Material, traine
     weights, train_state = trainer.weights(), trainer.train_state()
 
     def fill(directory: Path) -> None:
+        if data.sequence is not None:
+            data.sequence.fast.save(directory / checkpoint.FAST_TOKENIZER)
         checkpoint.write(
             directory, policy, data.norm_stats, data.tokenizer.content,
             lambda path: backend.weights.write_params(path / backend.weights.PARAMS, weights),

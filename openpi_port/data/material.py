@@ -8,13 +8,14 @@ import sys
 import numpy as np
 
 from openpi_port import normalize, transforms
-from openpi_port.config import Train
+from openpi_port.config import Pi0Fast, Train
 from openpi_port.data import loader, stats
 from openpi_port.data.datasets import open_datasets
 from openpi_port.data.lerobot import LeRobotDataset
 from openpi_port.errors import UserError
 from openpi_port.normalize import NormStats
-from openpi_port.tokenizers import paligemma
+from openpi_port.tokenizers import fast, paligemma
+from openpi_port.tokenizers.fast_sequence import FastSequence
 from openpi_port.tokenizers.paligemma import PromptTokenizer
 
 
@@ -27,6 +28,7 @@ class Material:
       steps: raw sample to the model's, and back.
       norm_stats: of the training episodes, or those that were given.
       tokenizer: of the prompt.
+      sequence: of prompt and actions, for pi0-FAST.
     """
 
     config: Train
@@ -35,6 +37,7 @@ class Material:
     steps: tuple[transforms.Transform, ...]
     norm_stats: NormStats
     tokenizer: PromptTokenizer
+    sequence: FastSequence | None = None
 
     def batches(self, start_step: int) -> loader.Batches:
         """Training batches from that step on."""
@@ -87,5 +90,9 @@ def load(config: Train, norm_stats: NormStats | None = None) -> Material:
         norm_stats, source = stats.compute(train, transforms.before_normalize(data, images=False)), data.repo_id
     if warning := normalize.before_training(norm_stats, data.norm, source):
         print(f"warning: {warning}", file=sys.stderr)
-    steps = transforms.pipeline(data, model, norm_stats, tokenizer)
-    return Material(config, train, validation, steps, norm_stats, tokenizer)
+    if not isinstance(model, Pi0Fast):
+        steps = transforms.pipeline(data, model, norm_stats, tokenizer)
+        return Material(config, train, validation, steps, norm_stats, tokenizer)
+    sequence = FastSequence(tokenizer, fast.load(config.fast_tokenizer), model.vocab_size, out_of_range="clip")
+    steps = transforms.pipeline(data, model, norm_stats, sequence, missing_visible=model.missing_cameras == "visible")
+    return Material(config, train, validation, steps, norm_stats, tokenizer, sequence)

@@ -14,6 +14,7 @@ Axis letters: B batch, A actions (time), J dimensions, N tokens.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ from openpi_port.tokenizers.fast_bpe import FastBpe, byte_symbols
 CONFIG = "processor_config.json"
 FILES = (CONFIG, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PROCESSOR = Path(__file__).parent.parent / "assets" / "tokenizers" / "processing_action_tokenizer.py"
+SHIPPED = PROCESSOR.parent  # directories of tokenizers that come with the project
 PROCESSOR_CLASS = {
     "auto_map": {"AutoProcessor": "processing_action_tokenizer.UniversalActionProcessor"},
     "processor_class": "UniversalActionProcessor",
@@ -134,6 +136,13 @@ class FastTokenizer:
                     f"FAST: chunk {b}, dimension {j}, frequency {f}: coefficient {coefficients[b, f, j]} cannot be "
                     f"written, the tokenizer has {known[0]} to {known[-1]} ({int(wrong.sum())} such in this batch): "
                     f"fit it to these data, or allow clipping"
+                )
+            if not self.clipped:
+                logging.getLogger(__name__).warning(
+                    "FAST: %d coefficients of a chunk are beyond what the tokenizer can write, the farthest %d; moved to "
+                    "the nearest (further ones are only counted)",
+                    wrong.sum(),
+                    coefficients[wrong][np.abs(coefficients[wrong]).argmax()],
                 )
             self.clipped += int(wrong.sum())
             codes = np.where(wrong, self._nearest(codes), codes)
@@ -282,6 +291,34 @@ class FastTokenizer:
 
         bpe.train_from_iterator(texts(), trainer, length=len(codes))
         return cls(bpe.to_str(pretty=True), scale, low, vocab_size, actions.shape[2], actions.shape[1])
+
+
+def load(spec: str) -> FastTokenizer:
+    """The tokenizer that a config names.
+
+    Args:
+      spec: a processor's directory, the name of one that ships ("fast_aloha"), or of one on the Hugging Face hub
+        ("physical-intelligence/fast"), which is fetched into the hub's cache.
+
+    Raises:
+      UserError: it can't be had, with the reason and the remedy.
+    """
+    place = next((p for p in (Path(spec), SHIPPED / spec) if (p / CONFIG).is_file()), None)
+    if place is not None:
+        return FastTokenizer.open(place)
+    import huggingface_hub  # slow to import, and most runs have the files
+
+    try:
+        return FastTokenizer.open(huggingface_hub.snapshot_download(spec, allow_patterns=list(FILES)))
+    except UserError:
+        raise
+    except Exception as error:  # of many libraries: names that are none, no network, no such repository
+        shipped = ", ".join(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG}"))
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--config.fast_tokenizer={spec}: no directory with a {CONFIG}, none that ships ({shipped}), and not to be "
+            f"had from the Hugging Face hub ({reason}); give a directory, or fit one with experiments.fit_fast"
+        ) from error
 
 
 def _json(tree: dict) -> str:
