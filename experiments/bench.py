@@ -68,7 +68,7 @@ def inference(config: Train, backend: Backend, weights: dict[str, np.ndarray]) -
 def train(config: Train, backend: Backend, weights: dict[str, np.ndarray]) -> dict[str, float]:
     """Optimizer steps on one batch that lies ready."""
     trainer = backend.train.Trainer(config, weights)
-    batch = random_batch(config.model, config.batch_size)
+    batch = random_batch(config.model, config.batch_size, config.draws)
     begin = time.perf_counter()
     float(trainer.update(batch)["loss"])
     ready = time.perf_counter() - begin
@@ -100,10 +100,11 @@ def random_weights(model: Pi0, side: str) -> dict[str, np.ndarray]:
     return {n: np.resize(block, math.prod(s)).reshape(s) / np.float32(math.sqrt(s[-1])) for n, s in shapes.items()}
 
 
-def random_batch(model: Pi0, size: int) -> dict[str, Any]:
+def random_batch(model: Pi0, size: int, draws: int = 1) -> dict[str, Any]:
     """A batch of noise with every camera present and a full prompt."""
     rng = np.random.default_rng(0)
     chunk = (size, model.action_horizon, model.action_dim)
+    drawn = (size,) if draws == 1 else (size, draws)
     pixels = model.vision.image_size
     return {
         "image": {c: rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8) for c in model.cameras},
@@ -113,8 +114,8 @@ def random_batch(model: Pi0, size: int) -> dict[str, Any]:
         "tokenized_prompt_mask": np.ones((size, model.max_token_len), bool),
         "actions": rng.standard_normal(chunk, np.float32),
         "action_is_pad": np.zeros(chunk[:2], bool),
-        "noise": rng.standard_normal(chunk, np.float32),
-        "time": rng.uniform(0.001, 1, size).astype(np.float32),
+        "noise": rng.standard_normal((*drawn, *chunk[1:]), np.float32),
+        "time": rng.uniform(0.001, 1, drawn).astype(np.float32),
     }
 
 
