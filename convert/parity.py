@@ -218,9 +218,10 @@ def text(report: Report, *, color: bool) -> str:
         cells, marks = [header], [""]
         for label, row, ok in fold(rows, report.first):
             beyond = "" if ok else "<- first" if row is report.first else "beyond"
-            exact = row.allowed == 0 and row.relative <= 1 and float(row.error).is_integer()
-            numbers = (f"{row.error:.0f}" if exact else f"{row.error:.1e}", f"{row.relative:.1e}", f"{row.allowed:.1e}")
-            cells.append((label, "x".join(map(str, row.shape)), f"{row.magnitude:.2e}", *numbers, beyond))
+            numbers = (f"{row.magnitude:.2e}", f"{row.error:.1e}", f"{row.relative:.1e}", f"{row.allowed:.1e}")
+            if row.exact:
+                numbers = ("", f"{row.error:.0f} differ", f"{row.relative:.1e}", "none")
+            cells.append((label, "x".join(map(str, row.shape)), *numbers, beyond))
             marks.append("" if ok else bold + red if row is report.first else red)
         widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
         beyond = sum(not row.ok for row in rows)

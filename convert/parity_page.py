@@ -56,7 +56,10 @@ ERRORS = (
     "Largest difference of every tensor in units of its largest value, in the order of the computation. The dashed "
     "line is the tolerance; what lies at the bottom differs by nothing. Ticks mark where a stage or a layer begins."
 )
-MASKS = "Who (down) may see whom (across), every sample; white may. What differs is red."
+MASKS = (
+    "Who (down) may see whom (across), by sample; white may, what differs is red. Neighbours that see and are seen "
+    "alike are drawn as one; the ticks are their numbers: cameras, prompt, state, actions."
+)
 ACTIONS = "The sampled chunk, first sample: A in blue, B in orange and dashed. One panel per action dimension."
 PATHS = "The first action of the chunk, first sample, at every Euler step, from noise (0) to action. Colours as above."
 
@@ -74,7 +77,7 @@ def errors(report: Report) -> str:
         at = [i for i, row in enumerate(rows) if row.stage == stage]
         values = [min(max(measure(rows[i], tolerance), floor), 1e3) for i in at]
         if at:
-            ax.plot(at, values, ".-", color=f"C{number}", label=stage, lw=0.6, ms=5)
+            ax.plot(at, values, ".-", color=f"C{number}", label=stage, lw=0.25, ms=6)
     ax.axhline(tolerance, color="black", ls="--", lw=1)
     if report.first is not None:
         i = rows.index(report.first)
@@ -108,15 +111,29 @@ def masks(report: Report) -> str:
         return ""
     a, b = report.pictures["masks/attention"]
     count = min(len(a), 4)
-    fig, axes = plt.subplots(count, 3, figsize=(12, 4 * count), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(count, 3, figsize=(13, 4.2 * count), layout="constrained", squeeze=False)
     for i in range(count):
+        starts = runs(a[i], b[i])
+        ends = [*starts[1:], len(a[i])]
+        names = [f"{s}" if e == s + 1 else f"{s}-{e - 1}" for s, e in zip(starts, ends, strict=True)]
         for ax, picture, name in zip(axes[i], (a[i], b[i], a[i] != b[i]), ("A", "B", "A≠B"), strict=True):
             colors = "Reds" if name == "A≠B" else "gray"
-            ax.imshow(picture, cmap=colors, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+            ax.imshow(picture[np.ix_(starts, starts)], cmap=colors, vmin=0, vmax=1, interpolation="nearest")
             changed = f": {int(picture.sum())} of {picture.size}" if name == "A≠B" else ""
             ax.set_title(f"sample {i}, {name}{changed}", fontsize=9)
-            ax.tick_params(labelsize=7)
+            ax.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+            ax.set_yticks(range(len(names)), names, fontsize=6)
+            ax.set_xticks(np.arange(len(names)) - 0.5, minor=True)
+            ax.set_yticks(np.arange(len(names)) - 0.5, minor=True)
+            ax.grid(which="minor", color="#9a9aa5", lw=0.4)
+            ax.tick_params(which="minor", length=0)
     return _png(fig)
+
+
+def runs(a: np.ndarray, b: np.ndarray) -> list[int]:
+    """Where runs of tokens begin that see and are seen alike, in both of two masks [S, S]."""
+    both = np.concatenate([a, a.T, b, b.T], axis=1)
+    return [0, *(np.flatnonzero((both[1:] != both[:-1]).any(axis=1)) + 1).tolist()]
 
 
 def actions(report: Report) -> str:

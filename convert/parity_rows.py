@@ -54,6 +54,11 @@ class Row:
         return self.name.partition("/")[0]
 
     @property
+    def exact(self) -> bool:
+        """Whether the two must be equal, and `error` counts what isn't."""
+        return self.stage == "masks"
+
+    @property
     def relative(self) -> float:
         """The error in units of the largest value."""
         return self.error / self.magnitude if self.magnitude else self.error and float("inf")

@@ -20,6 +20,16 @@ from openpi_port.config import Compute, Pi0, Train, build
 from openpi_port.errors import UserError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Everything here runs once, so what XLA's optimizer takes is most of the time."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def side(config: Pi0, weights, name: str) -> parity.Side:
     backend = Backend(name)
     weights = tables.translate(weights, config, "flax", name)
@@ -44,11 +54,14 @@ def golden_model(request, golden):
     return SimpleNamespace(
         name=request.param, config=sources[0].model, sides=sides, batch=batch, root=golden,
         traces={name: traced(s, batch) | traced(s, batch, "sampling") for name, s in zip(NAMES, sides, strict=True)},
+        # Compiling the gradient in Flax takes longest; test_pi0 holds pi0's against openpi's own.
         gradients={
-            name: tables.translate(
-                s.backend.trace.gradients(s.module, batch), sources[0].model, name, "flax"
+            s.backend.name: dict(
+                tables.translate(
+                    s.backend.trace.gradients(s.module, batch), sources[0].model, s.backend.name, "flax"
+                )
             )
-            for name, s in zip(NAMES, sides, strict=True)
+            for s in (sides if request.param == "pi05" else sides[1:])
         },
     )  # fmt: skip
 
@@ -58,12 +71,14 @@ def test_frameworks_agree(golden_model):
     m = golden_model
     valid = parity_batch.valid_prefix(m.config, m.batch)
     pairs = parity_rows.compare_traces(*(m.traces[name].items() for name in NAMES), "float32", valid)
-    rows = [row for row, _, _ in pairs] + parity_rows.compare_gradients(
-        *(dict(m.gradients[name]) for name in NAMES), "float32"
-    )
+    rows = [row for row, _, _ in pairs]
+    stages = set(parity_rows.STAGES) - {"gradients"}
+    if len(m.gradients) == 2:
+        gradients = parity_rows.compare_gradients(*(m.gradients[name] for name in NAMES), "float32")
+        assert len(gradients) == len(tables.entries(m.config))
+        rows, stages = rows + gradients, set(parity_rows.STAGES)
     assert [row.name for row in rows if not row.ok] == []
-    assert {row.stage for row in rows} == set(parity_rows.STAGES)
-    assert sum(row.stage == "gradients" for row in rows) == len(tables.entries(m.config))
+    assert {row.stage for row in rows} == stages
     assert sum(row.name.endswith("/x_t") and row.stage == "trajectory" for row in rows) == 10
 
 
@@ -125,34 +140,33 @@ def test_other_systems_outputs(golden_model, framework, reference):
         np.testing.assert_allclose(a, b, atol=atol, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("framework", NAMES)
-def test_openpi_pytorch_gradients(golden_model, framework):
+def test_openpi_pytorch_gradients(golden_model):
     """Norms of gradients under the names of openpi-PyTorch; the gap is again the time embedding's."""
     m = golden_model
     theirs = np.load(m.root / REFERENCES["openpi-PyTorch"].format(m.name))
-    ours = tables.translate(dict(m.gradients[framework]), m.config, "flax", "hf")
     found = {k.removeprefix("grad_norm/"): float(v) for k, v in theirs.items() if k.startswith("grad_norm/")}
-    compared = sorted(set(found) & set(ours))
-    assert len(compared) > 0.9 * len(ours)
-    for name in compared:
-        assert np.linalg.norm(ours[name]) == pytest.approx(found[name], rel=1e-3, abs=1e-5), name
+    for gradients in m.gradients.values():
+        ours = tables.translate(gradients, m.config, "flax", "hf")
+        compared = sorted(set(found) & set(ours))
+        assert len(compared) > 0.9 * len(ours)
+        for name in compared:
+            assert np.linalg.norm(ours[name]) == pytest.approx(found[name], rel=1e-3, abs=1e-5), name
 
 
 # --- Faults, planted in one framework: the first tensor beyond tolerance is where the fault is.
 
 
-@pytest.fixture(scope="module", params=["pi0", "pi05"])
-def small(request):
-    """A tiny model with lively weights, and the trace of either framework."""
+@pytest.fixture(scope="module")
+def small():
+    """A tiny pi0.5 with lively weights, and the trace of either framework."""
     config = build(Train, pi0_aloha.get_config("debug")).model
-    if request.param == "pi05":
-        config = dataclasses.replace(config, state_in="prompt", time_in="adarms")
+    config = dataclasses.replace(config, state_in="prompt", time_in="adarms")
     rng = np.random.default_rng(0)
     fresh = init.Fresh(config, 0)  # has zeros, under which faults hide
     weights = {n: fresh[n] + rng.normal(0, 0.1, fresh.shapes[n]).astype(np.float32) for n in fresh}
     batch = parity_batch.random(config, 2, seed=0)
     traces = {name: traced(side(config, weights, name), batch) for name in NAMES}
-    return SimpleNamespace(config=config, weights=weights, batch=batch, traces=traces, name=request.param)
+    return SimpleNamespace(config=config, weights=weights, batch=batch, traces=traces)
 
 
 def first_beyond(model, faulty: str, weights=None) -> tuple[str | None, dict[str, parity_rows.Row]]:
@@ -222,8 +236,7 @@ def test_fault_is_found_where_it_is(small, fault, faulty, monkeypatch):
 
 
 def test_without_faults_nothing_is_found(small):
-    for name in NAMES:
-        assert first_beyond(small, name)[0] is None
+    assert first_beyond(small, "torch")[0] is None
 
 
 @pytest.mark.parametrize("faulty", NAMES)

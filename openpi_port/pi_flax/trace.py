@@ -205,12 +205,14 @@ def _jit(module: nnx.Module, method: Callable | None = None) -> Callable[..., An
     """
     graph, state = nnx.split(module)
     method = type(module).__call__ if method is None else method
-    run = jax.jit(lambda state, args: method(nnx.merge(graph, state), *args))
 
-    def call(*args: Any, layer: int | None = None) -> Any:
-        return run(state if layer is None else jax.tree.map(lambda w: w[layer], state), args)
+    def run(state: nnx.State, layer: int | None, args: tuple) -> Any:
+        if layer is not None:
+            state = jax.tree.map(lambda w: w[layer], state)
+        return method(nnx.merge(graph, state), *args)
 
-    return call
+    run = jax.jit(run)
+    return lambda *args, layer=None: run(state, layer, args)
 
 
 def _small(width: int, dtype: str) -> jax.Array:
