@@ -16,6 +16,7 @@ from configs import pi0_aloha
 from convert import formats, parity, parity_batch, parity_page, parity_rows, tables
 from openpi_port import init
 from openpi_port.backends import Backend
+from openpi_port.checkpoint import Policy
 from openpi_port.config import Compute, Pi0, Train, build
 from openpi_port.errors import UserError
 
@@ -316,6 +317,21 @@ def test_command_mistakes(checkpoint, capsys, args, message):
     assert command(checkpoint, checkpoint, *args) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_batch_of_the_checkpoints_own_data(tmp_path):
+    train = build(Train, pi0_aloha.get_config("debug"))
+    policy = Policy(train, step=0, framework="torch", tokenizer_sha256="").to_json()
+    (tmp_path / "policy.json").write_text(json.dumps(policy))
+    source = SimpleNamespace(path=tmp_path, settings=policy, model=train.model, norm_stats=None)
+    batch, again = (parity_batch.make("dataset", source, size=2, seed=0) for _ in range(2))
+    random = parity_batch.random(train.model, 2, seed=0)
+    assert {k: v.shape for k, v in batch.items() if k not in ("image", "image_mask")} == {
+        k: v.shape for k, v in random.items() if k not in ("image", "image_mask")
+    }
+    assert {k: v.shape for k, v in batch["image"].items()} == {k: v.shape for k, v in random["image"].items()}
+    np.testing.assert_array_equal(batch["noise"], again["noise"])
+    assert np.abs(batch["state"]).max() < 20  # normalised
 
 
 def test_different_architectures(golden, capsys):
