@@ -84,14 +84,13 @@ def driver(
         clients = [stack.enter_context(Client(SERVER.value, api_key=key)) for _ in range(workers)]
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         about = clients[0].metadata
-        shape = (about["action_horizon"], about["noise_dim"]) if "noise_dim" in about else None
+        shape = (about["action_horizon"], about["noise_dim"]) if about.get("noise_dim") else None
         return lambda o: list(pool.map(lambda c, x: c.infer(x), clients, o)), shape, {"server": SERVER.value, **about}
     policy = policy_flags.policy()
     if policy.horizon < REPLAN.value:
         raise UserError(f"--replan={REPLAN.value}, but the policy's chunks have {policy.horizon} actions")
     policy.warmup(range(1, workers + 1))
-    shape = (policy.horizon, policy.model.config.action_dim)
-    return policy.infer_batch, shape, policy.metadata
+    return policy.infer_batch, policy.noise_shape, policy.metadata
 
 
 def play(act: Any, noise_shape: tuple[int, int] | None, about: dict[str, Any], workers: int) -> None:

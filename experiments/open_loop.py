@@ -43,14 +43,14 @@ def evaluate(policy: Policy, out: Path, *, samples: int, plots: int) -> None:
     count = min(samples, len(dataset))
     rows = [i * len(dataset) // count for i in range(count)]
     shown = {rows[i * count // plots] for i in range(min(plots, count))} if plots else set()
-    shape = (policy.horizon, config.action_dim)
     errors = []
     out.mkdir(parents=True, exist_ok=True)
     policy.warmup((BATCH,))
     for start in tqdm(range(0, count, BATCH), unit="batch", dynamic_ncols=True):
         part = rows[start : start + BATCH]
         raw = [dataset[row] for row in part]
-        results = policy.infer_batch(raw, np.stack([draw_noise(0, row, shape) for row in part]))
+        noise = policy.noise_shape and np.stack([draw_noise(0, row, policy.noise_shape) for row in part])
+        results = policy.infer_batch(raw, noise)
         for row, sample, result in zip(part, raw, results, strict=True):
             true = np.concatenate([np.asarray(sample[k], np.float32) for k in split_keys(data.actions)], axis=-1)
             true = np.where(sample["action_is_pad"][:, None], np.nan, true)

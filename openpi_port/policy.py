@@ -19,19 +19,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from openpi_port import normalize, observation, robots, transforms
+from openpi_port import checkpoint, grammar, normalize, observation, robots, transforms
 from openpi_port.backends import NAMES, Backend
-from openpi_port.config import Compute, Data, Dtype, Pi0, build
+from openpi_port.config import Compute, Data, Dtype, Pi0, Pi0Fast, build
 from openpi_port.errors import UserError, near
 from openpi_port.rng import draw_noise
-from openpi_port.tokenizers import paligemma
+from openpi_port.tokenizers import fast, paligemma
+from openpi_port.tokenizers.fast_sequence import FastSequence
 
 if TYPE_CHECKING:
     from convert.source import Source
-    from openpi_port.pi_flax.infer import Model
+    from openpi_port.pi_flax.infer import FastModel, Model
 
 Observation = Mapping[str, Any]
 Result = dict[str, Any]
+
+FAST_TOKENS = 256  # openpi's limit for one chunk of pi0-FAST
 
 
 class Policy:
@@ -41,23 +44,24 @@ class Policy:
       model: from `load_model`.
       data: names, robot and normalisation.
       stats: of state and actions.
-      tokenizer: of the prompt.
-      num_steps: Euler steps per chunk.
+      tokenizer: of the prompt; for pi0-FAST of prompt and actions.
+      num_steps: Euler steps per chunk; pi0-FAST has none.
       seed: of the noise; call number n of a policy draws the same noise for the same seed.
       metadata: what a server tells its clients, beside what the policy knows of itself.
 
     Attributes:
       model, data, stats: as given.
       horizon: A.
+      noise_shape: (A, J); None for pi0-FAST, which takes the likeliest tokens and needs no noise.
       metadata: names and sizes, ready for JSON or msgpack.
     """
 
     def __init__(
         self,
-        model: Model,
+        model: Model | FastModel,
         data: Data,
         stats: normalize.NormStats,
-        tokenizer: paligemma.PromptTokenizer,
+        tokenizer: paligemma.PromptTokenizer | FastSequence,
         *,
         num_steps: int = 10,
         seed: int = 0,
@@ -66,22 +70,28 @@ class Policy:
         if num_steps < 1:
             raise UserError(f"num_steps={num_steps}: at least one step is needed")
         self.model, self.data, self.stats = model, data, stats
-        self.horizon = model.config.action_horizon
-        self._steps = transforms.pipeline(data, model.config, stats, tokenizer)
+        config = model.config
+        self.horizon = config.action_horizon
+        missing_visible = isinstance(config, Pi0Fast) and config.missing_cameras == "visible"
+        self._steps = transforms.pipeline(data, config, stats, tokenizer, missing_visible=missing_visible)
         self._num_steps, self._seed = num_steps, seed
         self._calls = 0
         self._lock = threading.Lock()
         robot = robots.load(data.robot)
+        action_dim = robot.ACTION_DIM or len(stats["actions"].mean)
+        self.noise_shape = None if isinstance(config, Pi0Fast) else (self.horizon, config.action_dim)
+        # Decoding that can only end in a whole chunk.
+        self._grammar = grammar.build(tokenizer, self.horizon, action_dim) if self.noise_shape is None else None
         self.metadata = {
             "robot": data.robot,
             "cameras": dict(data.cameras),
             "state": data.state,
             "state_dim": robot.STATE_DIM or len(stats["state"].mean),
-            "action_dim": robot.ACTION_DIM or len(stats["actions"].mean),
+            "action_dim": action_dim,
             "action_horizon": self.horizon,
-            "noise_dim": model.config.action_dim,
+            "noise_dim": self.noise_shape and self.noise_shape[1],
             "default_prompt": data.prompt,
-            "size": model.config.size,
+            "size": config.size,
             **(metadata or {}),
         }
 
@@ -126,8 +136,8 @@ class Policy:
         if backend not in NAMES:
             raise UserError(f"backend={backend!r}; {near(str(backend), NAMES)}")
         source = formats.open_checkpoint(os.fspath(path), **overrides)
-        if not isinstance(source.model, Pi0):
-            raise UserError(f"{path}: a {type(source.model).__name__}, which Policy can't run: it takes pi0 and pi0.5")
+        if not isinstance(source.model, Pi0 | Pi0Fast):
+            raise UserError(f"{path}: a {type(source.model).__name__} is no policy; those are pi0, pi0.5 and pi0-FAST")
         if source.norm_stats is None:
             raise UserError(
                 f"{path}: no statistics of state and actions; put norm_stats.json into the directory, or choose one "
@@ -190,17 +200,21 @@ class Policy:
         if not samples:
             return []
         with self._lock:
-            noise = np.stack([s["noise"] if "noise" in s else self._draw() for s in samples])
+            if self.noise_shape is not None:
+                samples = [s if "noise" in s else {**s, "noise": self._draw()} for s in samples]
             size = 1 << (len(samples) - 1).bit_length()
             filled = [*samples, *[samples[0]] * (size - len(samples))]
-            batch = {key: _stack([s[key] for s in filled]) for key in samples[0] if key != "noise"}
-            noise = np.concatenate([noise, np.zeros((size - len(noise), *noise.shape[1:]), np.float32)])
+            batch = {key: _stack([s[key] for s in filled]) for key in samples[0]}
             start = time.perf_counter()
-            chunks = self.model.sample_actions(batch, noise, num_steps=self._num_steps)
+            if self.noise_shape is not None:
+                noise = batch.pop("noise")
+                kind, answers = "actions", self.model.sample_actions(batch, noise, num_steps=self._num_steps)
+            else:
+                kind, answers = "tokens", self.model.decode(batch, FAST_TOKENS, grammar=self._grammar)
             timing = {"infer_ms": (time.perf_counter() - start) * 1e3}
         results = []
-        for sample, chunk in zip(samples, chunks, strict=False):
-            back = transforms.inverse(self._steps, {"actions": np.asarray(chunk), "state": sample["state"]})
+        for sample, answer in zip(samples, answers, strict=False):
+            back = transforms.inverse(self._steps, {kind: np.asarray(answer), "state": sample["state"]})
             results.append({"actions": np.asarray(back["actions"], np.float32), "policy_timing": dict(timing)})
         return results
 
@@ -210,7 +224,7 @@ class Policy:
         Args:
           batch_sizes: each is taken up to the next power of two.
         """
-        config: Pi0 = self.model.config
+        config = self.model.config
         size, length = config.vision.image_size, config.max_token_len
         sample = {
             "image": {c: np.zeros((size, size, 3), np.uint8) for c in config.cameras},
@@ -218,18 +232,23 @@ class Policy:
             "state": np.zeros(config.action_dim, np.float32),
             "tokenized_prompt": np.zeros(length, np.int32),
             "tokenized_prompt_mask": np.arange(length) < 1,
-            "noise": np.zeros((self.horizon, config.action_dim), np.float32),  # leaves the count of calls alone
         }
+        if self.noise_shape is not None:
+            sample["noise"] = np.zeros(self.noise_shape, np.float32)  # leaves the count of calls alone
+        else:
+            sample |= {"token_ar_mask": np.zeros(length, np.int32), "token_loss_mask": np.zeros(length, bool)}
         for batch_size in sorted(set(batch_sizes)):
             self.infer_prepared([sample] * batch_size)
 
     def _draw(self) -> np.ndarray:
         """f32 [A, J] for the next call."""
         self._calls += 1
-        return draw_noise(self._seed, self._calls - 1, (self.horizon, self.model.config.action_dim))
+        return draw_noise(self._seed, self._calls - 1, self.noise_shape)
 
     def _checked(self, noise: np.ndarray) -> np.ndarray:
-        shape = (self.horizon, self.model.config.action_dim)
+        shape = self.noise_shape
+        if shape is None:
+            raise UserError("noise: pi0-FAST takes none")
         if noise.shape != shape or noise.dtype.kind != "f" or not np.isfinite(noise).all():
             raise UserError(f"noise is finite floats of shape {list(shape)}, got {noise.dtype} {list(noise.shape)}")
         return noise.astype(np.float32)
@@ -261,7 +280,7 @@ def _data(source: Source, robot: str | None, given: Mapping[str, Any] | None, pr
 _FROM_ROBOT = ("state", "actions", "delta")
 
 
-def _tokenizer(source: Source, given: str | None) -> paligemma.PromptTokenizer:
+def _tokenizer(source: Source, given: str | None) -> paligemma.PromptTokenizer | FastSequence:
     """The checkpoint's own, else the given or the named one; never another than it was trained with."""
     stated = source.settings.get("tokenizer") or {"spec": "paligemma"}
     file = source.files.get("tokenizer.model")
@@ -277,7 +296,11 @@ def _tokenizer(source: Source, given: str | None) -> paligemma.PromptTokenizer:
         raise UserError(
             f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}"
         )
-    return tokenizer
+    if isinstance(source.model, Pi0):
+        return tokenizer
+    own = source.path / checkpoint.FAST_TOKENIZER
+    named = source.settings.get("train", {}).get("fast_tokenizer", "physical-intelligence/fast")
+    return FastSequence(tokenizer, fast.load(str(own) if own.is_dir() else named), source.model.vocab_size)
 
 
 def _check_device(backend: str, device: str | None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from convert import tables
 from openpi_port import checkpoint, init
 from openpi_port.backends import Backend
-from openpi_port.config import Data, Gemma, Pi0, Siglip, Train
+from openpi_port.config import Data, Gemma, Pi0, Pi0Fast, Siglip, Train
 from openpi_port.normalize import Stats
 from openpi_port.robots import aloha
 from openpi_port.tokenizers import paligemma
@@ -27,18 +27,27 @@ MODEL = Pi0(
     action_horizon=HORIZON,
     max_token_len=12,
 )
+FAST = Pi0Fast(
+    vision=MODEL.vision,
+    language=MODEL.language,
+    vocab_size=1152,
+    action_horizon=HORIZON,
+    max_token_len=120,
+    cameras=MODEL.cameras,
+)
 
 
-def make_checkpoint(path: Path, **data: Any) -> Path:
+def make_checkpoint(path: Path, model: Pi0 | Pi0Fast = MODEL, **data: Any) -> Path:
     """Writes a torch checkpoint: two cameras of three, delta actions, statistics that are not trivial."""
     path.mkdir(parents=True)
     settings = Data(**{"repo_id": "none", "robot": "aloha", "cameras": ALOHA, "delta": aloha.DELTA, **data})
     tokenizer = paligemma.load("small")
-    config = Train(name="small", model=MODEL, data=settings, tokenizer="small", backend="torch")
+    names = {"tokenizer": "small", "fast_tokenizer": "fast_aloha"}
+    config = Train(name="small", model=model, data=settings, backend="torch", **names)
     policy = checkpoint.Policy(config, 20, "torch", tokenizer.fingerprint)
     rng = np.random.default_rng(0)
     stats = {key: Stats(mean=rng.normal(size=14), std=rng.uniform(0.5, 2, 14)) for key in ("state", "actions")}
-    weights = tables.translate(init.Fresh(MODEL, 0), MODEL, "flax", "torch")
+    weights = tables.translate(init.Fresh(model, 0), model, "flax", "torch")
 
     def write_weights(directory: Path) -> None:
         Backend("torch").weights.write_params(directory / "model.safetensors", dict(weights))

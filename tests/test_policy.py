@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from frameworks import NAMES
-from small_policy import ALOHA, make_checkpoint, observation_of
+from small_policy import ALOHA, FAST, HORIZON, make_checkpoint, observation_of
 
 from openpi_port import Policy, UserError, transforms
 from openpi_port.observation import rename
@@ -174,6 +174,21 @@ def test_openpi_checkpoint_as_a_policy(golden, name):
         answers.append(opened.infer({**images, **joints}, noise)["actions"])
     np.testing.assert_allclose(*answers, atol=1e-4)
     assert answers[0].shape[1] == 8 and np.isfinite(answers[0]).all()
+
+
+def test_pi0_fast_writes_whole_chunks(tmp_path):
+    """Random weights: only the grammar of the tokens makes these chunks."""
+    path = make_checkpoint(tmp_path / "20", FAST)
+    answers = []
+    for backend in NAMES:
+        opened = Policy.from_pretrained(path, backend, device="cpu")
+        assert opened.noise_shape is None
+        results = opened.infer_batch([observation_of(0), observation_of(1, prompt="put it down")])
+        answers.append(np.stack([r["actions"] for r in results]))
+    assert answers[0].shape == (2, HORIZON, 14) and np.isfinite(answers[0]).all()
+    np.testing.assert_allclose(*answers, atol=1e-4)
+    with pytest.raises(UserError, match="takes none"):
+        opened.infer({**observation_of(0), "noise": np.zeros((HORIZON, 14))})
 
 
 def test_faults_of_a_checkpoint(checkpoint, tmp_path):
