@@ -61,7 +61,7 @@ MASKS = (
     "alike are drawn as one; the ticks are their numbers: cameras, prompt, state, actions."
 )
 ACTIONS = "The sampled chunk, first sample: A in blue, B in orange and dashed. One panel per action dimension."
-PATHS = "The first action of the chunk, first sample, at every Euler step, from noise (0) to action. Colours as above."
+PATHS = "The first action of the chunk, first sample, after every Euler step. Colours as above."
 
 
 def errors(report: Report) -> str:
@@ -150,7 +150,7 @@ def paths(report: Report) -> str:
     if not names:
         return ""
     a, b = (np.stack([report.pictures[name][side][0, 0] for name in names]) for side in (0, 1))
-    return _panels(a, b, "Euler step")
+    return _panels(a, b, "Euler step (0 is the first)")
 
 
 def _panels(a: np.ndarray, b: np.ndarray, label: str) -> str:
