@@ -179,8 +179,9 @@ def report(
                 "seed": e.seed,
                 "success": e.success,
                 "held": e.held,
+                "diverged": e.diverged,
                 "steps": len(e.rewards),
-                "best": int(e.rewards.max()),
+                "best_reward": int(e.rewards.max()),
             }
             for e in episodes
         ],

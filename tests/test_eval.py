@@ -78,6 +78,19 @@ def test_an_episode_ends_at_max_steps():
     assert not episode.success and not episode.held and len(episode.rewards) == 30 and episode.frames is None
 
 
+def test_commands_that_break_the_physics_fail_their_own_episode():
+    def wild(observations):
+        shakes = np.random.default_rng(0).choice([-100.0, 100.0], (50, 14))
+        return [{"actions": o["state"] + (shakes if o["noise"][0, 0] < 0 else np.zeros((50, 1)))} for o in observations]
+
+    setting = rollout.Setting("transfer_cube", max_steps=25, render=False)
+    signs = {seed: rollout.draw_noise(seed, 0, (1, 1))[0, 0] < 0 for seed in range(8)}
+    seeds = [next(s for s in signs if signs[s]), next(s for s in signs if not signs[s])]
+    first, second = rollout.rollout(setting, seeds, wild, workers=1, noise_shape=(1, 1))
+    assert first.diverged and not first.success and len(first.states) == len(first.rewards) < 25
+    assert not second.diverged and len(second.rewards) == 25
+
+
 @pytest.mark.parametrize(
     ("setting", "answer", "words"),
     [
@@ -108,7 +121,7 @@ def test_a_dead_process_is_one_line(monkeypatch):
 def episode(frames, success):
     images = np.full((frames, 32, 32, 3), 100, np.uint8)
     ones = np.ones((frames, 14), np.float32)
-    return rollout.Episode(0, success, success, ones, ones, np.ones(frames, int), images, 1.0)
+    return rollout.Episode(0, success, success, False, ones, ones, np.ones(frames, int), images, 1.0)
 
 
 def test_grid_and_videos(tmp_path):
@@ -152,7 +165,9 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "0 of 1 episodes succeeded: 0% (95% interval 0.0% to 79.3%)" in done.stdout
     numbers = json.loads((tmp_path / "out/results.json").read_text())
-    assert numbers["results"] == [{"seed": 7, "success": False, "held": False, "steps": 6, "best": 0}]
+    (result,) = numbers["results"]
+    assert result["seed"] == 7 and not result["success"] and result["best_reward"] == 0
+    assert result["steps"] == 6 or result["diverged"]
     assert numbers["policy"]["checkpoint"] == str(path) and numbers["replan"] == 4
     assert (tmp_path / "out/grid.mp4").stat().st_size and (tmp_path / "out/episodes/seed_0007.png").stat().st_size
 

@@ -18,6 +18,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+from absl import logging
+from dm_control.rl.control import PhysicsError
 from PIL import Image
 
 from openpi_port.errors import UserError
@@ -60,11 +62,13 @@ class Episode:
     Attributes:
       success: the environment's own word (its reward reached 4), at any step.
       held: and it still was so in most of the last ten steps; a contact may flicker.
+      diverged: the commands were so wild that the physics gave up, which ends the episode.
     """
 
     seed: int
     success: bool
     held: bool
+    diverged: bool
     states: np.ndarray  # f32 [T, 14], before each action
     actions: np.ndarray  # f32 [T, 14], as executed
     rewards: np.ndarray  # int [T]
@@ -164,6 +168,7 @@ class _Robot:
 def _work(connection: Connection, setting: Setting) -> None:
     """The loop of a robot's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; only the main process answers
+    logging.set_verbosity(logging.ERROR)  # a simulation that diverges is in the results
     try:
         with aloha.AlohaSim(setting.task, IMAGE_SIZE, setting.render) as sim:
             stage = _Stage(sim, setting)
@@ -184,7 +189,7 @@ class _Stage:
         self._expert: expert.Expert | None = None
 
     def reset(self, seed: int) -> dict[str, Any]:
-        self._seed, self._seconds = seed, 0.0
+        self._seed, self._seconds, self._diverged = seed, 0.0, False
         self._states: list[np.ndarray] = []
         self._actions: list[np.ndarray] = []
         self._rewards: list[int] = []
@@ -199,7 +204,10 @@ class _Stage:
             self._keep_frame()
             self._states.append(self._observation["state"])
             self._actions.append(np.asarray(action, np.float32))
-            self._observation, reward = self._sim.step(action)
+            try:
+                self._observation, reward = self._sim.step(action)
+            except PhysicsError:
+                self._diverged, reward = True, 0
             self._rewards.append(reward)
             if self._ended():
                 break
@@ -216,7 +224,8 @@ class _Stage:
         return Episode(
             self._seed,
             aloha.SUCCESS in self._rewards,
-            self._rewards[-10:].count(aloha.SUCCESS) > 5,
+            self._rewards[-10:].count(aloha.SUCCESS) > 5 and not self._diverged,
+            self._diverged,
             np.stack(self._states),
             np.stack(self._actions),
             np.array(self._rewards),
@@ -225,6 +234,8 @@ class _Stage:
         )
 
     def _ended(self) -> bool:
+        if self._diverged:
+            return True
         if aloha.SUCCESS in self._rewards:
             return len(self._rewards) > self._rewards.index(aloha.SUCCESS) + self._setting.after
         return len(self._rewards) >= self._setting.max_steps
