@@ -139,8 +139,8 @@ class FastTokenizer:
                 )
             if not self.clipped:
                 logging.getLogger(__name__).warning(
-                    "FAST: %d coefficients of a chunk are beyond what the tokenizer can write, the farthest %d; moved to "
-                    "the nearest (further ones are only counted)",
+                    "FAST: %d coefficients are beyond what the tokenizer can write, the farthest is %d; moved to the "
+                    "nearest (further ones are only counted)",
                     wrong.sum(),
                     coefficients[wrong][np.abs(coefficients[wrong]).argmax()],
                 )
