@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from types import SimpleNamespace
 
@@ -11,11 +12,13 @@ import pytest
 from frameworks import NAMES, Framework, batch_of, golden_model
 
 import openpi_port
-from configs import pi0_fast_aloha
+from configs import pi0_fast_aloha, pi0_fast_droid
 from convert import tables
-from openpi_port import UserError, init
+from experiments import train
+from openpi_port import UserError, checkpoint, init, memory, starting
 from openpi_port import grammar as grammars
-from openpi_port.config import Compute, Gemma, Optimizer, Pi0Fast, Siglip, Train, build
+from openpi_port.config import SIZES, Compute, Gemma, Optimizer, Pi0Fast, Siglip, Train, build
+from openpi_port.data import material
 from openpi_port.grammar import EOS, Grammar
 from openpi_port.tokenizers import fast, paligemma
 from openpi_port.tokenizers.fast import MalformedTokens
@@ -402,3 +405,73 @@ def test_frameworks_train_alike():
         if path != "vision/blocks/attn/k/bias":  # its gradient is rounding, which Adam scales up
             np.testing.assert_allclose(raw["torch"][path], raw["flax"][path], atol=1e-4, rtol=0, err_msg=path)
             np.testing.assert_allclose(weights["torch"][path], weights["flax"][path], atol=1e-4, rtol=0, err_msg=path)
+
+
+# --- the main job ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The debug config with few steps, and caches of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        config = build(Train, pi0_fast_aloha.get_config("debug"))
+        optimizer = dataclasses.replace(config.optimizer, peak_lr=3e-4)
+        yield dataclasses.replace(
+            config, optimizer=optimizer, batch_size=2, log_every=1, save_every=100, eval_every=100, eval_batches=1
+        )
+
+
+def run(config: Train, out, *, resume: bool = False, **changes):
+    config = dataclasses.replace(config, out=str(out), **changes)
+    path = out / config.name
+    train.train(config, path, starting.point(path, config, resume=resume))
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return path, [line["loss"] for line in lines if "loss" in line]
+
+
+def test_move_between_frameworks(job, tmp_path):
+    """Two steps in torch and two in Flax are four in Flax, and the checkpoint holds both tokenizers and opens."""
+    path, want = run(job, tmp_path / "a", backend="flax", num_steps=4)
+    run(job, tmp_path / "b", backend="torch", num_steps=2)
+    _, moved = run(job, tmp_path / "b", backend="flax", num_steps=4, resume=True)
+    np.testing.assert_allclose(moved, want, atol=1e-4, rtol=0)
+    assert checkpoint.read_policy(path / "4").train.model == job.model
+    assert (path / "4" / "tokenizer.model").exists()
+    assert fast.load(str(path / "4" / "fast_tokenizer")).token_bytes == fast.load("fast_aloha").token_bytes
+    model = openpi_port.load_model(path / "4", "torch", device="cpu")
+    batch = next(material.load(job).batches(0))
+    assert np.isfinite(model.loss(batch)).all()
+
+
+def test_batches(job):
+    """What the model learns decodes to the chunk that the data hold, up to the tokenizer's rounding."""
+    data = material.load(job)
+    batch = next(data.batches(0))
+    for row, scored, actions in zip(batch["tokenized_prompt"], batch["token_loss_mask"], batch["actions"], strict=True):
+        chunk = data.sequence.decode_actions(grammars.until_end(row[scored]), *actions.shape)
+        assert np.sqrt(np.square(chunk - actions).mean(0)).max() < 0.05
+
+
+def test_sequences_that_do_not_fit(job):
+    short = dataclasses.replace(job, model=dataclasses.replace(job.model, max_token_len=80))
+    with pytest.raises(UserError, match="max_token_len=80"):
+        next(material.load(short).batches(0))
+
+
+def test_configs():
+    """Every size builds, reads back and fits its tokenizers."""
+    for module in (pi0_fast_aloha, pi0_fast_droid):
+        for size in SIZES:
+            config = build(Train, module.get_config(size))
+            assert isinstance(config.model, Pi0Fast) and config.data.norm == "quantile"
+            assert build(Train, dataclasses.asdict(config)) == config
+            assert memory.plan(config).total > 0
+    base = build(Train, pi0_fast_aloha.get_config("base"))
+    assert memory.count_params(base.model)[0] == 2_923_335_408
+
+
+def test_unknown_tokenizer(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"fast_tokenizer=nobody/nothing.*fast_aloha"):
+        fast.load("nobody/nothing")
