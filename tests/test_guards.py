@@ -19,7 +19,7 @@ def public(path: Path) -> list[str]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             names.append(node.name)
-        if isinstance(node, ast.ClassDef):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             calls = {"__call__": "forward"}  # the same thing in the words of either framework
             methods = [calls.get(n.name, n.name) for n in node.body if isinstance(n, ast.FunctionDef)]
             names += [f"{node.name}.{m}" for m in methods if not m.startswith("_")]

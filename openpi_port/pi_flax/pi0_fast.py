@@ -28,7 +28,7 @@ from openpi_port.pi_flax.gemma import Gemma, KVCache
 from openpi_port.pi_flax.pi0 import Pi0, Tokens
 from openpi_port.pi_flax.siglip import Siglip
 
-CHUNK = 128  # tokens whose scores of the whole vocabulary exist at a time: 132 MB in float32
+BLOCK = 6272  # rows of the vocabulary whose scores exist at a time in training; PaliGemma's has 41 of them
 
 
 class Prompt(NamedTuple):
@@ -85,8 +85,8 @@ class Pi0Fast(nnx.Module):
           float32 [B]; 0 for a sample without scored tokens.
         """
         scored = jnp.asarray(batch["token_loss_mask"])[:, 1:]
-        entropy = self._cross_entropy(self.hidden(batch), jnp.asarray(batch["tokenized_prompt"])[:, 1:], scored)
-        return entropy.sum(-1) / jnp.maximum(scored.sum(-1), 1)
+        entropy = self._cross_entropy(self.hidden(batch), jnp.asarray(batch["tokenized_prompt"])[:, 1:])
+        return (entropy * scored).sum(-1) / jnp.maximum(scored.sum(-1), 1)
 
     def prefill(self, batch: Batch, lead: jax.Array, max_steps: int) -> Prompt:
         """Runs images, prompt and the tokens that are given (`lead`) once.
@@ -180,29 +180,30 @@ class Pi0Fast(nnx.Module):
         state = write(jnp.asarray(first), prompt.hidden, *begin)
         return jax.lax.while_loop(going, body, (jnp.asarray(first), prompt.cache, *state))[2]
 
-    def _cross_entropy(self, x: jax.Array, targets: jax.Array, scored: jax.Array) -> jax.Array:
-        """float32 [B, T], 0 where not scored; never holds [B, T, V], and spends nothing on what is not scored.
+    def _cross_entropy(self, x: jax.Array, targets: jax.Array) -> jax.Array:
+        """float32 [B, T] from hidden states [B, T, D]; never holds [B, T, V].
 
-        The scored tokens of all samples come first, in chunks; chunks beyond them are skipped.
+        Goes through the vocabulary in blocks, not through the tokens: so every block of the embedding's gradient is
+        made once and lies where it stays, where chunks of tokens would each add to all of it.
         """
-        shape, size = targets.shape, targets.size
-        x, targets, scored = x.reshape(size, -1), targets.reshape(-1), scored.reshape(-1)
-        order = jnp.pad(jnp.argsort(~scored, stable=True), (0, -size % CHUNK))
-        live = jnp.arange(order.size) < scored.sum()
+        dtype, table = x.dtype, self.gemma.embedding[...]
+        x = x.astype(jnp.float32)  # so that its gradient is summed over the blocks in float32
+        whole = len(table) // BLOCK * BLOCK
 
-        def score(where: jax.Array) -> jax.Array:
-            logits = self.gemma.logits(x[where])
-            picked = jnp.take_along_axis(logits, targets[where][:, None], 1)[:, 0]
-            return jax.nn.logsumexp(logits, axis=-1) - picked
+        def score(rows: jax.Array, first: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+            """Log of the sum of exponentials over these rows, and the target's logit if it is one of them."""
+            logits = self.gemma.logits(x.astype(dtype), rows)
+            place = targets - first
+            picked = jnp.take_along_axis(logits, jnp.clip(place, 0, len(rows) - 1)[..., None], -1)[..., 0]
+            return jax.nn.logsumexp(logits, -1), jnp.where((place >= 0) & (place < len(rows)), picked, 0)
 
-        def chunk(_: None, inputs: tuple) -> tuple[None, jax.Array]:
-            where, live = inputs
-            return None, jax.lax.cond(live.any(), score, lambda where: jnp.zeros(where.shape), where)
-
-        chunks = (order.reshape(-1, CHUNK), live.reshape(-1, CHUNK))
-        _, entropy = jax.lax.scan(jax.checkpoint(chunk, prevent_cse=False), None, chunks)
-        entropy = jnp.where(live, entropy.reshape(-1), 0)
-        return jnp.zeros(size).at[order].add(entropy).reshape(shape)
+        blocks = (table[:whole].reshape(-1, BLOCK, x.shape[-1]), jnp.arange(0, whole, BLOCK))
+        score = jax.checkpoint(score, prevent_cse=False)
+        _, (sums, picked) = jax.lax.scan(lambda _, block: (None, score(*block)), None, blocks)
+        if whole < len(table):
+            rest = score(table[whole:], whole)
+            sums, picked = (jnp.concatenate([a, b[None]]) for a, b in zip((sums, picked), rest, strict=True))
+        return jax.nn.logsumexp(sums, 0) - picked.sum(0)
 
 
 def may_follow(grammar: Grammar, left: jax.Array, at: jax.Array, steps: jax.Array) -> jax.Array:

@@ -13,12 +13,11 @@ every step adds one token. Time has no part in it, and neither have noise and fl
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
@@ -29,7 +28,7 @@ from openpi_port.pi_torch.gemma import Gemma, KVCache
 from openpi_port.pi_torch.pi0 import Pi0, Tokens
 from openpi_port.pi_torch.siglip import Siglip
 
-CHUNK = 128  # tokens whose scores of the whole vocabulary exist at a time: 132 MB in float32
+BLOCK = 6272  # rows of the vocabulary whose scores exist at a time in training; PaliGemma's has 41 of them
 
 
 class Prompt(NamedTuple):
@@ -87,7 +86,9 @@ class Pi0Fast(nn.Module):
           float32 [B]; 0 for a sample without scored tokens.
         """
         scored = batch["token_loss_mask"][:, 1:]
-        entropy = self._cross_entropy(self.hidden(batch), batch["tokenized_prompt"][:, 1:], scored)
+        targets = batch["tokenized_prompt"][:, 1:][scored].long()
+        entropy = _CrossEntropy.apply(self.hidden(batch)[scored], self.gemma.embedding, targets)
+        entropy = torch.zeros(scored.shape, device=entropy.device).masked_scatter(scored, entropy)
         return entropy.sum(-1) / scored.sum(-1).clamp(min=1)
 
     def prefill(self, batch: Batch, lead: Tensor, max_steps: int) -> Prompt:
@@ -179,22 +180,6 @@ class Pi0Fast(nn.Module):
             hidden, cache = self.advance(prompt, cache, token, torch.tensor(step, device=device))
         return tokens
 
-    def _cross_entropy(self, x: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
-        """float32 [B, T], 0 where not scored; never holds [B, T, V], and spends nothing on what is not scored.
-
-        The scored tokens of all samples are taken in chunks.
-        """
-        entropy = torch.zeros(targets.shape, device=x.device)
-
-        def score(x: Tensor, targets: Tensor) -> Tensor:
-            logits = self.gemma.logits(x)
-            picked = logits.gather(1, targets[:, None])[:, 0]
-            return torch.logsumexp(logits, dim=-1) - picked
-
-        chunks = zip(x[scored].split(CHUNK), targets[scored].long().split(CHUNK), strict=True)
-        parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-        return entropy.masked_scatter(scored, torch.cat(parts))
-
 
 def may_follow(grammar: Grammar, left: Tensor, at: Tensor, steps: int) -> Tensor:
     """Which tokens lead to a whole chunk.
@@ -230,3 +215,44 @@ def choose(scores: Tensor, allowed: Tensor, temperature: float, draw: Tensor | N
     total = torch.softmax(scores / temperature, dim=-1).cumsum(-1)
     total = torch.where(allowed, total, -1)  # rounding must not pick what is forbidden
     return (total > draw[:, None] * total.amax(-1, keepdim=True)).int().argmax(-1)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """float32 [P] from hidden states [P, D] of P tokens, the embedding [V, D] and targets [P]; never holds [P, V].
+
+    Goes through the vocabulary in blocks, and again in the backward pass, not through the tokens: so every block of the
+    embedding's gradient is made once and lies where it stays, where chunks of tokens would each add to all of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, targets: Tensor) -> Tensor:
+        sums, picked = [], torch.zeros(len(x), device=x.device)
+        for first in range(0, len(table), BLOCK):
+            rows = table[first : first + BLOCK]
+            logits = F.linear(x, rows.to(x.dtype)).float()
+            sums.append(torch.logsumexp(logits, -1))
+            place, inside = _place(targets, first, len(rows))
+            picked = torch.where(inside, logits.gather(1, place[:, None])[:, 0], picked)
+        total = torch.logsumexp(torch.stack(sums), 0)
+        ctx.save_for_backward(x, table, targets, total)
+        return total - picked
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, table, targets, total = ctx.saved_tensors
+        of_x, of_table = torch.zeros_like(x, dtype=torch.float32), torch.empty_like(table)
+        for first in range(0, len(table), BLOCK):
+            rows = table[first : first + BLOCK].to(x.dtype)
+            of_logits = torch.exp(F.linear(x, rows).float() - total[:, None]) * gradient[:, None]
+            place, inside = _place(targets, first, len(rows))
+            of_logits.scatter_add_(1, place[:, None], torch.where(inside, -gradient, 0)[:, None])
+            of_logits = of_logits.to(x.dtype)
+            of_x += of_logits @ rows
+            of_table[first : first + BLOCK] = of_logits.T @ x
+        return of_x.to(x.dtype), of_table, None
+
+
+def _place(targets: Tensor, first: int, size: int) -> tuple[Tensor, Tensor]:
+    """Where the targets are within a block of the vocabulary, and whether they are in it."""
+    place = targets - first
+    return place.clamp(0, size - 1), (place >= 0) & (place < size)
