@@ -1,7 +1,8 @@
 """pi0 on ALOHA: by default the simulated cube transfer that ships with the project.
 
 `--config=pi0_aloha` takes `base` where the device can train it and `mini` where it can't; `:base`, `:mini` and
-`:debug` decide. `base` starts from openpi's published weights, the others from fresh ones. `--config.data.repo_id=` takes another data set: a directory, a name on the Hugging Face hub.
+`:debug` decide. `base` starts from openpi's published weights, the others from fresh ones. `--config.data.repo_id=`
+takes another data set: a directory, or a name on the Hugging Face hub.
 """
 
 from __future__ import annotations

@@ -31,5 +31,5 @@ def get_config(size: str = "base") -> ConfigDict:
         model = dataclasses.replace(model, max_token_len=48)
     config = to_edge(dataclasses.replace(aloha, name=f"pi0_lerobot_{size}", model=model, data=data))
     with config.unlocked():
-        config.data.cameras = {camera: "" for camera in CAMERAS}
+        config.data.cameras = dict.fromkeys(CAMERAS, "")
     return config

@@ -23,9 +23,7 @@ def check(found: Shapes, wanted: Shapes, where: str) -> None:
     missing = [n for n in wanted if n not in found]
     extra = [n for n in found if n not in wanted]
     misshapen = [n for n in wanted if n in found and tuple(found[n]) != tuple(wanted[n])]
-    problems = [
-        f"missing {n} ({near(n, extra, 2) if extra else 'nothing is left over'})" for n in missing[:3]
-    ]
+    problems = [f"missing {n} ({near(n, extra, 2) if extra else 'nothing is left over'})" for n in missing[:3]]
     problems += [f"unknown {n} ({near(n, missing or wanted, 2)})" for n in extra[:3]]
     problems += [f"{n} is {tuple(found[n])}, not {tuple(wanted[n])}" for n in misshapen[:3]]
     if problems:

@@ -61,9 +61,7 @@ def test_openpi_opens_from_the_directory_or_from_params_with_sizes_from_the_shap
         assert model.max_token_len == {"pi0": 48, "pi05": 200, "pi0_fast": 250}[kind]
         if kind != "pi0_fast":
             assert vars(model.expert) == described["action_expert"]
-            assert (model.state_in, model.time_in) == (
-                ("suffix", "mlp") if kind == "pi0" else ("prompt", "adarms")
-            )
+            assert (model.state_in, model.time_in) == (("suffix", "mlp") if kind == "pi0" else ("prompt", "adarms"))
 
 
 def test_policies_keep_their_statistics_settings_and_semantics(golden):

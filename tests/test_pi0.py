@@ -122,6 +122,7 @@ def test_float_images(reference, model):
     floats = {name: np.float32(x) / 255 * 2 - 1 for name, x in b["image"].items()}
     close(model.loss({**b, "image": floats}, b["noise"], b["time"]), reference.outputs["loss"])
 
+
 def test_draws_share_a_prefix(reference, model):
     """R draws of noise and time give the mean of their losses, one by one."""
     b, rng = reference.batch, np.random.default_rng(0)

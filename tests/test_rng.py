@@ -20,9 +20,7 @@ PURPOSES = ("noise", "time", "augment")
 
 def test_values_are_pinned():
     """A change here changes every run's batches: resumed runs would no longer equal uninterrupted ones."""
-    np.testing.assert_array_equal(
-        generator(7, 3, "noise").integers(0, 2**32, 3), PINNED_INTEGERS
-    )
+    np.testing.assert_array_equal(generator(7, 3, "noise").integers(0, 2**32, 3), PINNED_INTEGERS)
     np.testing.assert_allclose(draw_noise(7, 3, (2, 2)).ravel(), PINNED_NOISE, rtol=1e-6)
     np.testing.assert_allclose(draw_time(7, 3), PINNED_TIME, rtol=1e-6)
 
@@ -34,8 +32,10 @@ def test_same_in_another_process():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.tuples(st.integers(-5, 2**64 - 1), st.integers(0, 2**63), st.sampled_from(PURPOSES)),
-       st.tuples(st.integers(-5, 2**64 - 1), st.integers(0, 2**63), st.sampled_from(PURPOSES)))
+@given(
+    st.tuples(st.integers(-5, 2**64 - 1), st.integers(0, 2**63), st.sampled_from(PURPOSES)),
+    st.tuples(st.integers(-5, 2**64 - 1), st.integers(0, 2**63), st.sampled_from(PURPOSES)),
+)
 def test_streams_differ_unless_their_names_are_equal(a, b):
     one, other = (generator(*name).integers(0, 2**63, 4) for name in (a, b))
     same = (a[0] % 2**64, *a[1:]) == (b[0] % 2**64, *b[1:])

@@ -156,9 +156,7 @@ def test_every_tensor_is_accounted_for(change, words):
     change(weights)
     with pytest.raises(UserError, match=words):
         tables.to_torch(weights, DEBUG)
-    for model, weights_module in (
-        (nnx.eval_shape(lambda: flax_pi0.Pi0(DEBUG, config_lib.Compute())), flax_weights),
-    ):
+    for model, weights_module in ((nnx.eval_shape(lambda: flax_pi0.Pi0(DEBUG, config_lib.Compute())), flax_weights),):
         with pytest.raises(UserError, match=words):
             weights_module.load(model, weights)
 

@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 from frameworks import batch_of, golden_model
 
-from configs import pi05_aloha, pi0_aloha, pi0_lerobot
+from configs import pi0_aloha, pi0_lerobot, pi05_aloha
 from experiments import train
 from openpi_port import checkpoint, memory, starting
 from openpi_port.backends import NAMES, Backend
