@@ -216,7 +216,8 @@ class Train:
       init: a checkpoint to start from (local, gs://, hf://); None starts from fresh weights.
       frozen: regular expressions over parameter paths (Flax names); what matches any is not trained.
       draws: of noise and time per sample; several share one pass over images and prompt.
-      loss_on_padding: count the repeated last action after an episode's end, as openpi does.
+      loss_on_padding: count the repeated last action after an episode's end, as openpi does. A token of pi0-FAST mixes
+        all actions of its chunk, so there it always counts.
       out: directory for checkpoints and metrics.
     """
 
@@ -241,6 +242,10 @@ class Train:
     keep_every: int = 5000
     eval_every: int = 1000
     eval_batches: int = 8
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model, Pi0Fast) and self.draws != 1:
+            raise UserError(f"config.draws={self.draws}: pi0-FAST draws neither noise nor time; leave it at 1")
 
 
 # width, depth, mlp, heads: big_vision's So400m/14; kv heads and head dim: Gemma's and openpi's variants.

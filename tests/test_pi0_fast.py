@@ -475,6 +475,8 @@ def test_configs():
             assert build(Train, dataclasses.asdict(config)) == config
             assert memory.plan(config).total > 0
     base = build(Train, pi0_fast_aloha.get_config("base"))
+    with pytest.raises(UserError, match="draws=2"):
+        dataclasses.replace(base, draws=2)
     assert memory.count_params(base.model)[0] == 2_923_335_408
 
 
