@@ -12,6 +12,7 @@ from tqdm import tqdm
 from convert import formats, report, target
 from openpi_port.errors import UserError, near
 
+DTYPES = ("bfloat16", "float32")
 EPILOG = """SRC is a directory, an .npz or .safetensors file, or a URL (hf://user/name, gs://bucket/path); what it is,
 its tensors show. --model.FIELD=VALUE states what weights don't say: --model.vision.num_heads=4
 --model.action_horizon=50 --model.cameras=base_0_rgb,left_wrist_0_rgb."""
@@ -36,6 +37,9 @@ def _run(argv: list[str] | None) -> None:
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("dst", metavar="DST", nargs="?", help="a new directory; without it, only the table is printed")
     parser.add_argument("--to", metavar="FORMAT", required=True, help=", ".join(target.SIDES))
+    parser.add_argument(
+        "--dtype", metavar="DTYPE", help="round the weights to bfloat16 (or float32); else they stay as they are"
+    )
     parser.add_argument("--merge-lora", action="store_true", help="add LoRA weights to those that they adapt")
     parser.add_argument("--asset", metavar="ID", help="whose statistics, where openpi's assets/ holds several")
     parser.add_argument("--quiet", action="store_true", help="no table and no progress bar")
@@ -45,6 +49,10 @@ def _run(argv: list[str] | None) -> None:
     overrides = _overrides(rest)
 
     source = formats.open_checkpoint(args.src, merge_lora=args.merge_lora, asset=args.asset, **overrides)
+    if args.dtype is not None:
+        if args.dtype not in DTYPES:
+            raise UserError(f"--dtype={args.dtype}: {near(args.dtype, DTYPES)}")
+        source = source.rounded(args.dtype)
     if not args.quiet:
         print(report.table(source, args.to))
     if args.dst is None:

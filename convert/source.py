@@ -7,10 +7,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (teaches numpy the name "bfloat16")
+import numpy as np
+
 from convert import tables
 from convert.layout import OURS, Entry, Translated, side_shapes
 from openpi_port.normalize import NormStats
 from openpi_port.strict import check
+
+
+class _Rounded:
+    """A tensor on disk that is rounded when it is read."""
+
+    def __init__(self, tensor: Any, dtype: np.dtype) -> None:
+        self._tensor, self.dtype, self.shape = tensor, dtype, tuple(tensor.shape)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.asarray(self._tensor[index]).astype(self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[...].astype(dtype or self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +77,16 @@ class Source:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         check(shapes, side_shapes(entries, self.side), str(self.path))
         return Translated(entries, self.tensors, self.side, side)
+
+    def rounded(self, dtype: str) -> Source:
+        """The same policy in another precision, to deploy; the state of training, which wants all digits, stays behind.
+
+        Args:
+          dtype: "bfloat16" or "float32".
+        """
+        tensors = {name: _Rounded(tensor, np.dtype(dtype)) for name, tensor in self.tensors.items()}
+        unused = {name: _Rounded(tensor, np.dtype(dtype)) for name, tensor in self.unused.items()}
+        return dataclasses.replace(self, tensors=tensors, unused=unused, train_state={})
 
     def start_of(self, model: Any) -> tuple[Translated, list[str]]:
         """What a vision-language model gives to a policy that is to be trained.

@@ -268,6 +268,23 @@ def translate(tensors: Mapping[str, Any], config: Any, source: str, target: str)
     return Translated(rows, tensors, source, target)
 
 
+def translate_state(state: Mapping[str, Any], config: Any, source: str, target: str) -> dict[str, np.ndarray]:
+    """A run's moments and raw weights ("mu/NAME", "nu/NAME", "raw/NAME") under another side's names.
+
+    Frozen parameters have none, so that only what is there is asked for.
+
+    Raises:
+      UserError: a tensor that no parameter explains, or of another shape.
+    """
+    out: dict[str, np.ndarray] = {}
+    for part in dict.fromkeys(name.partition("/")[0] for name in state):
+        have = {n.removeprefix(f"{part}/"): t for n, t in state.items() if n.startswith(f"{part}/")}
+        rows = [e for e in entries(config) if all(e.spot(source, i).name in have for i in e.layers)]
+        check({n: tuple(t.shape) for n, t in have.items()}, side_shapes(rows, source), f"train_state/{part}")
+        out |= {f"{part}/{n}": t for n, t in Translated(rows, have, source, target).items()}
+    return out
+
+
 def to_torch(weights: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
     """Canonical weights under the names and in the layout of `pi_torch`."""
     return dict(translate(weights, config, OURS, "torch"))

@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from convert import huggingface, lerobot, settings
-from convert.layout import OURS, Translated, side_shapes
+from convert import huggingface, lerobot, settings, tables
+from convert.layout import OURS, Translated
 from convert.source import Source
 from openpi_port import orbax_io, safetensors_io
 from openpi_port.checkpoint import FORMAT, NORM_STATS, TRAIN_STATE
 from openpi_port.config import to_dict
 from openpi_port.errors import UserError
 from openpi_port.normalize import save_norm_stats
-from openpi_port.strict import check
 
 SIDES = {"flax": OURS, "torch": "torch", "openpi": "openpi", "openpi-torch": "hf", "lerobot": "hf"}
 PARAMS = {"flax": "params", "torch": "model.safetensors"}
@@ -124,23 +123,11 @@ def _write_weights(source: Source, weights: Translated, part: Path, to: str, pro
     if source.train_state and to in PARAMS:
         state = part / TRAIN_STATE
         state.mkdir()
-        tensors = _train_state(source, SIDES[to])
+        tensors = tables.translate_state(source.train_state, source.model, source.side, SIDES[to])
         if to == "flax":
             orbax_io.write(state / PARAMS[to], tensors)
         else:
             safetensors_io.write(state / PARAMS[to], tensors, {"format": "pt"})
-
-
-def _train_state(source: Source, side: str) -> dict[str, np.ndarray]:
-    """Moments and raw weights under another side's names; frozen parameters have none."""
-    out: dict[str, np.ndarray] = {}
-    for part in dict.fromkeys(name.partition("/")[0] for name in source.train_state):
-        have = {n.removeprefix(f"{part}/"): t for n, t in source.train_state.items() if n.startswith(f"{part}/")}
-        entries = [e for e in source.entries if all(e.spot(source.side, i).name in have for i in e.layers)]
-        known = side_shapes(entries, source.side)
-        check({n: tuple(t.shape) for n, t in have.items()}, known, f"{source.path / TRAIN_STATE}: {part}")
-        out |= {f"{part}/{n}": t for n, t in Translated(entries, have, source.side, side).items()}
-    return out
 
 
 def _write_policy(source: Source, part: Path, to: str) -> None:

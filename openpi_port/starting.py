@@ -78,23 +78,10 @@ def _continued(path: Path, config: Train) -> Point:
     weights = theirs.read_params(path / theirs.PARAMS)
     state = theirs.read_params(path / checkpoint.TRAIN_STATE / theirs.PARAMS)
     if policy.framework != config.backend:
-        state = _translated_state(state, weights, config, policy.framework)
+        state = tables.translate_state(state, config.model, policy.framework, config.backend)
     return Point(
         policy.step,
         tables.translate(weights, config.model, policy.framework, config.backend),
         state,
         load_norm_stats(path / checkpoint.NORM_STATS),
     )
-
-
-def _translated_state(
-    state: Mapping[str, np.ndarray], weights: Mapping[str, np.ndarray], config: Train, framework: str
-) -> dict[str, np.ndarray]:
-    """Moments and raw weights under the other framework's names; frozen parameters have none."""
-    out = {}
-    for part in dict.fromkeys(name.partition("/")[0] for name in state):
-        have = {n.removeprefix(f"{part}/"): a for n, a in state.items() if n.startswith(f"{part}/")}
-        # The tables want every parameter: the frozen ones stand in for themselves and are left out again.
-        translated = tables.translate({**weights, **have}, config.model, framework, config.backend)
-        out |= {f"{part}/{n}": translated[n] for n in translated if set(translated.sources(n)) <= set(have)}
-    return out

@@ -358,3 +358,15 @@ def test_converting_imports_no_framework(golden, tmp_path):
         "assert not {'jax', 'flax', 'torch', 'orbax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_rounding_is_asked_for(golden, tmp_path):
+    """`--dtype=bfloat16` rounds every tensor once, and only then."""
+    source = golden / "openpi" / "pi0"
+    assert command.main([str(source), str(tmp_path / "rounded"), "--to=torch", "--dtype=bfloat16", "--quiet"]) == 0
+    weights, _ = formats.read(source)
+    rounded, _ = formats.read(tmp_path / "rounded")
+    for name, value in weights.items():
+        assert rounded[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(rounded[name], value.astype(ml_dtypes.bfloat16))
+    assert command.main([str(source), "--to=torch", "--dtype=float8", "--quiet"]) == 2
