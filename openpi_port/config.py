@@ -157,6 +157,7 @@ class Data:
       prompt: the instruction; None takes each episode's task.
       delta: which action dimensions become differences to the state; empty for none.
       norm: z-score, or quantiles to [-1, 1].
+      episodes: numbers of those to use; empty for all.
       validation: share of episodes kept for validation.
       augment: "default", "openpi" (what openpi's JAX training really does), "shift" (for a camera that never moves)
         or "none".
@@ -175,6 +176,7 @@ class Data:
     prompt: str | None = None
     delta: tuple[bool, ...] = ()
     norm: Literal["zscore", "quantile"] = "zscore"
+    episodes: tuple[int, ...] = ()
     validation: float = 0.1
     augment: Literal["default", "openpi", "shift", "none"] = "default"
     state_noise: float = 0.0

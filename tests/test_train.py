@@ -211,14 +211,16 @@ def test_another_robot(shared, tmp_path):
         first_batch(config)
 
 
-@pytest.mark.parametrize(("name", "episodes"), [("g1_lerobot_v30", 2)])
+# Of the v2.1 data set, two of a hundred episodes are there.
+@pytest.mark.parametrize(("name", "episodes"), [("g1_lerobot_v30", ()), ("g1_lerobot_v21", (29, 31))])
 def test_any_lerobot_dataset(shared, tmp_path, name, episodes):
     """The generic adaptor on a humanoid's data: a few config lines, one step."""
     config = build(Train, pi0_lerobot.get_config("debug"))
     config = dataclasses.replace(config, out=str(tmp_path), num_steps=1, batch_size=2, eval_batches=1, backend="torch")
     config = with_data(
-        config, repo_id=str(shared / "data" / name), cameras={"base_0_rgb": "observation.images.cam_high"}
-    )
+        config, repo_id=str(shared / "data" / name), cameras={"base_0_rgb": "observation.images.cam_high"},
+        episodes=episodes, validation=0.5,
+    )  # fmt: skip
     batch = first_batch(config)
     assert batch["actions"].shape == (2, 50, 32) and not batch["actions"][..., 26:].any()
     assert batch["image_mask"]["base_0_rgb"].all() and not batch["image_mask"]["left_wrist_0_rgb"].any()

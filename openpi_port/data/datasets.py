@@ -6,6 +6,7 @@ from openpi_port.config import Data
 from openpi_port.data.frame_cache import FrameCache
 from openpi_port.data.lerobot import LeRobotDataset, load_metadata, resolve
 from openpi_port.data.split import split_episodes
+from openpi_port.errors import UserError
 
 
 def open_datasets(
@@ -26,12 +27,16 @@ def open_datasets(
       UserError: see `LeRobotDataset`.
     """
     metadata = load_metadata(resolve(data.repo_id, data.root))
-    training, validation = split_episodes(len(metadata.episodes), data.validation, seed)
+    numbers = [episode.index for episode in metadata.episodes]
+    if unknown := sorted(set(data.episodes) - set(numbers)):
+        raise UserError(f"config.data.episodes: {metadata.root} has no episode {unknown[0]}; it has {len(numbers)}")
+    numbers = [number for number in numbers if not data.episodes or number in data.episodes]
+    training, validation = split_episodes(len(numbers), data.validation, seed)
     cache = None
     if image_size is not None and data.cache_gb:
         cache = FrameCache(image_size, data.cache_gb)
 
-    def choose(numbers: tuple[int, ...]) -> LeRobotDataset:
+    def choose(part: tuple[int, ...]) -> LeRobotDataset:
         return LeRobotDataset(
             metadata,
             cameras={} if image_size is None else data.cameras,
@@ -40,7 +45,7 @@ def open_datasets(
             action=data.actions,
             image_size=image_size,
             cache=cache,
-            episodes=[metadata.episodes[number].index for number in numbers],
+            episodes=[numbers[i] for i in part],
         )
 
     return choose(training), choose(validation) if validation else None
