@@ -36,8 +36,10 @@ class Plan:
         return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
     def __str__(self) -> str:
+        unit, name = (GIB, "GiB") if self.total >= GIB else (2**20, "MiB")
         parts = ("weights", "gradients", "optimizer", "average", "activations")
-        return f"{self.total / GIB:.1f} GiB (" + ", ".join(f"{p} {getattr(self, p) / GIB:.1f}" for p in parts) + ")"
+        words = ", ".join(f"{part} {getattr(self, part) / unit:.1f}" for part in parts)
+        return f"{self.total / unit:.1f} {name} ({words})"
 
 
 def count_params(model: Pi0 | Pi0Fast, frozen: tuple[str, ...] = ()) -> tuple[int, int]:
