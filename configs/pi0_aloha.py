@@ -28,14 +28,14 @@ def get_config(size: str = "base") -> ConfigDict:
             init="gs://openpi-assets/checkpoints/pi0_base",
         )
     else:
-        steps = 300 if size == "mini" else 20
+        steps = 360 if size == "mini" else 20
         config = Train(
             name=f"pi0_aloha_{size}",
             model=Pi0(**sizes, vocab_size=512, action_dim=14, max_token_len=11, cameras=tuple(CAMERAS)),
             data=data,
             optimizer=Optimizer(peak_lr=1e-3, end_lr=1e-5, warmup_steps=steps // 10, decay_steps=steps),
             tokenizer="small",
-            batch_size=16 if size == "mini" else 4,
+            batch_size=8 if size == "mini" else 4,
             draws=4,
             num_steps=steps,
             log_every=10,
