@@ -10,6 +10,7 @@ Ctrl-C or SIGTERM saves a checkpoint and ends; `--resume` goes on as if nothing 
 from __future__ import annotations
 
 import math
+import resource
 import signal
 import time
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ def main() -> None:
     """Trains what the command line says."""
     config = flags.config()
     run = Path(config.out) / config.name
+    announce(config)
     train(config, run, starting.point(run, config, resume=RESUME.value))
 
 
@@ -49,9 +51,7 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
     """
     backend = Backend(config.backend)
     data = material.load(config, start.norm_stats)
-    device, room = backend.device.describe(backend.device.find(None))
-    announce(config, data, device, room)
-
+    print(f"{len(data.train.episodes)} training episodes, {len(data.train)} frames of {config.data.repo_id}")
     trainer = backend.train.Trainer(config, start.weights)
     if start.train_state is not None:
         trainer.restore(start.step, start.train_state)
@@ -89,20 +89,21 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
                 save(saver, config, data, trainer, backend)
         batches.close()
         saver.wait()
-    finish(config, run, trainer.step)
+    finish(config, run, trainer.step, backend)
 
 
-def announce(config: Train, data: material.Material, device: str, room: int) -> None:
-    """Says what will run, and refuses what the device can't hold."""
+def announce(config: Train) -> None:
+    """Says what will run, and refuses what the device can't hold, before anything is fetched or allocated."""
+    device = Backend(config.backend).device
+    name, room = device.describe(device.find(None))
     plan = memory.plan(config)
     print(
-        f"{config.name}: {plan.num_params / 1e6:.1f} M parameters ({config.model.size}), {config.backend} on {device}, "
-        f"{config.compute.dtype}; {len(data.train.episodes)} training episodes of {config.data.repo_id}\n"
-        f"memory: about {plan}; the device has {room / memory.GIB:.1f} GiB"
+        f"{config.name}: {plan.num_params / 1e6:.1f} M parameters ({config.model.size}), {config.backend} on {name}, "
+        f"{config.compute.dtype}\nmemory: about {plan}; the device has {room / memory.GIB:.1f} GiB"
     )
     if plan.total > room:
         raise UserError(
-            f"training needs about {plan.total / memory.GIB:.0f} GiB, {device} has {room / memory.GIB:.0f} GiB: try "
+            f"training needs about {plan.total / memory.GIB:.0f} GiB, {name} has {room / memory.GIB:.0f} GiB: try "
             f"a smaller --config.batch_size, --config.compute.remat=full, --config.optimizer.ema=0, "
             f"--config.frozen=\"('^vision',)\" or a smaller --config.model.size"
         )
@@ -125,8 +126,11 @@ def save(saver: checkpoint.Saver, config: Train, data: material.Material, traine
     saver.save(trainer.step, fill)
 
 
-def finish(config: Train, run: Path, step: int) -> None:
-    """Says what to do next."""
+def finish(config: Train, run: Path, step: int, backend: Backend) -> None:
+    """Says what it took and what to do next."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+    device = backend.device.peak(backend.device.find(None))
+    print(f"peak memory: host {host / memory.GIB:.1f} GiB" + (f", device {device / memory.GIB:.1f} GiB" * bool(device)))
     path, other = run / str(step), "torch" if config.backend == "flax" else "flax"
     if step < config.num_steps:
         print(f"stopped at step {step}; the same command with --resume goes on")
