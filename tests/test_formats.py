@@ -60,7 +60,7 @@ def test_openpi_opens_from_the_directory_or_from_params_with_sizes_from_the_shap
         assert (model.vocab_size, model.action_horizon) == (512, 10)
         assert model.max_token_len == {"pi0": 48, "pi05": 200, "pi0_fast": 250}[kind]
         if kind != "pi0_fast":
-            assert vars(model.expert) == described["action_expert"]
+            assert vars(model.expert) == {**described["action_expert"], "lora": None}
             assert (model.state_in, model.time_in) == (("suffix", "mlp") if kind == "pi0" else ("prompt", "adarms"))
 
 

@@ -260,5 +260,3 @@ def test_a_mixture_of_adapted_and_plain_weights_is_refused(tmp_path):
     merged = formats.open_checkpoint(tmp_path / "part", merge_lora=True, **OPTIONS).canonical()
     name = "gemma/layers/experts/1/k/kernel"
     np.testing.assert_array_equal(merged[name][1], theirs[f"{LLM}/attn/kv_einsum_1/w"][1, 0, 0])
-
-
