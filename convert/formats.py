@@ -7,10 +7,11 @@ lerobot.py      LeRobot's directories            remote.py       gs://, hf:// an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert import big_vision, huggingface, openpi, ours, remote
+from convert import big_vision, huggingface, lora, openpi, ours, remote
 from convert.layout import Translated
 from convert.source import Source
 from openpi_port import orbax_io
@@ -24,7 +25,7 @@ def open_checkpoint(
 
     Args:
       path: a directory or file, or a URL (`hf://user/name`, `gs://...`), which is fetched first.
-      merge_lora: whether to add LoRA weights to those that they adapt; without it they are an error.
+      merge_lora: whether to add LoRA weights to those that they adapt; without it they stay what they are.
       asset: which of several data sets' statistics in openpi's `assets/`; None takes the only one.
       **overrides: fields of the model that the weights don't determine: `action_horizon`, `max_token_len`,
         `cameras`, `vision={"num_heads": 4}`.
@@ -35,12 +36,17 @@ def open_checkpoint(
     path = remote.fetch(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
+    source = _open(path, asset, overrides)
+    return lora.merge(source) if merge_lora else lora.check(source)
+
+
+def _open(path: Path, asset: str | None, overrides: Mapping[str, Any]) -> Source:
     orbax = openpi.params_dir(path)
     if orbax is not None:
         arrays = orbax_io.Arrays(orbax)
         if any(name.startswith("gemma/") for name in arrays):
             return ours.open_(orbax.parent, dict(arrays), "flax", overrides)
-        return openpi.open_(path, merge_lora=merge_lora, asset=asset, **overrides)
+        return openpi.open_(path, asset=asset, **overrides)
     if path.suffix == ".npz":
         return big_vision.open_(path, **overrides)
     if path.is_file() or any((path / name).exists() for name in (huggingface.WEIGHTS, huggingface.INDEX)):

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from convert import tables
+from convert import lora, tables
 from openpi_port import config as config_lib
 from openpi_port.config import Pi0Fast
 from openpi_port.errors import UserError, near
@@ -51,6 +51,10 @@ def config(shapes: Shapes, side: str, described: Mapping[str, Any], overrides: M
         if stated[key] != fields[key]:
             raise UserError(f"{key}={stated[key]!r} contradicts the weights, which say {fields[key]!r}")
     for part, hint in hints.items():
+        alpha = _nested(hint.get("lora")).get("alpha")
+        adapters = lora.config(shapes, side, fields[part], int(part == "expert"), alpha) if part != "vision" else None
+        if adapters is not None:
+            fields[part] = dataclasses.replace(fields[part], lora=adapters)
         _agree(part, fields[part], hint)
     if fields.get("state_in") == "prompt":
         fields["max_token_len"] = 200  # openpi's default for pi0.5
@@ -68,7 +72,9 @@ def _agree(part: str, found: Any, hint: Mapping[str, Any]) -> None:
     for key, value in hint.items():
         if not hasattr(found, key):
             raise UserError(f"{part}.{key}: no such field; {near(key, dataclasses.asdict(found))}")
-        if getattr(found, key) != value:
+        if isinstance(value, Mapping) and getattr(found, key) is not None:
+            _agree(f"{part}.{key}", getattr(found, key), value)
+        elif getattr(found, key) != (tuple(value) if isinstance(value, list) else value):
             raise UserError(f"{part}.{key}={value} contradicts the weights, which say {getattr(found, key)}")
 
 

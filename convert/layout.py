@@ -35,7 +35,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor of the model on every side; `sides[OURS]` is the canonical one."""
+    """One tensor of the model on every side that has a place for it; `sides[OURS]` is the canonical one."""
 
     sides: Mapping[str, Place]
     layered: bool = False
@@ -69,16 +69,28 @@ class Entry:
         """The pieces: layer numbers, or [None]."""
         return range(self.sizes["L"]) if self.row.layered else [None]
 
+    def place(self, side: str) -> Place:
+        """Where it lies on a side.
+
+        Raises:
+          UserError: nowhere.
+        """
+        if side not in self.row.sides:
+            raise UserError(
+                f"{self.name}: openpi-PyTorch and LeRobot have no place for LoRA; add it to the weights: --merge-lora"
+            )
+        return self.row.sides[side]
+
     def spot(self, side: str, layer: int | None) -> Spot:
         """Where a piece lies on a side."""
-        place = self.row.sides[side]
+        place = self.place(side)
         stacked = layer is not None and "{l}" not in place.name
         index = ((layer,) if stacked else ()) + (() if place.slot is None else (place.slot[0],))
         return Spot(place.name.format_map({**self.words, "l": layer}), index)
 
     def shape(self, side: str) -> tuple[int, ...]:
         """Shape of the whole tensor that holds this entry (or one layer of it) on a side."""
-        place = self.row.sides[side]
+        place = self.place(side)
         stacked = self.row.layered and "{l}" not in place.name
         lead = ((self.sizes["L"],) if stacked else ()) + (() if place.slot is None else (place.slot[1],))
         return (*lead, *self.piece_shape(side))
@@ -86,7 +98,7 @@ class Entry:
     def piece_shape(self, side: str) -> tuple[int, ...]:
         """Shape of one piece on a side."""
         shape, product = [], None
-        for token in self.row.sides[side].axes.replace("(", " ( ").replace(")", " ) ").split():
+        for token in self.place(side).axes.replace("(", " ( ").replace(")", " ) ").split():
             if token == "(":
                 product = 1
             elif token == ")":

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert import infer, settings
 from convert.source import Source
 from openpi_port import orbax_io
@@ -20,39 +18,18 @@ def params_dir(path: str | Path) -> Path | None:
     return next((p for p in (path / "params", path) if (p / orbax_io.TREE).exists()), None)
 
 
-def tensors(path: Path, *, merge_lora: bool = False) -> dict[str, Any]:
+def tensors(path: Path) -> dict[str, Any]:
     """openpi's names ("PaliGemma/...") -> arrays on disk; without the root "params" and trailing "value"s."""
     arrays = orbax_io.Arrays(path)
-    theirs = {name.removeprefix("params/").removesuffix("/value"): array for name, array in arrays.items()}
-    adapters = sorted(name for name in theirs if name.endswith("lora_a"))
-    if adapters and not merge_lora:
-        raise UserError(f"{path}: {len(adapters)} LoRA adapters ({adapters[0]}, ...); add them with --merge-lora")
-    for name in adapters:
-        # `q_einsum/lora_a` adapts `q_einsum/w`; `mlp/linear_lora_a` adapts `mlp/linear`.
-        stem = name.removesuffix("lora_a")
-        adapted = f"{stem}w" if stem.endswith("/") else stem.removesuffix("_")
-        theirs[adapted] = Merged(theirs[adapted], theirs.pop(name), theirs.pop(f"{stem}lora_b"))
-    return theirs
+    return {name.removeprefix("params/").removesuffix("/value"): array for name, array in arrays.items()}
 
 
-class Merged:
-    """A weight with its LoRA adapter added, `w + a @ b` (openpi's alpha is its rank), made when indexed."""
-
-    def __init__(self, w: Any, a: Any, b: Any) -> None:
-        self._w, self._a, self._b = w, a, b
-        self.shape, self.dtype = w.shape, w.dtype
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        w, a, b = (np.asarray(x[index], np.float32) for x in (self._w, self._a, self._b))
-        return (w + a @ b).astype(self.dtype)
-
-
-def open_(path: str | Path, *, merge_lora: bool = False, asset: str | None = None, **overrides: Any) -> Source:
+def open_(path: str | Path, *, asset: str | None = None, **overrides: Any) -> Source:
     """Opens an openpi checkpoint.
 
     Args:
       path: the directory that holds `params/`, or `params/` itself.
-      merge_lora, asset: see `formats.open_checkpoint`.
+      asset: see `formats.open_checkpoint`.
       **overrides: fields of the model that the weights don't determine (`action_horizon`, ...).
 
     Raises:
@@ -61,7 +38,7 @@ def open_(path: str | Path, *, merge_lora: bool = False, asset: str | None = Non
     found = params_dir(path)
     if found is None:
         raise UserError(f"{path}: no orbax checkpoint (params/{orbax_io.TREE}) here")
-    theirs = tensors(found, merge_lora=merge_lora)
+    theirs = tensors(found)
     stated = settings.read(found.parent)
     model = infer.config({n: a.shape for n, a in theirs.items()}, "openpi", stated.model, overrides)
     asset_id, stats = read_assets(found.parent, asset)

@@ -100,7 +100,8 @@ class Source:
         Raises:
           UserError: the parts differ in size.
         """
-        entries = tables.paligemma_entries(model)
+        language = dataclasses.replace(model.language, lora=None)  # adapters start fresh
+        entries = tables.paligemma_entries(dataclasses.replace(model, language=language))
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         check(shapes, side_shapes(entries, self.side), str(self.path))
         here = Translated(entries, self.tensors, self.side, OURS)

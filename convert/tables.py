@@ -1,7 +1,8 @@
 """Every parameter of the pi0 family on every side, one row per tensor; names are written nowhere else.
 
 Axis letters: L layers, T patches, p q rows and columns of a patch, C colours, W vision width, M vision MLP,
-N heads, H head dim, K kv heads, D width, F width of the MLP, V vocabulary, J action dim, 1 an axis of one.
+N heads, H head dim, K kv heads, D width, F width of the MLP, R rank of LoRA, V vocabulary, J action dim, 1 an axis of
+one.
 
 Sides: `flax` (canonical: layers stacked on axis 0, kernels [in, out]), `torch` (per layer, [out, in]), `openpi`
 (orbax; also big_vision's names), `hf` (openpi-PyTorch; LeRobot and Hugging Face PaliGemma under another root).
@@ -29,7 +30,7 @@ LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"  # tied to EMBED_TOKE
 UNUSED_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"  # random; no computation reads it
 
 
-def _row(ours: str, axes: str, openpi: tuple, hf: tuple) -> Row:
+def _row(ours: str, axes: str, openpi: tuple, hf: tuple | None) -> Row:
     """A row; the torch side follows from ours: dots, one tensor per layer, kernels transposed, called weight."""
     layered = "blocks/" in ours or "layers/" in ours
     torch = ours.replace("/", ".").replace("blocks.", "blocks.{l}.").replace("layers.", "layers.{l}.")
@@ -37,8 +38,8 @@ def _row(ours: str, axes: str, openpi: tuple, hf: tuple) -> Row:
     if ours.endswith("/kernel"):
         torch, (d_in, d_out) = torch.removesuffix("kernel") + "weight", _split(axes)
         torch_axes = f"{d_out} {d_in}"
-    ours, torch = Place(ours, axes), Place(torch, torch_axes)
-    return Row({OURS: ours, "torch": torch, "openpi": Place(*openpi), "hf": Place(*hf)}, layered)
+    sides = {OURS: Place(ours, axes), "torch": Place(torch, torch_axes), "openpi": Place(*openpi)}
+    return Row(sides if hf is None else {**sides, "hf": Place(*hf)}, layered)
 
 
 def _split(axes: str) -> list[str]:
@@ -173,6 +174,22 @@ EXPERT = [
     ),
 ]
 
+
+def adapters(kernel: Row) -> tuple[Row, Row]:
+    """The rows of a kernel's LoRA factors, a and b: openpi's axes on every side, and no place in Hugging Face's names.
+
+    openpi's `q_einsum/w` has `q_einsum/lora_a`, its `linear` has `linear_lora_a`.
+    """
+    ours, place = kernel.sides[OURS].name.removesuffix("kernel"), kernel.sides["openpi"]
+    stem = place.name.removesuffix("w") if place.name.endswith("/w") else f"{place.name}_"
+    *heads, d_in, d_out = place.axes.split()
+    a, b = " ".join([*heads, d_in, "R"]), " ".join([*heads, "R", d_out])
+    return (
+        _row(f"{ours}lora_a", a, (f"{stem}lora_a", a, place.slot), None),
+        _row(f"{ours}lora_b", b, (f"{stem}lora_b", b, place.slot), None),
+    )
+
+
 _NORMS = [
     (f"{_LAYER}/norm_attn", f"{_OPENPI}/pre_attention_norm{{s}}", f"{_HF}.input_layernorm"),
     (f"{_LAYER}/norm_mlp", f"{_OPENPI}/pre_ffw_norm{{s}}", f"{_HF}.post_attention_layernorm"),
@@ -243,10 +260,23 @@ def _gemma(config: Gemma, expert: int, *, adarms: bool) -> list[Entry]:
         "L": config.depth, "D": config.width, "F": config.mlp_dim, "S": 3 * config.width,
         "N": config.num_heads, "K": config.num_kv_heads, "H": config.head_dim,
     }  # fmt: skip
-    words = {"e": str(expert), "s": f"_{expert}" if expert else "", "hf": EXPERTS[expert]}
+    if config.lora is not None:
+        sizes["R"] = config.lora.rank
+    kernels = lora_targets(config)
+    rows = [*(row for part in kernels.values() for row in part), *(ADARMS_NORMS if adarms else RMS_NORMS)]
+    rows += [row for part in kernels if config.lora_of(part) for kernel in kernels[part] for row in adapters(kernel)]
+    return [Entry(row, sizes, words(expert)) for row in rows]
+
+
+def words(expert: int) -> dict[str, str]:
+    """What the placeholders in the names of an expert's rows stand for."""
+    return {"e": str(expert), "s": f"_{expert}" if expert else "", "hf": EXPERTS[expert]}
+
+
+def lora_targets(config: Gemma) -> dict[str, list[Row]]:
+    """The kernels of a layer, by the target of `config.Lora` that they belong to."""
     heads = SINGLE_HEADS if config.num_heads == config.num_kv_heads else GROUPED_HEADS
-    rows = [*heads, *EXPERT, *(ADARMS_NORMS if adarms else RMS_NORMS)]
-    return [Entry(row, sizes, words) for row in rows]
+    return {"attn": [*heads, EXPERT[0]], "mlp": EXPERT[1:]}
 
 
 def translate(tensors: Mapping[str, Any], config: Any, source: str, target: str) -> Translated:

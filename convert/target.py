@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from convert import huggingface, lerobot, settings, tables
+from convert import huggingface, lerobot, lora, settings, tables
 from convert.layout import OURS, Translated
 from convert.source import Source
 from openpi_port import orbax_io, safetensors_io
@@ -45,6 +45,8 @@ def write(source: Source, path: str | Path, to: str, progress: Progress = lambda
     path = Path(path)
     if path.exists():
         raise UserError(f"{path}: already there; name another directory or remove it")
+    if to == "openpi":
+        lora.refuse_scaled(source.model)
     weights = source.to(SIDES[to])
     needed = num_bytes(weights)
     with _whole(path, needed) as part:

@@ -33,6 +33,31 @@ class Siglip:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside an expert's weights: `w + alpha / rank * a @ b`.
+
+    Attributes:
+      rank: of `a` and `b`.
+      alpha: openpi's equals the rank.
+      targets: "attn" adapts queries, keys, values and output, "mlp" the three matrices of the MLP.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[Literal["attn", "mlp"], ...] = ("attn", "mlp")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.targets:
+            raise UserError(f"config: lora.rank={self.rank}, lora.targets={self.targets}: adapts nothing; use no lora")
+        object.__setattr__(self, "targets", tuple(sorted(set(self.targets))))
+
+    @property
+    def scaling(self) -> float:
+        """What `a @ b` is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class Gemma:
     """One expert of the language stack. Experts attend together, so heads and depth agree among them."""
 
@@ -42,6 +67,11 @@ class Gemma:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    lora: Lora | None = None
+
+    def lora_of(self, target: Literal["attn", "mlp"]) -> Lora | None:
+        """The adapters of attention or of the MLP, if there are any."""
+        return self.lora if self.lora is not None and target in self.lora.targets else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +246,8 @@ class Train:
       fast_tokenizer: of pi0-FAST's actions: a processor's directory, a name on the Hugging Face hub, or one that ships
         ("fast_aloha").
       init: a checkpoint to start from (local, gs://, hf://); None starts from fresh weights.
-      frozen: regular expressions over parameter paths (Flax names); what matches any is not trained.
+      frozen: regular expressions over parameter paths (Flax names); what matches any is not trained. `LORA_ONLY`
+        freezes the language model and the expert except their adapters.
       draws: of noise and time per sample; several share one pass over images and prompt.
       loss_on_padding: count the repeated last action after an episode's end, as openpi does. A token of pi0-FAST mixes
         all actions of its chunk, so there it always counts.
@@ -249,6 +280,10 @@ class Train:
         if isinstance(self.model, Pi0Fast) and self.draws != 1:
             raise UserError(f"config.draws={self.draws}: pi0-FAST draws neither noise nor time; leave it at 1")
 
+
+# What openpi freezes when it trains LoRA: all of the language stack but the adapters. The vision tower and the
+# projections of state, time and actions are trained.
+LORA_ONLY = (r"^gemma/(?!.*/lora_[ab]$)",)
 
 # width, depth, mlp, heads: big_vision's So400m/14; kv heads and head dim: Gemma's and openpi's variants.
 SIGLIP = {

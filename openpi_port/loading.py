@@ -30,7 +30,8 @@ def load_model(
       dtype: of weights and matrix products.
       device: "cpu", "gpu", "tpu" in Flax, "cpu", "cuda:1" in torch; None takes the best there is.
       **overrides: fields of `config.Pi0` or `config.Pi0Fast` that neither weights nor description determine
-        (`action_horizon=16`, `positions="contiguous"`); `model="pi0"`, `"pi05"` or `"pi0_fast"` says what is expected.
+        (`action_horizon=16`, `positions="contiguous"`); `model="pi0"`, `"pi05"` or `"pi0_fast"` says what is expected;
+        `merge_lora=True` adds LoRA's adapters to the weights that they adapt, which computes faster.
 
     Returns:
       A model whose `loss(batch, noise, time)` and `sample_actions(batch, noise, num_steps=10)` take and return numpy;

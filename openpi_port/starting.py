@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,11 +54,12 @@ def point(run: Path, config: Train, *, resume: bool) -> Point:
 
 
 def _foreign(config: Train) -> Mapping[str, np.ndarray]:
-    """Canonical weights of `config.init`, which must be of the same architecture."""
+    """Canonical weights of `config.init`, which must be of the same architecture; absent adapters start fresh."""
     from convert import formats
 
     source = formats.open_checkpoint(config.init)
     theirs, ours = to_dict(source.model), to_dict(config.model)
+    added = [part for part in ("language", "expert") if _add_lora(theirs.get(part), ours.get(part))]
     for field in ("vision", "language", "expert", "vocab_size", "action_dim", "state_in", "time_in"):
         if field == "action_dim" and "expert" not in ours:
             continue  # no weight of pi0-FAST depends on it
@@ -65,7 +68,19 @@ def _foreign(config: Train) -> Mapping[str, np.ndarray]:
                 f"--config.init={config.init} is of another model: {field} is {theirs.get(field)}, the config "
                 f"says {ours.get(field)}"
             )
-    return source.canonical()
+    weights = source.canonical()
+    if not added:
+        return weights
+    fresh = init.Fresh(config.model, config.seed)
+    return ChainMap({name: fresh[name] for name in fresh if name not in weights}, weights)
+
+
+def _add_lora(theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> bool:
+    """Gives a described expert without adapters those of the config; whether there was anything to give."""
+    if not theirs or not ours or theirs["lora"] is not None or ours["lora"] is None:
+        return False
+    theirs["lora"] = ours["lora"]
+    return True
 
 
 def _continued(path: Path, config: Train) -> Point:

@@ -56,11 +56,11 @@ def test_openpi_opens_from_the_directory_or_from_params_with_sizes_from_the_shap
     for path in (tmp_path, tmp_path / "params"):
         _, model = formats.read_openpi(path, action_horizon=10)
         assert vars(model.vision) == described["vision"]
-        assert vars(model.language) == described["vlm"]
+        assert vars(model.language) == {**described["vlm"], "lora": None}
         assert (model.vocab_size, model.action_horizon) == (512, 10)
         assert model.max_token_len == {"pi0": 48, "pi05": 200, "pi0_fast": 250}[kind]
         if kind != "pi0_fast":
-            assert vars(model.expert) == described["action_expert"]
+            assert vars(model.expert) == {**described["action_expert"], "lora": None}
             assert (model.state_in, model.time_in) == (("suffix", "mlp") if kind == "pi0" else ("prompt", "adarms"))
 
 

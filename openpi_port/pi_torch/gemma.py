@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from openpi_port.config import Compute
 from openpi_port.config import Gemma as Config
-from openpi_port.pi_torch.layers import AdaRMSNorm, Linear, RMSNorm, add_gated, attention, rope, stack
+from openpi_port.pi_torch import lora
+from openpi_port.pi_torch.layers import AdaRMSNorm, RMSNorm, add_gated, attention, rope, stack
 
 
 class KVCache(NamedTuple):
@@ -36,15 +37,16 @@ class Expert(nn.Module):
         self.head_dim = config.head_dim
         norm = AdaRMSNorm if adarms else RMSNorm
         width, heads, kv_heads = config.width, config.num_heads, config.num_kv_heads
+        attn, mlp = config.lora_of("attn"), config.lora_of("mlp")
         self.norm_attn = norm(width)
-        self.q = Linear(width, heads * config.head_dim)
-        self.k = Linear(width, kv_heads * config.head_dim)
-        self.v = Linear(width, kv_heads * config.head_dim)
-        self.o = Linear(heads * config.head_dim, width)
+        self.q = lora.to_heads(width, heads, config.head_dim, attn)
+        self.k = lora.to_heads(width, kv_heads, config.head_dim, attn)
+        self.v = lora.to_heads(width, kv_heads, config.head_dim, attn)
+        self.o = lora.from_heads(heads, config.head_dim, width, attn)
         self.norm_mlp = norm(width)
-        self.gate = Linear(width, config.mlp_dim)
-        self.up = Linear(width, config.mlp_dim)
-        self.down = Linear(config.mlp_dim, width)
+        self.gate = lora.plain(width, config.mlp_dim, mlp)
+        self.up = lora.plain(width, config.mlp_dim, mlp)
+        self.down = lora.plain(config.mlp_dim, width, mlp)
 
     def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled, rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
