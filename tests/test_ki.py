@@ -48,7 +48,7 @@ def batch_of_noise(seed: int = 0, draws: int = 1) -> dict:
         "image_mask": {c: np.array([True, i == 0, True]) for i, c in enumerate(TINY.cameras)},
         "state": rng.standard_normal(chunk[::2], np.float32),
         "tokenized_prompt": rng.integers(2, TINY.vocab_size, (B, 8)).astype(np.int32),
-        "tokenized_prompt_mask": np.arange(8) < np.array([[3], [8], [5]]),
+        "tokenized_prompt_mask": np.arange(8) < np.array([[3], [6], [8]]),
         "actions": rng.standard_normal(chunk, np.float32),
         "action_is_pad": np.arange(chunk[1]) >= np.array([[6], [4], [5]]),
         "action_tokens": rng.integers(2, TINY.vocab_size, (B, N)).astype(np.int32),
@@ -79,46 +79,88 @@ def insulated(framework):
     return importlib.import_module(f"openpi_port.pi_{framework.name}.insulated")
 
 
-def losses(framework, model, batch) -> tuple[np.ndarray, np.ndarray]:
-    """Of the flow [B, A] and of the tokens [B]."""
-    out = insulated(framework).losses(model.module, *framework.array((batch, batch["noise"], batch["time"])))
+def call(framework, model, function, *args):
+    """A function of the module and of numpy, compiled, without gradients; numpy again."""
+    inputs = framework.array(args)
+    if framework.name == "torch":
+        import torch
+
+        with torch.no_grad():
+            return tuple(map(framework.numpy, function(model.module, *inputs)))
+    import jax
+    from flax import nnx
+
+    graph, state = nnx.split(model.module)
+    out = jax.jit(lambda state, inputs: tuple(function(nnx.merge(graph, state), *inputs)))(state, inputs)
     return tuple(map(framework.numpy, out))
 
 
-def gradients(framework, model, batch, part: int) -> dict[str, np.ndarray]:
-    """Of the mean of one of the two losses, by canonical name; a parameter out of its reach has zeros."""
-    inputs, of = framework.array((batch, batch["noise"], batch["time"])), insulated(framework).losses
+def losses(framework, model, batch) -> tuple[np.ndarray, np.ndarray]:
+    """Of the flow [B, A] and of the tokens [B]."""
+    return call(framework, model, insulated(framework).losses, batch, batch["noise"], batch["time"])
+
+
+def hidden(framework, model, batch) -> np.ndarray:
+    """What each action token is predicted from, [B, N, D]."""
+    return call(framework, model, lambda module, batch: insulated(framework).read(module, batch)[2:], batch)[0]
+
+
+@pytest.fixture(scope="module")
+def grads(weights):
+    """By framework: gradients of the mean loss of the flow, and of the tokens, by canonical name; two draws."""
+    return {name: gradients(Framework(name), weights, batch_of_noise(draws=2)) for name in NAMES}
+
+
+def gradients(framework, weights, batch) -> list[dict[str, np.ndarray]]:
+    model, of = framework.load(TINY, weights), insulated(framework).losses
+    inputs = framework.array((batch, batch["noise"], batch["time"]))
     if framework.name == "torch":
-        model.module.zero_grad(set_to_none=True)
-        of(model.module, *inputs)[part].mean().backward()
+        found = []
         parameters = dict(model.module.named_parameters())
-        named = {n: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy() for n, p in parameters.items()}
+        for part in (0, 1):
+            model.module.zero_grad(set_to_none=True)
+            of(model.module, *inputs)[part].mean().backward()
+            zero = np.zeros_like
+            found.append({n: zero(p.detach()) if p.grad is None else p.grad.numpy() for n, p in parameters.items()})
     else:
         import jax
         from flax import nnx
 
         graph, state = nnx.split(model.module)
-        grads = jax.jit(jax.grad(lambda s: of(nnx.merge(graph, s), *inputs)[part].mean()))(state)
-        named = {"/".join(map(str, p)): np.asarray(v.get_value()) for p, v in nnx.to_flat_state(grads)}
-    return dict(tables.translate(named, TINY, framework.name, "flax"))
+
+        @jax.jit
+        def both(state):
+            _, back = jax.vjp(lambda s: tuple(x.mean() for x in of(nnx.merge(graph, s), *inputs)), state)
+            return back((1.0, 0.0))[0], back((0.0, 1.0))[0]
+
+        flat = map(nnx.to_flat_state, both(state))
+        found = [{"/".join(map(str, path)): np.asarray(v.get_value()) for path, v in tree} for tree in flat]
+    return [dict(tables.translate(named, TINY, framework.name, "flax")) for named in found]
 
 
-@pytest.mark.parametrize("draws", [1, 2])
-def test_each_loss_trains_its_own_half(framework, model, draws):
+@pytest.mark.parametrize("name", NAMES)
+def test_each_loss_trains_its_own_half(grads, name):
     """The flow's gradient is exactly zero all over the vision-language model, and the tokens' all over the expert."""
-    batch = batch_of_noise(draws=draws)
-    of_flow, of_tokens = (gradients(framework, model, batch, part) for part in (0, 1))
+    of_flow, of_tokens = grads[name]
     assert len(of_flow) > 30
-    for name in of_flow:
-        mine, other = (of_flow, of_tokens) if name.startswith(EXPERT) else (of_tokens, of_flow)
-        assert np.abs(mine[name]).max() > 0, name
-        assert not other[name].any(), name
+    for path in of_flow:
+        mine, other = (of_flow, of_tokens) if path.startswith(EXPERT) else (of_tokens, of_flow)
+        assert np.abs(mine[path]).max() > 0, path
+        assert not other[path].any(), path
 
 
-def test_plain_flow_is_not_insulated(framework, model):
-    """The same test of the loss of pi0.5 fails, so it can."""
-    grads = framework.gradients(model, batch_of_noise())
-    assert np.abs(grads["vision/patch_embed/kernel"]).max() > 0
+def test_gradients_agree(grads):
+    """Of every parameter, among the frameworks."""
+    for flax, torch in zip(*grads.values(), strict=True):
+        for path, grad in flax.items():
+            np.testing.assert_allclose(torch[path], grad, atol=1e-4 * max(1, np.abs(grad).max()), rtol=0, err_msg=path)
+
+
+def test_plain_flow_is_not_insulated(weights):
+    """pi0.5's own loss fails the test above, so it can."""
+    framework = Framework("torch")
+    of_flow = framework.gradients(framework.load(TINY, weights), batch_of_noise())
+    assert all(of_flow[path].any() for path in ("vision/patch_embed/kernel", "gemma/layers/experts/0/k/kernel"))
 
 
 def test_expert_does_not_see_the_action_tokens(framework, model):
@@ -131,10 +173,6 @@ def test_expert_does_not_see_the_action_tokens(framework, model):
     np.testing.assert_array_equal(flow, flow_)
     assert np.abs(tokens - tokens_).min() > 1e-3
     np.testing.assert_allclose(flow, model.loss(batch, batch["noise"], batch["time"]), atol=2e-6, rtol=1e-6)
-    drawn = batch_of_noise(draws=2)
-    np.testing.assert_allclose(
-        losses(framework, model, drawn)[0], model.loss(drawn, drawn["noise"], drawn["time"]), atol=2e-6, rtol=1e-6
-    )
 
 
 def test_tokens_are_predicted_from_what_came_before(framework, model):
@@ -144,8 +182,7 @@ def test_tokens_are_predicted_from_what_came_before(framework, model):
     changed["action_tokens"][:, 4] += 1
     prompt = {**batch, "tokenized_prompt": batch["tokenized_prompt"].copy()}
     prompt["tokenized_prompt"][:, 1] = 1
-    read = insulated(framework).read
-    want, got, first = (framework.numpy(read(model.module, framework.array(b))[2]) for b in (batch, changed, prompt))
+    want, got, first = (hidden(framework, model, b) for b in (batch, changed, prompt))
     assert want.shape == (B, N, TINY.language.width)
     np.testing.assert_array_equal(got[:, :5], want[:, :5])
     for row, count in enumerate(batch["action_tokens_mask"].sum(1)):
@@ -153,33 +190,21 @@ def test_tokens_are_predicted_from_what_came_before(framework, model):
     assert (np.abs(first - want)[:, 0].max(-1) > 1e-5).all()
 
 
-def test_token_loss_is_that_of_a_sequence_without_padding(framework, model):
-    """Sample by sample with its prompt and tokens alone, scored by plain softmax: padding takes no part."""
-    batch = batch_of_noise()
+def test_padding_takes_no_part(framework, model):
+    """A sample's loss, from its cameras, prompt and tokens without padding and by plain softmax."""
+    batch, row = batch_of_noise(), 1
     _, want = losses(framework, model, batch)
-    for row in range(B):
-        one = {k: {c: x[row : row + 1] for c, x in v.items()} if k.startswith("image") else v[row : row + 1]
-               for k, v in batch.items()}  # fmt: skip
-        for name, mask in (("tokenized_prompt", "tokenized_prompt_mask"), ("action_tokens", "action_tokens_mask")):
-            one[name], one[mask] = one[name][:, one[mask][0]], one[mask][:, one[mask][0]]
-        hidden = framework.numpy(insulated(framework).read(model.module, framework.array(one))[2])[0]
-        scores = hidden.astype(np.float64) @ framework.numpy(model.module.gemma.embedding).astype(np.float64).T
-        scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
-        tokens = one["action_tokens"][0]
-        assert -scores[np.arange(len(tokens)), tokens].mean() == pytest.approx(want[row], abs=2e-5)
-
-
-def test_frameworks_agree(weights):
-    """Losses and the gradient of every parameter."""
-    batch = batch_of_noise(draws=2)
-    both = [Framework(name) for name in NAMES]
-    models = [f.load(TINY, weights) for f in both]
-    for a, b in zip(*(losses(f, m, batch) for f, m in zip(both, models, strict=True)), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5, rtol=0)
-    for part in (0, 1):
-        flax, torch = (gradients(f, m, batch, part) for f, m in zip(both, models, strict=True))
-        for name, grad in flax.items():
-            np.testing.assert_allclose(torch[name], grad, atol=1e-4 * max(1, np.abs(grad).max()), rtol=0, err_msg=name)
+    one = {key: batch[key][row : row + 1] for key in batch if not key.startswith("image")}
+    one |= {key: {c: x[row : row + 1] for c, x in batch[key].items()} for key in ("image", "image_mask")}
+    for name in ("tokenized_prompt", "action_tokens"):
+        mask = one[f"{name}_mask"][0]
+        one |= {name: one[name][:, mask], f"{name}_mask": one[f"{name}_mask"][:, mask]}
+    table = framework.numpy(model.module.gemma.embedding)
+    scores = hidden(framework, model, one)[0].astype(np.float64) @ table.T.astype(np.float64)
+    scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
+    tokens = one["action_tokens"][0]
+    assert len(tokens) == 7
+    assert -scores[np.arange(7), tokens].mean() == pytest.approx(want[row], abs=2e-5)
 
 
 # --- the main job ----------------------------------------------------------------------------------------------------
@@ -191,9 +216,10 @@ def job(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         config = build(Train, pi05_aloha_ki.get_config("debug"))
-        optimizer = dataclasses.replace(config.optimizer, peak_lr=1e-3)
+        optimizer = dataclasses.replace(config.optimizer, peak_lr=2e-3)
         every = {"log_every": 1, "save_every": 100, "eval_every": 100, "eval_batches": 1}
-        yield dataclasses.replace(config, optimizer=optimizer, batch_size=2, **every)
+        data = dataclasses.replace(config.data, validation=0.0)
+        yield dataclasses.replace(config, optimizer=optimizer, data=data, batch_size=2, **every)
 
 
 def run(config: Train, out, *, resume: bool = False, **changes):
@@ -214,7 +240,7 @@ def test_both_losses_fall(job, torch_run):
     path, curve = torch_run
     curve = np.array(curve)
     np.testing.assert_allclose(curve[:, 0], curve[:, 1] + curve[:, 2], rtol=1e-6)
-    assert (curve[-4:].mean(0) < 0.9 * curve[:4].mean(0)).all()
+    assert (curve[-4:].mean(0) < [1, 0.9, 0.95] * curve[:4].mean(0)).all()
 
 
 def test_frameworks_train_alike(job, torch_run, tmp_path):
@@ -257,7 +283,7 @@ def test_batches(job):
         chunk = data.sequence.decode_actions(grammars.until_end(tokens[mask]), *actions.shape)
         assert np.sqrt(np.square(chunk - actions).mean(0)).max() < 0.05
     prompt = batch["tokenized_prompt"][0][batch["tokenized_prompt_mask"][0]]
-    assert data.tokenizer.decode_text(prompt).endswith("Action:")
+    assert data.tokenizer.decode_text(prompt).endswith("\nAction: ")
 
 
 def test_mistakes(job):
