@@ -69,6 +69,10 @@ def train(config: Train, backend: Backend, weights: dict[str, np.ndarray]) -> di
     """Optimizer steps on one batch that lies ready."""
     trainer = backend.train.Trainer(config, weights)
     batch = random_batch(config.model, config.batch_size, config.draws)
+    if config.insulate:
+        shape = (config.batch_size, config.max_action_tokens)
+        tokens = np.random.default_rng(1).integers(0, config.model.vocab_size, shape).astype(np.int32)
+        batch |= {"action_tokens": tokens, "action_tokens_mask": np.ones(shape, bool)}
     begin = time.perf_counter()
     float(trainer.update(batch)["loss"])
     ready = time.perf_counter() - begin

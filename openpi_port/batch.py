@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from openpi_port.config import Pi0, Pi0Fast
+from openpi_port.config import Pi0Fast, Train
 
 Batch = Mapping[str, Any]
 
 OBSERVATION = ("image", "image_mask", "state", "tokenized_prompt", "tokenized_prompt_mask")
 TRAINING = (*OBSERVATION, "actions", "action_is_pad", "noise", "time")
+INSULATED = (*TRAINING, "action_tokens", "action_tokens_mask")
 FAST = ("image", "image_mask", "tokenized_prompt", "tokenized_prompt_mask")
 FAST_TRAINING = (*FAST, "token_ar_mask", "token_loss_mask")
 
 
-def training(model: Pi0 | Pi0Fast) -> tuple[str, ...]:
-    """What a model's loss reads."""
-    return FAST_TRAINING if isinstance(model, Pi0Fast) else TRAINING
+def training(config: Train) -> tuple[str, ...]:
+    """What the loss of a run reads."""
+    if isinstance(config.model, Pi0Fast):
+        return FAST_TRAINING
+    return INSULATED if config.insulate else TRAINING
 
 
 def prompt(batch: Batch) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 RUN/STEP/policy.json         what the policy is: model, data and transform settings, tokenizer, framework, step
          norm_stats.json     statistics of state and actions, in openpi's format
          tokenizer.model     the SentencePiece model of the prompt
-         fast_tokenizer/     of pi0-FAST's actions, as a Hugging Face processor
+         fast_tokenizer/     of actions (pi0-FAST, knowledge insulation), as a Hugging Face processor
          params/             weights (orbax) in Flax
          model.safetensors   weights in torch
          train_state/        what else a resume needs: Adam's moments, raw weights beside averaged ones

@@ -244,11 +244,15 @@ class Train:
       backend: "flax" or "torch".
       tokenizer: "paligemma", "small" (ships with the project) or a path to a SentencePiece model.
       fast_tokenizer: of pi0-FAST's actions: a processor's directory, a name on the Hugging Face hub, or one that ships
-        ("fast_aloha").
+        ("fast_aloha"). Also of the action tokens that `insulate` adds.
       init: a checkpoint to start from (local, gs://, hf://); None starts from fresh weights.
       frozen: regular expressions over parameter paths (Flax names); what matches any is not trained. `LORA_ONLY`
         freezes the language model and the expert except their adapters.
       draws: of noise and time per sample; several share one pass over images and prompt.
+      insulate: knowledge insulation, for pi0.5: the expert's gradient stops at the language model's keys and values,
+        and the language model learns to write the actions as FAST tokens instead. What is deployed is the same model.
+      max_action_tokens: of `insulate`, the most that a chunk may have with its two end marks.
+      flow_weight: of `insulate`, what the flow's loss is multiplied by before the tokens' is added.
       loss_on_padding: count the repeated last action after an episode's end, as openpi does. A token of pi0-FAST mixes
         all actions of its chunk, so there it always counts.
       out: directory for checkpoints and metrics.
@@ -266,6 +270,9 @@ class Train:
     frozen: tuple[str, ...] = ()
     batch_size: int = 32
     draws: int = 1
+    insulate: bool = False
+    max_action_tokens: int = 250
+    flow_weight: float = 1.0
     num_steps: int = 30000
     seed: int = 0
     loss_on_padding: bool = False
@@ -279,6 +286,11 @@ class Train:
     def __post_init__(self) -> None:
         if isinstance(self.model, Pi0Fast) and self.draws != 1:
             raise UserError(f"config.draws={self.draws}: pi0-FAST draws neither noise nor time; leave it at 1")
+        if self.insulate and getattr(self.model, "state_in", None) != "prompt":
+            raise UserError(
+                "config.insulate=True is for pi0.5 (model.state_in='prompt'): its language model must see the state to "
+                "write the actions"
+            )
 
 
 # What openpi freezes when it trains LoRA: all of the language stack but the adapters. The vision tower and the

@@ -69,8 +69,9 @@ def _activations(config: Train) -> int:
     vision = _layer(model.vision, model.vision.num_tokens, model.vision.num_tokens, size)
     vision_inputs = model.vision.num_tokens * model.vision.width * size
     prefix, suffix = model.prefix_len, 0 if isinstance(model, Pi0Fast) else model.suffix_len
-    joint = _layer(model.language, prefix, prefix + suffix, size)
-    joint_inputs = prefix * model.language.width * size
+    read = prefix + (config.max_action_tokens if config.insulate else 0)  # by the language model
+    joint = _layer(model.language, read, read + suffix, size)
+    joint_inputs = read * model.language.width * size
     if isinstance(model, Pi0):
         joint += config.draws * _layer(model.expert, suffix, prefix + suffix, size)
         joint_inputs += config.draws * suffix * model.expert.width * size

@@ -67,6 +67,7 @@ def pipeline(
     tokenizer: PromptTokenizer | FastSequence,
     *,
     missing_visible: bool = False,
+    action_tokens: TokenizeActions | None = None,
 ) -> tuple[Transform, ...]:
     """The whole list for one data set and one model.
 
@@ -76,6 +77,7 @@ def pipeline(
       stats: of "state" and "actions" after the robot's steps and Delta (see `before_normalize`).
       tokenizer: of the prompt; a FastSequence makes tokens of the actions too, and then nothing is padded.
       missing_visible: leaves cameras that the robot lacks unmasked, as openpi's FAST adaptors do.
+      action_tokens: writes the actions as tokens too, for training with knowledge insulation.
 
     Raises:
       UserError: unknown robot or camera, or statistics that do not fit.
@@ -105,6 +107,7 @@ def pipeline(
     return (
         *common,
         TokenizePrompt(tokenizer, model.max_token_len, model.state_in),
+        *(() if action_tokens is None else (action_tokens,)),
         PadDims(model.action_dim, state_dim, action_dim),
     )
 
@@ -365,6 +368,28 @@ class TokenizeFast:
         out = dict(sample)
         tokens = np.asarray(out.pop("tokens"))
         return {**out, "actions": self.sequence.decode_actions(tokens, self.horizon, self.action_dim)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeActions:
+    """The actions as tokens beside themselves, for knowledge insulation.
+
+    Attributes:
+      sequence: makes them.
+      max_len: N.
+    """
+
+    sequence: FastSequence
+    max_len: int
+
+    def forward(self, sample: Sample) -> Sample:
+        """Adds "action_tokens" int32 [N] and "action_tokens_mask" bool [N]."""
+        tokens, mask = self.sequence.encode_actions(sample["actions"], self.max_len)
+        return {**sample, "action_tokens": tokens, "action_tokens_mask": mask}
+
+    def inverse(self, sample: Sample) -> Sample:
+        """Nothing: the actions come from the flow."""
+        return sample
 
 
 @dataclasses.dataclass(frozen=True)

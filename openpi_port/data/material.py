@@ -28,7 +28,7 @@ class Material:
       steps: raw sample to the model's, and back.
       norm_stats: of the training episodes, or those that were given.
       tokenizer: of the prompt.
-      sequence: of prompt and actions, for pi0-FAST.
+      sequence: of prompt and actions, for pi0-FAST and for knowledge insulation.
     """
 
     config: Train
@@ -90,9 +90,13 @@ def load(config: Train, norm_stats: NormStats | None = None) -> Material:
         norm_stats, source = stats.compute(train, transforms.before_normalize(data, images=False)), data.repo_id
     if warning := normalize.before_training(norm_stats, data.norm, source):
         print(f"warning: {warning}", file=sys.stderr)
-    if not isinstance(model, Pi0Fast):
+    if not isinstance(model, Pi0Fast) and not config.insulate:
         steps = transforms.pipeline(data, model, norm_stats, tokenizer)
         return Material(config, train, validation, steps, norm_stats, tokenizer)
     sequence = FastSequence(tokenizer, fast.load(config.fast_tokenizer), model.vocab_size, out_of_range="clip")
+    if config.insulate:
+        action_tokens = transforms.TokenizeActions(sequence, config.max_action_tokens)
+        steps = transforms.pipeline(data, model, norm_stats, tokenizer, action_tokens=action_tokens)
+        return Material(config, train, validation, steps, norm_stats, tokenizer, sequence)
     steps = transforms.pipeline(data, model, norm_stats, sequence, missing_visible=model.missing_cameras == "visible")
     return Material(config, train, validation, steps, norm_stats, tokenizer, sequence)

@@ -128,7 +128,7 @@ class Pi0(nnx.Module):
         """
         actions, noise, time = jnp.asarray(batch["actions"]), jnp.asarray(noise), jnp.asarray(time)
         if noise.ndim == 4:
-            return self._loss_of_draws(batch, actions, noise, time)
+            return self.loss_of_draws(*self.prefill(batch), batch, noise, time)
         t = time[:, None, None]
         x_t = t * noise + (1 - t) * actions
         return jnp.square(self.velocity(batch, x_t, time) - (noise - actions)).mean(-1)
@@ -148,6 +148,20 @@ class Pi0(nnx.Module):
         pos = prefix.valid.sum(1, keepdims=True) + positions(suffix.valid)
         (_, out), _ = self.gemma([None, suffix.x], [None, cond], pos, mask, cache)
         return self._project_out(out)
+
+    def loss_of_draws(
+        self, prefix: Tokens, cache: KVCache, batch: Batch, noise: jax.Array, time: jax.Array
+    ) -> jax.Array:
+        """The loss, float32 [B, A], of R draws [B, R, A, J] and [B, R], from the prefix's keys and values."""
+        size, draws = noise.shape[:2]
+        t = time[:, :, None, None]
+        actions = jnp.asarray(batch["actions"])[:, None]
+        x_t = t * noise + (1 - t) * actions  # [B, R, A, J]
+        prefix = Tokens(*(jnp.repeat(x, draws, axis=0) for x in prefix))
+        cache = KVCache(*(jnp.repeat(x, draws, axis=1) for x in cache))
+        state = jnp.repeat(jnp.asarray(batch["state"]), draws, axis=0)
+        v_t = self.denoise(prefix, cache, state, x_t.reshape(size * draws, *x_t.shape[2:]), time.reshape(-1))
+        return jnp.square(v_t.reshape(x_t.shape) - (noise - actions)).mean((1, 3))
 
     def sample_actions(self, batch: Batch, noise: jax.Array, num_steps: int = 10) -> jax.Array:
         """Integrates the flow from noise to actions with Euler steps.
@@ -170,18 +184,6 @@ class Pi0(nnx.Module):
 
         x_t, _ = jax.lax.scan(step, noise, times)
         return x_t
-
-    def _loss_of_draws(self, batch: Batch, actions: jax.Array, noise: jax.Array, time: jax.Array) -> jax.Array:
-        size, draws = noise.shape[:2]
-        t = time[:, :, None, None]
-        actions = actions[:, None]
-        x_t = t * noise + (1 - t) * actions  # [B, R, A, J]
-        prefix, cache = self.prefill(batch)
-        prefix = Tokens(*(jnp.repeat(x, draws, axis=0) for x in prefix))
-        cache = KVCache(*(jnp.repeat(x, draws, axis=1) for x in cache))
-        state = jnp.repeat(jnp.asarray(batch["state"]), draws, axis=0)
-        v_t = self.denoise(prefix, cache, state, x_t.reshape(size * draws, *x_t.shape[2:]), time.reshape(-1))
-        return jnp.square(v_t.reshape(x_t.shape) - (noise - actions)).mean((1, 3))
 
     def _project_out(self, out: jax.Array) -> jax.Array:
         return self.action_out_proj(out[:, -self.config.action_horizon :].astype(jnp.float32))

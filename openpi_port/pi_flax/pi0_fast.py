@@ -84,9 +84,8 @@ class Pi0Fast(nnx.Module):
         Returns:
           float32 [B]; 0 for a sample without scored tokens.
         """
-        scored = jnp.asarray(batch["token_loss_mask"])[:, 1:]
-        entropy = self._cross_entropy(self.hidden(batch), jnp.asarray(batch["tokenized_prompt"])[:, 1:])
-        return (entropy * scored).sum(-1) / jnp.maximum(scored.sum(-1), 1)
+        tokens, scored = (jnp.asarray(batch[key])[:, 1:] for key in ("tokenized_prompt", "token_loss_mask"))
+        return token_loss(self.gemma, self.hidden(batch), tokens, scored)
 
     def prefill(self, batch: Batch, lead: jax.Array, max_steps: int) -> Prompt:
         """Runs images, prompt and the tokens that are given (`lead`) once.
@@ -180,30 +179,21 @@ class Pi0Fast(nnx.Module):
         state = write(jnp.asarray(first), prompt.hidden, *begin)
         return jax.lax.while_loop(going, body, (jnp.asarray(first), prompt.cache, *state))[2]
 
-    def _cross_entropy(self, x: jax.Array, targets: jax.Array) -> jax.Array:
-        """float32 [B, T] from hidden states [B, T, D]; never holds [B, T, V].
 
-        Goes through the vocabulary in blocks, not through the tokens: so every block of the embedding's gradient is
-        made once and lies where it stays, where chunks of tokens would each add to all of it.
-        """
-        dtype, table = x.dtype, self.gemma.embedding[...]
-        x = x.astype(jnp.float32)  # so that its gradient is summed over the blocks in float32
-        whole = len(table) // BLOCK * BLOCK
+def token_loss(gemma: Gemma, hidden: jax.Array, tokens: jax.Array, scored: jax.Array) -> jax.Array:
+    """Cross-entropy of the scored tokens, their mean per sample.
 
-        def score(rows: jax.Array, first: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-            """Log of the sum of exponentials over these rows, and the target's logit if it is one of them."""
-            logits = self.gemma.logits(x.astype(dtype), rows)
-            place = targets - first
-            picked = jnp.take_along_axis(logits, jnp.clip(place, 0, len(rows) - 1)[..., None], -1)[..., 0]
-            return jax.nn.logsumexp(logits, -1), jnp.where((place >= 0) & (place < len(rows)), picked, 0)
+    Args:
+      gemma: whose embedding scores.
+      hidden: [B, T, D], what each token is predicted from.
+      tokens: int [B, T].
+      scored: bool [B, T].
 
-        blocks = (table[:whole].reshape(-1, BLOCK, x.shape[-1]), jnp.arange(0, whole, BLOCK))
-        score = jax.checkpoint(score, prevent_cse=False)
-        _, (sums, picked) = jax.lax.scan(lambda _, block: (None, score(*block)), None, blocks)
-        if whole < len(table):
-            rest = score(table[whole:], whole)
-            sums, picked = (jnp.concatenate([a, b[None]]) for a, b in zip((sums, picked), rest, strict=True))
-        return jax.nn.logsumexp(sums, 0) - picked.sum(0)
+    Returns:
+      float32 [B]; 0 for a sample without scored tokens.
+    """
+    entropy = _cross_entropy(gemma, hidden, tokens)
+    return (entropy * scored).sum(-1) / jnp.maximum(scored.sum(-1), 1)
 
 
 def may_follow(grammar: Grammar, left: jax.Array, at: jax.Array, steps: jax.Array) -> jax.Array:
@@ -241,3 +231,29 @@ def choose(scores: jax.Array, allowed: jax.Array, temperature: jax.Array | float
     total = jnp.cumsum(jax.nn.softmax(scores / temperature, axis=-1), axis=-1)
     total = jnp.where(allowed, total, -1)  # rounding must not pick what is forbidden
     return jnp.argmax(total > draw[:, None] * total.max(-1, keepdims=True), axis=-1).astype(jnp.int32)
+
+
+def _cross_entropy(gemma: Gemma, x: jax.Array, targets: jax.Array) -> jax.Array:
+    """float32 [B, T] from hidden states [B, T, D]; never holds [B, T, V].
+
+    Goes through the vocabulary in blocks, not through the tokens: so every block of the embedding's gradient is
+    made once and lies where it stays, where chunks of tokens would each add to all of it.
+    """
+    dtype, table = x.dtype, gemma.embedding[...]
+    x = x.astype(jnp.float32)  # so that its gradient is summed over the blocks in float32
+    whole = len(table) // BLOCK * BLOCK
+
+    def score(rows: jax.Array, first: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Log of the sum of exponentials over these rows, and the target's logit if it is one of them."""
+        logits = gemma.logits(x.astype(dtype), rows)
+        place = targets - first
+        picked = jnp.take_along_axis(logits, jnp.clip(place, 0, len(rows) - 1)[..., None], -1)[..., 0]
+        return jax.nn.logsumexp(logits, -1), jnp.where((place >= 0) & (place < len(rows)), picked, 0)
+
+    blocks = (table[:whole].reshape(-1, BLOCK, x.shape[-1]), jnp.arange(0, whole, BLOCK))
+    score = jax.checkpoint(score, prevent_cse=False)
+    _, (sums, picked) = jax.lax.scan(lambda _, block: (None, score(*block)), None, blocks)
+    if whole < len(table):
+        rest = score(table[whole:], whole)
+        sums, picked = (jnp.concatenate([a, b[None]]) for a, b in zip((sums, picked), rest, strict=True))
+    return jax.nn.logsumexp(sums, 0) - picked.sum(0)

@@ -21,6 +21,7 @@ from openpi_port import strict
 from openpi_port.batch import Batch
 from openpi_port.config import Train as Config
 from openpi_port.pi_flax import device as devices
+from openpi_port.pi_flax import insulated
 from openpi_port.pi_flax import weights as weights_io
 from openpi_port.pi_flax.infer import build
 from openpi_port.pi_flax.pi0_fast import Pi0Fast
@@ -63,7 +64,7 @@ class Trainer:
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on a numpy batch; returns scalars that are still being computed."""
-        batch = devices.put(batches.select(batch, batches.training(self.config.model)), self._device)
+        batch = devices.put(batches.select(batch, batches.training(self.config)), self._device)
         rate = np.float32(learning_rate(self.step, self.config.optimizer))
         with devices.precision(self.config.compute):
             self._state, metrics = self._update(self._state, batch, rate)
@@ -72,7 +73,7 @@ class Trainer:
 
     def evaluate(self, batch: Batch) -> float:
         """The loss of the averaged weights on a numpy batch."""
-        batch = devices.put(batches.select(batch, batches.training(self.config.model)), self._device)
+        batch = devices.put(batches.select(batch, batches.training(self.config)), self._device)
         trained = self._deployed()
         with devices.precision(self.config.compute):
             return float(self._evaluate(trained, self._state.frozen, batch))
@@ -107,24 +108,32 @@ class Trainer:
         return self._state.trained if self._state.average is None else self._state.average
 
     def _update_fn(self, state: State, batch: Batch, rate: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        loss, grads = jax.value_and_grad(self._loss)(state.trained, state.frozen, batch)
+        (loss, parts), grads = jax.value_and_grad(self._loss, has_aux=True)(state.trained, state.frozen, batch)
         updates, optimizer = self._optimizer.update(grads, state.optimizer, state.trained)
         trained = jax.tree.map(lambda p, u: p - rate * u, state.trained, updates)
         average = state.average
         if average is not None:
             decay = self.config.optimizer.ema
             average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
+        metrics = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
         return State(trained, state.frozen, optimizer, average), metrics
 
     def _evaluate_fn(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> jax.Array:
-        return self._loss(trained, frozen, batch)
+        return self._loss(trained, frozen, batch)[0]
 
-    def _loss(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> jax.Array:
+    def _loss(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The mean loss, and what it consists of where it has parts."""
         module = nnx.merge(self._graph, trained, frozen)
         if isinstance(module, Pi0Fast):
-            return module.loss(batch).mean()
-        loss = module.loss(batch, batch["noise"], batch["time"])  # [B, A]
+            return module.loss(batch).mean(), {}
+        if self.config.insulate:
+            flow, tokens = insulated.losses(module, batch, batch["noise"], batch["time"])
+            flow, tokens = self._mean(flow, batch), tokens.mean()
+            return self.config.flow_weight * flow + tokens, {"loss_flow": flow, "loss_tokens": tokens}
+        return self._mean(module.loss(batch, batch["noise"], batch["time"]), batch), {}
+
+    def _mean(self, loss: jax.Array, batch: Batch) -> jax.Array:
+        """Of a loss [B, A] over the actions that count."""
         counted = jnp.ones_like(loss) if self.config.loss_on_padding else 1.0 - batch["action_is_pad"]
         return (loss * counted).sum() / counted.sum()
 

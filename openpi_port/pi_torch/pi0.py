@@ -129,7 +129,7 @@ class Pi0(nn.Module):
         """
         actions = batch["actions"]
         if noise.ndim == 4:
-            return self._loss_of_draws(batch, actions, noise, time)
+            return self.loss_of_draws(*self.prefill(batch), batch, noise, time)
         t = time[:, None, None]
         x_t = t * noise + (1 - t) * actions
         return (self.velocity(batch, x_t, time) - (noise - actions)).square().mean(-1)
@@ -150,6 +150,18 @@ class Pi0(nn.Module):
         (_, out), _ = self.gemma([None, suffix.x], [None, cond], pos, mask, cache)
         return self._project_out(out)
 
+    def loss_of_draws(self, prefix: Tokens, cache: KVCache, batch: Batch, noise: Tensor, time: Tensor) -> Tensor:
+        """The loss, float32 [B, A], of R draws [B, R, A, J] and [B, R], from the prefix's keys and values."""
+        draws = noise.shape[1]
+        t = time[:, :, None, None]
+        actions = batch["actions"][:, None]
+        x_t = t * noise + (1 - t) * actions  # [B, R, A, J]
+        prefix = Tokens(*(x.repeat_interleave(draws, dim=0) for x in prefix))
+        cache = KVCache(*(x.repeat_interleave(draws, dim=1) for x in cache))
+        state = batch["state"].repeat_interleave(draws, dim=0)
+        v_t = self.denoise(prefix, cache, state, x_t.flatten(0, 1), time.flatten())
+        return (v_t.reshape(x_t.shape) - (noise - actions)).square().mean((1, 3))
+
     def sample_actions(self, batch: Batch, noise: Tensor, num_steps: int = 10) -> Tensor:
         """Integrates the flow from noise to actions with Euler steps.
 
@@ -168,18 +180,6 @@ class Pi0(nn.Module):
         for time in torch.from_numpy(times).to(noise.device):
             x_t = x_t + float(dt) * self.denoise(prefix, cache, batch["state"], x_t, time.expand(noise.shape[0]))
         return x_t
-
-    def _loss_of_draws(self, batch: Batch, actions: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        draws = noise.shape[1]
-        t = time[:, :, None, None]
-        actions = actions[:, None]
-        x_t = t * noise + (1 - t) * actions  # [B, R, A, J]
-        prefix, cache = self.prefill(batch)
-        prefix = Tokens(*(x.repeat_interleave(draws, dim=0) for x in prefix))
-        cache = KVCache(*(x.repeat_interleave(draws, dim=1) for x in cache))
-        state = batch["state"].repeat_interleave(draws, dim=0)
-        v_t = self.denoise(prefix, cache, state, x_t.flatten(0, 1), time.flatten())
-        return (v_t.reshape(x_t.shape) - (noise - actions)).square().mean((1, 3))
 
     def _project_out(self, out: Tensor) -> Tensor:
         return self.action_out_proj(out[:, -self.config.action_horizon :].float())

@@ -85,11 +85,8 @@ class Pi0Fast(nn.Module):
         Returns:
           float32 [B]; 0 for a sample without scored tokens.
         """
-        scored = batch["token_loss_mask"][:, 1:]
-        targets = batch["tokenized_prompt"][:, 1:][scored].long()
-        entropy = _CrossEntropy.apply(self.hidden(batch)[scored], self.gemma.embedding, targets)
-        entropy = torch.zeros(scored.shape, device=entropy.device).masked_scatter(scored, entropy)
-        return entropy.sum(-1) / scored.sum(-1).clamp(min=1)
+        tokens, scored = (batch[key][:, 1:] for key in ("tokenized_prompt", "token_loss_mask"))
+        return token_loss(self.gemma, self.hidden(batch), tokens, scored)
 
     def prefill(self, batch: Batch, lead: Tensor, max_steps: int) -> Prompt:
         """Runs images, prompt and the tokens that are given (`lead`) once.
@@ -179,6 +176,23 @@ class Pi0Fast(nn.Module):
                 break
             hidden, cache = self.advance(prompt, cache, token, torch.tensor(step, device=device))
         return tokens
+
+
+def token_loss(gemma: Gemma, hidden: Tensor, tokens: Tensor, scored: Tensor) -> Tensor:
+    """Cross-entropy of the scored tokens, their mean per sample.
+
+    Args:
+      gemma: whose embedding scores.
+      hidden: [B, T, D], what each token is predicted from.
+      tokens: int [B, T].
+      scored: bool [B, T].
+
+    Returns:
+      float32 [B]; 0 for a sample without scored tokens.
+    """
+    entropy = _CrossEntropy.apply(hidden[scored], gemma.embedding, tokens[scored].long())
+    entropy = torch.zeros(scored.shape, device=entropy.device).masked_scatter(scored, entropy)
+    return entropy.sum(-1) / scored.sum(-1).clamp(min=1)
 
 
 def may_follow(grammar: Grammar, left: Tensor, at: Tensor, steps: int) -> Tensor:

@@ -18,6 +18,7 @@ from openpi_port import strict
 from openpi_port.batch import Batch
 from openpi_port.config import Train as Config
 from openpi_port.pi_torch import device as devices
+from openpi_port.pi_torch import insulated
 from openpi_port.pi_torch import weights as weights_io
 from openpi_port.pi_torch.infer import build
 from openpi_port.pi_torch.pi0_fast import Pi0Fast
@@ -62,7 +63,7 @@ class Trainer:
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on a numpy batch; returns scalars that are still being computed."""
-        batch = devices.put(batches.select(batch, batches.training(self.config.model)), self._device)
+        batch = devices.put(batches.select(batch, batches.training(self.config)), self._device)
         rate = learning_rate(self.step, self.config.optimizer)
         with devices.precision(self.config.compute):
             metrics = self._update_fn(batch, rate)
@@ -72,13 +73,13 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:
         """The loss of the averaged weights on a numpy batch."""
-        batch = devices.put(batches.select(batch, batches.training(self.config.model)), self._device)
+        batch = devices.put(batches.select(batch, batches.training(self.config)), self._device)
         with devices.precision(self.config.compute):
             if self._state.average is None:
-                return float(self._loss(batch))
+                return float(self._loss(batch)[0])
             self._swap()
             try:
-                return float(self._loss(batch))
+                return float(self._loss(batch)[0])
             finally:
                 self._swap()
 
@@ -119,7 +120,7 @@ class Trainer:
 
     def _update_fn(self, batch: Batch, rate: float) -> dict[str, Any]:
         parameters = list(self._state.trained.values())
-        loss = self._loss(batch)
+        loss, parts = self._loss(batch)
         loss.backward()
         for parameter in parameters:  # what the loss doesn't reach still decays, as in optax
             if parameter.grad is None:
@@ -136,12 +137,21 @@ class Trainer:
             averages = [self._state.average[name] for name in self._state.trained]
             with torch.no_grad():
                 torch._foreach_lerp_(averages, parameters, 1 - self.config.optimizer.ema)
-        return {"loss": loss.detach(), "grad_norm": norm, "learning_rate": rate}
+        return {"loss": loss.detach(), **parts, "grad_norm": norm, "learning_rate": rate}
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss, and what it consists of where it has parts."""
         if isinstance(self._module, Pi0Fast):
-            return self._module.loss(batch).mean()
-        loss = self._module.loss(batch, batch["noise"], batch["time"])  # [B, A]
+            return self._module.loss(batch).mean(), {}
+        if self.config.insulate:
+            flow, tokens = insulated.losses(self._module, batch, batch["noise"], batch["time"])
+            flow, tokens = self._mean(flow, batch), tokens.mean()
+            parts = {"loss_flow": flow.detach(), "loss_tokens": tokens.detach()}
+            return self.config.flow_weight * flow + tokens, parts
+        return self._mean(self._module.loss(batch, batch["noise"], batch["time"]), batch), {}
+
+    def _mean(self, loss: Tensor, batch: Batch) -> Tensor:
+        """Of a loss [B, A] over the actions that count."""
         counted = torch.ones_like(loss) if self.config.loss_on_padding else 1.0 - batch["action_is_pad"].float()
         return (loss * counted).sum() / counted.sum()
 

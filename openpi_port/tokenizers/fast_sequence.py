@@ -98,8 +98,29 @@ class FastSequence:
 
     def action_part(self, actions: np.ndarray) -> list[int]:
         """[A, J] to "Action: ", the chunk, "|" and end of sequence, as ids of the model's vocabulary."""
-        chunk = self.fast.encode(actions[None], self.out_of_range)[0]
-        return [*self.prompt_ids, *(self.first_id - k for k in chunk), *self.end_ids, self.text.eos_id]
+        return [*self.prompt_ids, *self._chunk(actions)]
+
+    def encode_actions(self, actions: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """The actions alone, to follow a prompt that ends in "Action: ", as pi0.5's does.
+
+        Args:
+          actions: [A, J], normalised.
+          max_len: N.
+
+        Returns:
+          int32 [N], the chunk, "|", end of sequence and zeros, and bool [N], true on tokens.
+
+        Raises:
+          UserError: they do not fit; or a coefficient is out of range.
+        """
+        ids = self._chunk(actions)
+        if len(ids) > max_len:
+            raise UserError(
+                f"FAST: {len(ids)} action tokens do not fit into config.max_action_tokens={max_len}: raise it"
+            )
+        tokens = np.zeros(max_len, np.int32)
+        tokens[: len(ids)] = ids
+        return tokens, np.arange(max_len) < len(ids)
 
     def decode_actions(self, tokens: Sequence[int], horizon: int, dim: int) -> np.ndarray:
         """What the model generated to a chunk.
@@ -125,6 +146,11 @@ class FastSequence:
             if not 0 <= k < len(self.fast.token_bytes):
                 raise MalformedTokens(f"token {start + place} ({ids[start + place]}) is no action token")
         return self.fast.decode([chunk], horizon, dim)[0]
+
+    def _chunk(self, actions: np.ndarray) -> list[int]:
+        """[A, J] to the chunk, "|" and end of sequence."""
+        chunk = self.fast.encode(actions[None], self.out_of_range)[0]
+        return [*(self.first_id - k for k in chunk), *self.end_ids, self.text.eos_id]
 
     def _count_truncation(self, prefix: int, needed: int, max_len: int) -> None:
         message = (
