@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from convert import formats, parity_batch, tables
+from convert import formats, parity_batch, parity_rows, tables
 from convert.parity_rows import STAGES, TOLERANCE, Row, compare_gradients, compare_traces, first_beyond
 from convert.source import Source
 from openpi_port.backends import NAMES, Backend
-from openpi_port.config import Compute, Pi0, to_dict
+from openpi_port.config import Compute, Pi0, Pi0Fast, to_dict
 from openpi_port.errors import UserError, near
 
 PARTS = ("forward", "sampling", "gradients")
+DRAWN = ("masks/attention", "trajectory/", "output/logits", "output/target_logits", "output/logsumexp", "decode/")
 BOLD, RED, PLAIN = "\033[1m", "\033[31m", "\033[0m"
 
 
@@ -49,6 +50,7 @@ class Report:
     Attributes:
       a, b: labels of the two sides.
       dtype: that both computed in.
+      tolerance: the share of each tensor's largest value up to which they are the same.
       batch: which input.
       rows: every tensor, in the order of the computation.
       pictures: tensors of both sides that the page draws: name -> (A's, B's).
@@ -57,6 +59,7 @@ class Report:
     a: str
     b: str
     dtype: str
+    tolerance: float
     batch: str
     rows: list[Row]
     pictures: dict[str, tuple[np.ndarray, np.ndarray]]
@@ -145,15 +148,17 @@ def native(source: Source) -> str:
     return "flax" if source.format in ("flax", "openpi") else "torch"
 
 
-def same_architecture(a: Pi0, b: Pi0) -> None:
+def same_architecture(a: Pi0 | Pi0Fast, b: Pi0 | Pi0Fast) -> None:
     """Refuses to compare what can't be the same.
 
     Raises:
       UserError: a model of another kind, or two that differ in a size; the message names the first.
     """
     for model in (a, b):
-        if not isinstance(model, Pi0):
-            raise UserError(f"a {type(model).__name__} checkpoint has no trace; the report compares pi0 and pi0.5")
+        if not isinstance(model, Pi0 | Pi0Fast):
+            raise UserError(f"a {type(model).__name__} checkpoint has no trace; the report compares policies")
+    if type(a) is not type(b):
+        raise UserError(f"A and B are of different architectures: {type(a).__name__} and {type(b).__name__}")
     left, right = ({k: v for k, v in to_dict(model).items() if k != "size"} for model in (a, b))
     for field in left:
         if left[field] != right[field]:
@@ -182,23 +187,24 @@ def run(a: Side, b: Side, batch: dict[str, Any], parts: Sequence[str], dtype: st
       batch_name: for the report.
     """
     config, compute = a.module.config, a.module.compute
-    valid = parity_batch.valid_prefix(config, batch)
+    tolerance = parity_rows.tolerance(config, dtype)
     rows: list[Row] = []
     pictures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     with a.backend.device.precision(compute), b.backend.device.precision(compute):
         for part in [p for p in ("forward", "sampling") if p in parts]:
+            valid = parity_batch.valid_prefix(config, batch, part)
             traces = (getattr(side.backend.trace, part)(side.module, batch) for side in (a, b))
-            for row, left, right in compare_traces(*traces, dtype, valid):
+            for row, left, right in compare_traces(*traces, tolerance, valid):
                 rows.append(row)
-                if row.name.startswith(("masks/attention", "trajectory/")) and "velocity" not in row.name:
+                if row.name.startswith(DRAWN) and "velocity" not in row.name:
                     pictures[row.name] = (left, right)
         if "gradients" in parts:
             grads = (
                 tables.translate(side.backend.trace.gradients(side.module, batch), config, side.backend.name, "flax")
                 for side in (a, b)
             )
-            rows += compare_gradients(*map(dict, grads), dtype)
-    return Report(a.label, b.label, dtype, batch_name, rows, pictures)
+            rows += compare_gradients(*map(dict, grads), tolerance)
+    return Report(a.label, b.label, dtype, tolerance, batch_name, rows, pictures)
 
 
 def text(report: Report, *, color: bool) -> str:

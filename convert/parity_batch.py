@@ -1,6 +1,8 @@
 """The input of the parity report: golden vectors, random numbers, or the checkpoint's own data set.
 
-B batch, A actions, J action dim, T prompt tokens, S tokens of images and prompt.
+B batch, A actions, J action dim, T text tokens, S tokens of images and text, G generated tokens.
+
+pi0-FAST takes no noise and no time; its batches have `forced_tokens` [B, G] instead, which decoding is fed.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ import numpy as np
 from convert.source import Source
 from openpi_port import batch as batches
 from openpi_port import checkpoint
-from openpi_port.config import Pi0
+from openpi_port.config import Pi0, Pi0Fast
 from openpi_port.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden" / "openpi"
 KINDS = ("golden", "random", "dataset")
+FORCED = 16  # at most, of a data set's action tokens
 
 
 def make(kind: str, source: Source, size: int, seed: int) -> dict[str, Any]:
-    """A training batch for a checkpoint: observation, actions, noise and time.
+    """A training batch for a checkpoint: observation, actions, noise and time, or tokens.
 
     Args:
       kind: of `KINDS`.
@@ -38,13 +41,14 @@ def make(kind: str, source: Source, size: int, seed: int) -> dict[str, Any]:
     return random(source.model, size, seed) if kind == "random" else dataset(source, size)
 
 
-def golden(config: Pi0) -> dict[str, Any]:
+def golden(config: Pi0 | Pi0Fast) -> dict[str, Any]:
     """The inputs whose outputs the reference systems have computed, where they fit the model.
 
     Raises:
       UserError: they are of another size.
     """
-    name = "pi0" if config.state_in == "suffix" else "pi05"
+    fast = isinstance(config, Pi0Fast)
+    name = "pi0_fast" if fast else "pi0" if config.state_in == "suffix" else "pi05"
     file = GOLDEN / name / "inputs.npz"
     if not file.exists():
         raise UserError(f"--batch=golden: {file} is not here; use --batch=random")
@@ -59,9 +63,11 @@ def golden(config: Pi0) -> dict[str, Any]:
     wanted = {
         "cameras": (set(batch["image"]), set(config.cameras)),
         "image_size": (next(iter(batch["image"].values())).shape[1], side),
-        "action_horizon, action_dim": (batch["actions"].shape[1:], (config.action_horizon, config.action_dim)),
         "max_token_len": (batch["tokenized_prompt"].shape[1], config.max_token_len),
     }
+    if not fast:
+        sizes = (config.action_horizon, config.action_dim)
+        wanted["action_horizon, action_dim"] = (batch["actions"].shape[1:], sizes)
     for field, (theirs, ours) in wanted.items():
         if theirs != ours:
             raise UserError(
@@ -72,20 +78,27 @@ def golden(config: Pi0) -> dict[str, Any]:
     return batch
 
 
-def random(config: Pi0, size: int, seed: int) -> dict[str, Any]:
-    """A batch drawn from a seed; the last sample lacks the last camera, and prompts end in padding."""
+def random(config: Pi0 | Pi0Fast, size: int, seed: int) -> dict[str, Any]:
+    """A batch drawn from a seed; the last sample lacks the last camera, and texts end in padding."""
     rng = np.random.default_rng(seed)
     chunk, side = (size, config.action_horizon, config.action_dim), config.vision.image_size
     length = config.max_token_len
     masks = {name: np.ones(size, bool) for name in config.cameras}
     if size > 1:
         masks[config.cameras[-1]][-1] = False
-    return {
+    batch = {
         "image": {name: rng.integers(0, 256, (size, side, side, 3), np.uint8) for name in config.cameras},
         "image_mask": masks,
         "state": rng.uniform(-1, 1, chunk[::2]).astype(np.float32),
         "tokenized_prompt": rng.integers(0, config.vocab_size, (size, length)).astype(np.int32),
         "tokenized_prompt_mask": np.arange(length) < rng.integers(1, length + 1, (size, 1)),
+    }
+    if isinstance(config, Pi0Fast):  # the second half of every text is actions
+        valid = batch["tokenized_prompt_mask"]
+        written = valid & (np.arange(length) >= (valid.sum(1, keepdims=True) + 1) // 2)
+        forced = rng.integers(2, config.vocab_size, (size, 8)).astype(np.int32)
+        return batch | {"token_ar_mask": written.astype(np.int32), "token_loss_mask": written, "forced_tokens": forced}
+    return batch | {
         "actions": rng.uniform(-1, 1, chunk).astype(np.float32),
         "noise": rng.standard_normal(chunk, np.float32),
         "time": rng.uniform(0.05, 1, size).astype(np.float32),
@@ -114,16 +127,34 @@ def dataset(source: Source, size: int) -> dict[str, Any]:
     loaded = material.load(config, source.norm_stats)
     stream = loaded.batches(0) if loaded.validation is None else loaded.validation_batches()
     try:
-        batch = batches.select(next(stream), (*batches.OBSERVATION, "actions", "noise", "time"))
+        batch = batches.select(next(stream), [k for k in batches.training(source.model) if k != "action_is_pad"])
     finally:
         stream.close()
+    if isinstance(source.model, Pi0Fast):
+        return batch | {"forced_tokens": written_tokens(batch)}
     if batch["noise"].ndim == 4:  # several draws of noise and time for each sample
         batch |= {name: batch[name][:, 0] for name in ("noise", "time")}
     return batch
 
 
-def valid_prefix(config: Pi0, batch: dict[str, Any]) -> np.ndarray:
-    """bool [B, S]: which tokens of images and prompt exist. The others attend to nothing and nobody sees them."""
+def written_tokens(batch: dict[str, Any]) -> np.ndarray:
+    """int32 [B, G]: the first action tokens of a pi0-FAST batch, and 0 after their end."""
+    order = np.argsort(batch["token_ar_mask"] == 0, axis=1, kind="stable")[:, :FORCED]
+    return np.take_along_axis(np.where(batch["token_ar_mask"] > 0, batch["tokenized_prompt"], 0), order, 1)
+
+
+def valid_prefix(config: Pi0 | Pi0Fast, batch: dict[str, Any], part: str = "forward") -> np.ndarray:
+    """bool [B, S]: which tokens of images and text exist. The others attend to nothing and nobody sees them.
+
+    Args:
+      config: of the model.
+      batch: see `make`.
+      part: of the trace; pi0-FAST reads all tokens but the last in "forward", and the prompt alone in "sampling".
+    """
     tokens = config.vision.num_tokens
     images = [np.repeat(batch["image_mask"][name][:, None], tokens, axis=1) for name in config.cameras]
-    return np.concatenate([*images, batch["tokenized_prompt_mask"]], axis=1)
+    text = batch["tokenized_prompt_mask"]
+    if not isinstance(config, Pi0Fast):
+        return np.concatenate([*images, text], axis=1)
+    text = text[:, :-1] if part == "forward" else text & (batch["token_ar_mask"] == 0)
+    return np.concatenate([*images, text], axis=1)

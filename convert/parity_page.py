@@ -1,4 +1,4 @@
-"""The parity report as one HTML file with the pictures inside: errors by layer, masks, trajectories."""
+"""The parity report as one HTML file with the pictures inside: errors by layer, masks, trajectories or scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from convert.parity import Report, conclusion
-from convert.parity_rows import STAGES, TOLERANCE, Row
+from convert.parity_rows import STAGES, Row
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1f }
@@ -40,10 +40,11 @@ def page(report: Report) -> str:
     title = "Parity: the same" if first is None else f"Parity: diverges at {first.name}"
     figures = [("Error by layer", errors(report), ERRORS), ("Attention mask", masks(report), MASKS)]
     figures += [("Actions", actions(report), ACTIONS), ("Way from noise to actions", paths(report), PATHS)]
+    figures += [("Scores of the tokens", scores(report), SCORES)]
     body = [
         f"<h1>{_e(title)}</h1>",
         f"<p>A: {_e(report.a)}<br>B: {_e(report.b)}<br>{report.dtype}, batch {report.batch}, tolerance "
-        f"{TOLERANCE[report.dtype]:.0e} of each tensor's largest value</p>",
+        f"{report.tolerance:.0e} of each tensor's largest value</p>",
         f"<p class='verdict{'' if first is None else ' bad'}'>{_e(conclusion(report))}</p>",
         *(_figure(name, picture, caption) for name, picture, caption in figures if picture),
         *(_stage(stage, [row for row in report.rows if row.stage == stage], first) for stage in STAGES),
@@ -61,13 +62,17 @@ MASKS = (
     "alike are drawn as one; the ticks are their numbers: cameras, prompt, state, actions."
 )
 ACTIONS = "The sampled chunk, first sample: A in blue, B in orange and dashed. One panel per action dimension."
+SCORES = (
+    "pi0-FAST's largest difference of a place's scores between A and B, by sample: left where the text's next token is "
+    "scored, right at every step of decoding when the same tokens are fed to both."
+)
 PATHS = "The first action of the chunk, first sample, after every Euler step. Colours as above."
 
 
 def errors(report: Report) -> str:
     """A point per tensor on a logarithmic axis, coloured by stage."""
     rows = report.rows
-    floor, tolerance = 1e-9, TOLERANCE[report.dtype]
+    floor, tolerance = 1e-9, report.tolerance
     fig, ax = plt.subplots(figsize=(13, 4.6), layout="constrained")
     ticks: dict[str, int] = {}
     for i, row in enumerate(rows):
@@ -151,6 +156,31 @@ def paths(report: Report) -> str:
         return ""
     a, b = (np.stack([report.pictures[name][side][0, 0] for name in names]) for side in (0, 1))
     return _panels(a, b, "Euler step (0 is the first)")
+
+
+def scores(report: Report) -> str:
+    """The error of the logits over the places of the text, and over the steps of decoding."""
+    worst: dict[str, np.ndarray] = {}  # "output" -> [B, T - 1], "decode/03" -> [B]
+    for name, (a, b) in report.pictures.items():
+        where, _, kind = name.rpartition("/")
+        if kind in ("logits", "target_logits", "logsumexp"):
+            error = np.abs(a - b)
+            worst[where] = np.maximum(worst.get(where, 0), error.max(-1) if kind == "logits" else error)
+    steps = [error for where, error in worst.items() if where != "output"]
+    curves = {"place in the text": worst["output"]} if "output" in worst else {}
+    curves |= {"step of decoding": np.stack(steps, axis=1)} if steps else {}
+    if not curves:
+        return ""
+    fig, axes = plt.subplots(1, len(curves), figsize=(13, 3.2), layout="constrained", squeeze=False, sharey=True)
+    for ax, (label, curve) in zip(axes[0], curves.items(), strict=True):
+        for i, line in enumerate(curve[:4]):
+            ax.plot(np.where(line > 0, line, np.nan), ".-", lw=0.8, label=f"sample {i}")
+        ax.set_yscale("log")
+        ax.set_xlabel(label, fontsize=9)
+        ax.grid(axis="y", lw=0.3)
+    axes[0, 0].set_ylabel("largest |A - B|")
+    axes[0, 0].legend(fontsize=8)
+    return _png(fig)
 
 
 def _panels(a: np.ndarray, b: np.ndarray, label: str) -> str:

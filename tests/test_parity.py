@@ -17,8 +17,12 @@ from convert import formats, parity, parity_batch, parity_page, parity_rows, tab
 from openpi_port import init
 from openpi_port.backends import Backend
 from openpi_port.checkpoint import Policy
-from openpi_port.config import Compute, Pi0, Train, build
+from openpi_port.config import Compute, Gemma, Pi0, Pi0Fast, Siglip, Train, build
 from openpi_port.errors import UserError
+
+TOLERANCE = parity_rows.TOLERANCE["float32"]
+FLOW = set(parity_rows.STAGES) - {"decode"}  # the stages of pi0 and pi0.5
+FAST = set(parity_rows.STAGES) - {"suffix", "trajectory"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +35,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def side(config: Pi0, weights, name: str) -> parity.Side:
+def side(config: Pi0 | Pi0Fast, weights, name: str) -> parity.Side:
     backend = Backend(name)
     weights = tables.translate(weights, config, "flax", name)
     return parity.Side(name, backend, backend.infer.load(config, weights, Compute(), "cpu").module)
@@ -71,13 +75,13 @@ def test_frameworks_agree(golden_model):
     """Every intermediate, the cache, every Euler step, every gradient."""
     m = golden_model
     valid = parity_batch.valid_prefix(m.config, m.batch)
-    pairs = parity_rows.compare_traces(*(m.traces[name].items() for name in NAMES), "float32", valid)
+    pairs = parity_rows.compare_traces(*(m.traces[name].items() for name in NAMES), TOLERANCE, valid)
     rows = [row for row, _, _ in pairs]
-    stages = set(parity_rows.STAGES) - {"gradients"}
+    stages = FLOW - {"gradients"}
     if len(m.gradients) == 2:
-        gradients = parity_rows.compare_gradients(*(m.gradients[name] for name in NAMES), "float32")
+        gradients = parity_rows.compare_gradients(*(m.gradients[name] for name in NAMES), TOLERANCE)
         assert len(gradients) == len(tables.entries(m.config))
-        rows, stages = rows + gradients, set(parity_rows.STAGES)
+        rows, stages = rows + gradients, FLOW
     assert [row.name for row in rows if not row.ok] == []
     assert {row.stage for row in rows} == stages
     assert sum(row.name.endswith("/x_t") and row.stage == "trajectory" for row in rows) == 10
@@ -154,6 +158,74 @@ def test_openpi_pytorch_gradients(golden_model):
             assert np.linalg.norm(ours[name]) == pytest.approx(found[name], rel=1e-3, abs=1e-5), name
 
 
+# --- pi0-FAST: openpi's checkpoint in Flax, LeRobot's of the same weights in PyTorch.
+
+
+@pytest.fixture(scope="module")
+def fast_report(golden):
+    """With openpi's numbering of tokens and openpi's length for both; LeRobot's habits are others."""
+    path, habits = golden / "openpi/pi0_fast", {"positions": "openpi", "missing_cameras": "visible"}
+    sources = [
+        formats.open_checkpoint(p, max_token_len=16, **habits) for p in (path, golden / "lerobot/pi0_fast/pretrained")
+    ]
+    parity.same_architecture(*(source.model for source in sources))
+    sides = [parity.load(source, name, "float32", "cpu") for source, name in zip(sources, NAMES, strict=True)]
+    return parity.run(*sides, parity_batch.golden(sources[0].model), ("forward", "sampling"), "float32", "golden")
+
+
+def test_pi0_fast_agrees(fast_report):
+    assert [row.name for row in fast_report.rows if not row.ok] == []
+    assert {row.stage for row in fast_report.rows} == FAST - {"gradients"}
+    names = {row.name for row in fast_report.rows}
+    assert {"output/logits", "output/loss", "decode/11/logits", "decode/tokens", "cache/02/v"} <= names
+
+
+def test_pi0_fast_trace_is_what_openpi_computes(fast_report, golden):
+    """The scores that the trace shows, where the text is scored."""
+    path = golden / "openpi/pi0_fast"
+    scored = np.load(path / "inputs.npz")["token_loss_mask"][:, 1:]
+    theirs = np.load(path / "outputs_float32.npz")["logits"]
+    for ours in fast_report.pictures["output/logits"]:
+        np.testing.assert_allclose(ours[scored], theirs[scored], atol=2e-4, rtol=0)  # see test_pi0_fast
+        assert not ours[~scored].any()
+    for ours in fast_report.pictures["masks/attention"]:
+        np.testing.assert_array_equal(ours, np.load(path / "outputs_float32.npz")["attn_mask"])
+
+
+def test_pi0_fast_page(fast_report):
+    """Errors, masks and scores; no trajectories."""
+    html = parity_page.page(fast_report)
+    assert html.count("data:image/png") == 3 and "Scores of the tokens" in html
+    assert "decode: " in parity.text(fast_report, color=False)
+
+
+def test_pi0_fast_gradients(small_fast):
+    m = small_fast
+    flax, torch = (
+        dict(tables.translate(s.backend.trace.gradients(s.module, m.batch), m.config, name, "flax"))
+        for name, s in m.sides.items()
+    )
+    rows = parity_rows.compare_gradients(flax, torch, TOLERANCE)
+    assert len(rows) == len(tables.entries(m.config)) and all(row.ok for row in rows)
+
+
+def test_scores_of_large_vocabularies(small_fast, monkeypatch):
+    """The loss is in what is left of the logits."""
+    m = small_fast
+    shown = m.traces["forward"]["flax"]
+    for name, s in m.sides.items():
+        monkeypatch.setattr(s.backend.trace, "SMALL_VOCABULARY", 299)
+        put = lambda x: s.backend.device.put(x, s.backend.device.find("cpu"))  # noqa: B023, E731
+        text = (m.batch["tokenized_prompt"][:, 1:], m.batch["token_loss_mask"][:, 1:])
+        parts = s.backend.trace.score_parts(*map(put, (shown["output/logits"], *text)))
+        assert list(parts) == ["target_logits", "logsumexp"], name
+        parts = {name: np.asarray(part) for name, part in parts.items()}
+        for name, part in parts.items():
+            np.testing.assert_allclose(part, shown[f"output/{name}"], atol=1e-5)
+        entropy = (parts["logsumexp"] - parts["target_logits"]).sum(1) / text[1].sum(1)
+        np.testing.assert_allclose(entropy, shown["output/loss"], atol=1e-5)
+
+
 # --- Faults, planted in one framework: the first tensor beyond tolerance is where the fault is.
 
 
@@ -162,22 +234,41 @@ def small():
     """A tiny pi0.5 with lively weights, and the trace of either framework."""
     config = build(Train, pi0_aloha.get_config("debug")).model
     config = dataclasses.replace(config, state_in="prompt", time_in="adarms")
+    return lively(config, parts=("forward",))
+
+
+@pytest.fixture(scope="module")
+def small_fast():
+    """A tiny pi0-FAST."""
+    config = Pi0Fast(
+        vision=Siglip(width=16, depth=1, mlp_dim=16, num_heads=2, patch_size=16, image_size=32),
+        language=Gemma(width=32, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=16),
+        vocab_size=300,
+        max_token_len=12,
+    )
+    return lively(config, parts=("forward", "sampling"))
+
+
+def lively(config: Pi0 | Pi0Fast, parts: tuple[str, ...]) -> SimpleNamespace:
     rng = np.random.default_rng(0)
     fresh = init.Fresh(config, 0)  # has zeros, under which faults hide
     weights = {n: fresh[n] + rng.normal(0, 0.1, fresh.shapes[n]).astype(np.float32) for n in fresh}
     batch = parity_batch.random(config, 2, seed=0)
-    traces = {name: traced(side(config, weights, name), batch) for name in NAMES}
-    return SimpleNamespace(config=config, weights=weights, batch=batch, traces=traces)
+    sides = {name: side(config, weights, name) for name in NAMES}
+    traces = {part: {name: traced(sides[name], batch, part) for name in NAMES} for part in parts}
+    return SimpleNamespace(config=config, weights=weights, batch=batch, sides=sides, traces=traces)
 
 
-def first_beyond(model, faulty: str, weights=None) -> tuple[str | None, dict[str, parity_rows.Row]]:
+def first_beyond(
+    model, faulty: str, weights=None, part: str = "forward"
+) -> tuple[str | None, dict[str, parity_rows.Row]]:
     """Compares a framework as it now is with the other one before; stops at the first tensor beyond tolerance."""
     healthy = next(name for name in NAMES if name != faulty)
     one = side(model.config, weights or model.weights, faulty)
-    trace = one.backend.trace.forward(one.module, model.batch)
-    valid = parity_batch.valid_prefix(model.config, model.batch)
+    trace = getattr(one.backend.trace, part)(one.module, model.batch)
+    valid = parity_batch.valid_prefix(model.config, model.batch, part)
     rows = {}
-    for row, _, _ in parity_rows.compare_traces(model.traces[healthy].items(), trace, "float32", valid):
+    for row, _, _ in parity_rows.compare_traces(model.traces[part][healthy].items(), trace, TOLERANCE, valid):
         rows[row.name] = row
         if not row.ok:
             return row.name, rows
@@ -241,6 +332,20 @@ def test_without_faults_nothing_is_found(small):
 
 
 @pytest.mark.parametrize("faulty", NAMES)
+def test_faults_of_pi0_fast(small_fast, faulty, monkeypatch):
+    """The pairs of the rotary embedding; and positions that are wrong only where tokens are generated."""
+    backend = Backend(faulty)
+    with monkeypatch.context() as patch:
+        adjacent_rope(backend, patch)
+        assert first_beyond(small_fast, faulty)[0] == FAULTS[adjacent_rope]
+    position = backend.trace.Pi0Fast.position
+    monkeypatch.setattr(
+        backend.trace.Pi0Fast, "position", lambda self, length, step: position(self, length, step) + (step > 1)
+    )
+    assert first_beyond(small_fast, faulty, part="sampling")[0].startswith("decode/03/")
+
+
+@pytest.mark.parametrize("faulty", NAMES)
 def test_eps_of_the_vision_norms(small, faulty, monkeypatch):
     """Healthy activations hide this one: only the probe with small inputs shows it."""
     layers, scale = Backend(faulty).layers, 10**-0.5
@@ -278,7 +383,7 @@ def test_command(checkpoint, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert command(checkpoint, checkpoint / "openpi_pytorch", "--batch=golden", f"--out={page}") == 0
     out = capsys.readouterr().out
-    for stage in parity_rows.STAGES:
+    for stage in FLOW:
         assert re.search(rf"^{stage}: \d+ tensors agree$", out, re.MULTILINE), stage
     assert page.read_text().count("data:image/png;base64,") == 4
 
@@ -339,18 +444,27 @@ def test_different_architectures(golden, capsys):
     assert "different architectures: " in capsys.readouterr().err
 
 
+def test_different_habits_of_pi0_fast(golden, capsys):
+    """Where the weights don't say how tokens are numbered, the command must."""
+    sides = (golden / "openpi/pi0_fast", golden / "lerobot/pi0_fast/pretrained")
+    assert command(*sides, "--model.max_token_len=16", "--model.missing_cameras=masked") == 2
+    assert "positions is openpi and contiguous" in capsys.readouterr().err
+    assert command(golden / "openpi/pi0", golden / "openpi/pi0_fast") == 2
+    assert "different architectures: Pi0 and Pi0Fast" in capsys.readouterr().err
+
+
 def test_not_finite_is_beyond_tolerance():
     x = np.array([1.0, np.nan], np.float32)
-    assert not parity_rows.compare("a/b", x, x, "float32").ok
-    assert not parity_rows.compare("a/b", x[:1], x[:1] + np.float32(2e-4), "float32").ok
-    assert not parity_rows.compare("a/b", x, x[:1], "float32").ok
-    assert parity_rows.compare("a/b", 0 * x[:1], 0 * x[:1], "float32").ok
+    assert not parity_rows.compare("a/b", x, x, TOLERANCE).ok
+    assert not parity_rows.compare("a/b", x[:1], x[:1] + np.float32(2e-4), TOLERANCE).ok
+    assert not parity_rows.compare("a/b", x, x[:1], TOLERANCE).ok
+    assert parity_rows.compare("a/b", 0 * x[:1], 0 * x[:1], TOLERANCE).ok
     with pytest.raises(UserError, match="not the same architecture"):
-        list(parity_rows.compare_traces([("a", x)], [("b", x)], "float32", np.ones((1, 1), bool)))
+        list(parity_rows.compare_traces([("a", x)], [("b", x)], TOLERANCE, np.ones((1, 1), bool)))
 
 
 def test_page_of_part_of_a_report():
     """Without masks and trajectories there are no pictures of them."""
-    row = parity_rows.compare("gradients/w", np.ones(3, np.float32), np.zeros(3, np.float32), "float32")
-    html = parity_page.page(parity.Report("<a>", "b", "float32", "random", [row], {}))
+    row = parity_rows.compare("gradients/w", np.ones(3, np.float32), np.zeros(3, np.float32), TOLERANCE)
+    html = parity_page.page(parity.Report("<a>", "b", "float32", TOLERANCE, "random", [row], {}))
     assert html.count("data:image/png") == 1 and "&lt;a&gt;" in html and "diverges at gradients/w" in html
