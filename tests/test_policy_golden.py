@@ -3,8 +3,8 @@
 LeRobot's tokens here come from Gemma's tokenizer (PaliGemma's is gated), whose text ids are PaliGemma's. The models are
 far too small for its vocabulary; so the processors are compared without them, and the models are given the golden ids.
 
-LeRobot writes two prompts in other words than openpi, whose words are ours: it keeps underscores (pi0), and it writes the
-padding of the state too (pi0.5, "128" for every dimension that the robot lacks).
+LeRobot writes two prompts in other words than openpi, whose words are ours: it keeps underscores (pi0), and it writes
+the padding of the state too (pi0.5, "128" for every dimension that the robot lacks).
 """
 
 from __future__ import annotations
