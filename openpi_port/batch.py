@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from openpi_port.config import Pi0Fast, Train
+from openpi_port.config import Pi0, Pi0Fast
 
 Batch = Mapping[str, Any]
 
@@ -16,11 +16,11 @@ FAST = ("image", "image_mask", "tokenized_prompt", "tokenized_prompt_mask")
 FAST_TRAINING = (*FAST, "token_ar_mask", "token_loss_mask")
 
 
-def training(config: Train) -> tuple[str, ...]:
-    """What the loss of a run reads."""
-    if isinstance(config.model, Pi0Fast):
+def training(model: Pi0 | Pi0Fast, *, insulate: bool = False) -> tuple[str, ...]:
+    """What a model's loss reads; that of knowledge insulation reads action tokens too."""
+    if isinstance(model, Pi0Fast):
         return FAST_TRAINING
-    return INSULATED if config.insulate else TRAINING
+    return INSULATED if insulate else TRAINING
 
 
 def prompt(batch: Batch) -> tuple[str, ...]:

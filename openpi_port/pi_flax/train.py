@@ -49,6 +49,7 @@ class Trainer:
         self.config = config
         self.step = 0
         self._device = devices.find(device)
+        self._keys = batches.training(config.model, insulate=config.insulate)
         module = weights_io.load(build(config.model, config.compute), weights, self._device)
         self._graph, trained, frozen = nnx.split(module, partial(is_trained, config), ...)
         self._optimizer = optax.chain(
@@ -64,7 +65,7 @@ class Trainer:
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on a numpy batch; returns scalars that are still being computed."""
-        batch = devices.put(batches.select(batch, batches.training(self.config)), self._device)
+        batch = devices.put(batches.select(batch, self._keys), self._device)
         rate = np.float32(learning_rate(self.step, self.config.optimizer))
         with devices.precision(self.config.compute):
             self._state, metrics = self._update(self._state, batch, rate)
@@ -73,7 +74,7 @@ class Trainer:
 
     def evaluate(self, batch: Batch) -> float:
         """The loss of the averaged weights on a numpy batch."""
-        batch = devices.put(batches.select(batch, batches.training(self.config)), self._device)
+        batch = devices.put(batches.select(batch, self._keys), self._device)
         trained = self._deployed()
         with devices.precision(self.config.compute):
             return float(self._evaluate(trained, self._state.frozen, batch))

@@ -45,6 +45,7 @@ class Trainer:
         self.config = config
         self.step = 0
         self._device = devices.find(device)
+        self._keys = batches.training(config.model, insulate=config.insulate)
         self._module = weights_io.load(build(config.model, config.compute), weights, self._device)
         for name, parameter in self._module.named_parameters():
             parameter.requires_grad_(is_trained(config, tuple(name.split("."))))
@@ -63,7 +64,7 @@ class Trainer:
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on a numpy batch; returns scalars that are still being computed."""
-        batch = devices.put(batches.select(batch, batches.training(self.config)), self._device)
+        batch = devices.put(batches.select(batch, self._keys), self._device)
         rate = learning_rate(self.step, self.config.optimizer)
         with devices.precision(self.config.compute):
             metrics = self._update_fn(batch, rate)
@@ -73,7 +74,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:
         """The loss of the averaged weights on a numpy batch."""
-        batch = devices.put(batches.select(batch, batches.training(self.config)), self._device)
+        batch = devices.put(batches.select(batch, self._keys), self._device)
         with devices.precision(self.config.compute):
             if self._state.average is None:
                 return float(self._loss(batch)[0])
