@@ -3,8 +3,8 @@
 LeRobot's tokens here come from Gemma's tokenizer (PaliGemma's is gated), whose text ids are PaliGemma's. The models are
 far too small for its vocabulary; so the processors are compared without them, and the models are given the golden ids.
 
-LeRobot writes two prompts in other words than openpi, whose words are ours: it keeps underscores (pi0), and it writes the
-padding of the state too (pi0.5, "128" for every dimension that the robot lacks).
+LeRobot writes two prompts in other words than openpi, whose words are ours: it keeps underscores (pi0), and it writes
+the padding of the state too (pi0.5, "128" for every dimension that the robot lacks).
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from openpi_port.policy import Policy
 from openpi_port.tokenizers import paligemma
 
 # LeRobot's time embedding is float64, ours float32 as openpi's: losses and chunks differ by up to 2.6e-4.
-# Where the image is resized, LeRobot keeps floats and we round to 8 bits: 1.4e-3 was measured.
-ATOL = {"policy": 5e-4, "policy_rect": 3e-3}
+# Where the image is resized, LeRobot keeps floats and we round to 8 bits, as openpi: that alone makes 4e-3 (fed with
+# LeRobot's floats the model is 5e-5 away), 6.3e-3 was measured.
+ATOL = {"policy": 5e-4, "policy_rect": 1e-2}
 BLACK = np.zeros((224, 224, 3), np.uint8)
 
 
