@@ -23,8 +23,9 @@ from openpi_port.policy import Policy
 from openpi_port.tokenizers import paligemma
 
 # LeRobot's time embedding is float64, ours float32 as openpi's: losses and chunks differ by up to 2.6e-4.
-# Where the image is resized, LeRobot keeps floats and we round to 8 bits: 1.4e-3 was measured.
-ATOL = {"policy": 5e-4, "policy_rect": 3e-3}
+# Where the image is resized, LeRobot keeps floats and we round to 8 bits, as openpi: that alone makes 4e-3 (fed with
+# LeRobot's floats the model is 5e-5 away), 6.3e-3 was measured.
+ATOL = {"policy": 5e-4, "policy_rect": 1e-2}
 BLACK = np.zeros((224, 224, 3), np.uint8)
 
 
