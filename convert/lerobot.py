@@ -95,6 +95,7 @@ def data_fields(own: Mapping[str, Any], path: Path, model: Any) -> dict[str, Any
         "state": renamed.get(STATE, STATE),
         "actions": ACTION,
         "norm": NORMS[norms.pop()],
+        "prompt_style": semantics(own)["semantics"],
     }
     if own.get("use_relative_actions"):
         fields["delta"] = _relative(own, path)

@@ -185,6 +185,8 @@ class Data:
         and masked.
       state, actions: columns of the data set.
       prompt: the instruction; None takes each episode's task.
+      prompt_style: whose way of writing the prompt the weights have learned. LeRobot keeps underscores (pi0), and
+        0.4 writes the state padded to the model's dims (pi0.5).
       delta: which action dimensions become differences to the state; empty for none.
       norm: z-score, or quantiles to [-1, 1].
       episodes: numbers of those to use; empty for all.
@@ -204,6 +206,7 @@ class Data:
     state: str = "observation.state"
     actions: str = "action"
     prompt: str | None = None
+    prompt_style: Literal["openpi", "lerobot-0.4", "lerobot-0.6"] = "openpi"
     delta: tuple[bool, ...] = ()
     norm: Literal["zscore", "quantile"] = "zscore"
     episodes: tuple[int, ...] = ()

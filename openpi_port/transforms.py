@@ -106,7 +106,7 @@ def pipeline(
         return (*common, TokenizeFast(tokenizer, model.max_token_len, model.action_horizon, action_dim))
     return (
         *common,
-        TokenizePrompt(tokenizer, model.max_token_len, model.state_in),
+        TokenizePrompt(tokenizer, model.max_token_len, model.state_in, data.prompt_style, model.action_dim),
         *(() if action_tokens is None else (action_tokens,)),
         PadDims(model.action_dim, state_dim, action_dim),
     )
@@ -315,11 +315,15 @@ class TokenizePrompt:
       tokenizer: makes them.
       max_len: T.
       state_in: "prompt" writes the normalised state into the text.
+      style: see `config.Data.prompt_style`.
+      padded_dim: how far "lerobot-0.4" pads the state.
     """
 
     tokenizer: PromptTokenizer
     max_len: int
     state_in: Literal["suffix", "prompt"]
+    style: Literal["openpi", "lerobot-0.4", "lerobot-0.6"] = "openpi"
+    padded_dim: int = 0
 
     def forward(self, sample: Sample) -> Sample:
         """Replaces "prompt" by "tokenized_prompt" int32 [T] and "tokenized_prompt_mask" bool [T]."""
@@ -327,7 +331,10 @@ class TokenizePrompt:
             raise UserError("no prompt: give one with the observation or set --config.data.prompt=")
         out = dict(sample)
         state = sample["state"] if self.state_in == "prompt" else None
-        tokens, mask = self.tokenizer.encode(out.pop("prompt"), state, self.max_len)
+        if state is not None and self.style == "lerobot-0.4":
+            state = np.pad(state, (0, self.padded_dim - len(state)))
+        keep = self.style != "openpi"
+        tokens, mask = self.tokenizer.encode(out.pop("prompt"), state, self.max_len, keep_underscores=keep)
         return {**out, "tokenized_prompt": tokens, "tokenized_prompt_mask": mask}
 
     def inverse(self, sample: Sample) -> Sample:

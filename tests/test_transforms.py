@@ -21,7 +21,7 @@ MODEL = Pi0(SIGLIP["debug"], LANGUAGE["debug"], EXPERT["debug"], action_dim=20, 
 class Letters:
     """A tokenizer for tests: one token per letter."""
 
-    def encode(self, prompt, state, max_len):
+    def encode(self, prompt, state, max_len, **_):
         text = prompt + ("" if state is None else "".join(f" {v:.0f}" for v in state))
         ids = [ord(c) for c in text][:max_len]
         return np.array(ids + [0] * (max_len - len(ids)), np.int32), np.arange(max_len) < len(ids)

@@ -58,7 +58,9 @@ class PromptTokenizer:
         self.vocab_size = self._pieces.vocab_size()
         self.eos_id = self._pieces.eos_id()
 
-    def encode(self, prompt: str, state: np.ndarray | None, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, prompt: str, state: np.ndarray | None, max_len: int, *, keep_underscores: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """pi0's format, or with a state pi0.5's.
 
         pi0: the text, then a newline encoded on its own. pi0.5: "Task: {text}, State: {bins};\\nAction: ".
@@ -67,12 +69,14 @@ class PromptTokenizer:
           prompt: the instruction; underscores and line breaks become spaces.
           state: [J], normalised, to write into the text; None leaves it out.
           max_len: T. Longer prompts lose their end, as in openpi; that is logged once and counted.
+          keep_underscores: in pi0's format, as LeRobot does.
 
         Returns:
           int32 [T] padded with 0, and bool [T], true on tokens.
         """
         text = clean(prompt).replace("\n", " ")
         if state is None:
+            text = prompt.strip().replace("\n", " ") if keep_underscores else text
             ids = self.encode_text(text, bos=True) + self.encode_text("\n")
         else:
             ids = self.encode_text(f"Task: {text}, State: {state_text(state)};\nAction: ", bos=True)
