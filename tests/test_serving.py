@@ -287,13 +287,17 @@ def test_a_slow_answer_is_an_error_after_the_timeout():
         client.infer(state(1))
 
 
-def test_large_messages_end_only_their_own_connection():
+def test_large_messages_get_an_error_and_huge_ones_end_only_their_own_connection():
     with serving(max_message=10_000) as url, Client(url) as other:
         with pytest.raises(UserError, match="more than the server takes"):
             Client(url).infer({"state": np.zeros(10_000)})
+        with pytest.raises(ServerError, match="more than the server takes"):
+            other.infer({"state": np.zeros(1_500)})
         with connect(url, compression=None, max_size=None) as connection:
             connection.recv()
             connection.send(b"\0" * 10_001)
+            assert "10001 bytes" in connection.recv(timeout=5)
+            connection.send(b"\0" * 20_001)
             with pytest.raises(ConnectionClosedError, match="1009"):
                 connection.recv(timeout=5)
         assert first(other.infer(state(1))) == 1

@@ -29,6 +29,7 @@ from openpi_port.serving.server import Options, background
 
 ACTIONS = (50, 14)
 LIMIT = 2**20  # bytes of a message, so that a fault can exceed it
+SIZES = {"nonsense": 100, "too much": LIMIT + 1, "far too much": 2 * LIMIT + 1}  # of faulty messages, bytes
 
 
 class Instant:
@@ -105,7 +106,7 @@ def _customer(url: str, number: int, end: float) -> Counter[str]:
 
 def _misbehave(url: str, rng: random.Random) -> str:
     """A fault on a connection of its own."""
-    fault = rng.choice(["nonsense", "too much", "hang up"])
+    fault = rng.choice([*SIZES, "hang up"])
     try:
         with connect(url, compression=None) as connection:
             connection.recv(timeout=10)
@@ -113,7 +114,7 @@ def _misbehave(url: str, rng: random.Random) -> str:
                 connection.send(codec.pack({"state": np.zeros(2)}))
                 connection.socket.close()
             else:
-                connection.send(rng.randbytes(LIMIT + 1 if fault == "too much" else rng.randrange(200)))
+                connection.send(rng.randbytes(SIZES[fault]))
                 connection.recv(timeout=10)
     except (ConnectionClosed, OSError):
         pass

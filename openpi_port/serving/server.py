@@ -43,7 +43,8 @@ class Options:
     Attributes:
       host, port: where it listens; port 0 takes a free one.
       api_key: what clients must send as `Authorization: Api-Key ...`; None lets everybody in.
-      max_message: bytes of one request; larger ones close the connection (code 1009).
+      max_message: bytes of one request. A larger one gets an error; one of more than twice as many is not read to its
+        end, so its connection closes (code 1009).
       max_clients: connections at once; further ones get HTTP 503.
       max_batch: requests in one pass of the model.
       wait_s: how long a request may wait for others while the model is idle.
@@ -96,7 +97,7 @@ class Server:
         try:
             self._server = await serve(
                 self._client, options.host, options.port, process_request=self._admit, compression=None,
-                max_size=options.max_message, max_queue=2, open_timeout=10, close_timeout=2, ping_interval=20,
+                max_size=2 * options.max_message, max_queue=2, open_timeout=10, close_timeout=2, ping_interval=20,
                 ping_timeout=20, logger=_quiet_logger(),
             )  # fmt: skip
         except OSError as error:
@@ -174,6 +175,11 @@ class Server:
         try:
             if isinstance(message, str):
                 raise UserError("requests are binary msgpack, this one is text")
+            if len(message) > self._options.max_message:
+                limit = self._options.max_message
+                raise UserError(
+                    f"{len(message)} bytes, more than the server takes ({limit}; --max_message_mb): send smaller images"
+                )
             sample = await asyncio.to_thread(self._prepare, message)
             async with asyncio.timeout(self._options.timeout_s):
                 result = await self._batcher(sample)
