@@ -11,7 +11,6 @@ Results, seeds, a grid video and a plot per episode go to --out. Ctrl-C reports 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import time
@@ -101,7 +100,8 @@ def play(act: Any, noise_shape: tuple[int, int] | None, about: dict[str, Any], w
         max_steps=MAX_STEPS.value,
         replan=REPLAN.value,
         prompt=policy_flags.PROMPT.value,
-        frames_every=FRAMES_EVERY if VIDEO.value else 0,
+        films=VIDEO.value,
+        frames_every=FRAMES_EVERY,
     )
     out = directory("expert" if EXPERT.value else "server")
     calls: list[tuple[int, float]] = []
@@ -118,8 +118,6 @@ def play(act: Any, noise_shape: tuple[int, int] | None, about: dict[str, Any], w
     with tqdm(total=len(seeds), unit="episode", dynamic_ncols=True) as bar, contextlib.closing(played):
         try:
             for episode in played:
-                if len(episodes) >= VIDEO.value and episode.frames is not None:
-                    episode = without_frames(episode)
                 episodes.append(episode)
                 bar.update()
                 bar.set_postfix_str(f"{sum(e.success for e in episodes)} of {len(episodes)} succeeded")
@@ -129,11 +127,6 @@ def play(act: Any, noise_shape: tuple[int, int] | None, about: dict[str, Any], w
         raise UserError("no episode was finished: nothing to report")
     numbers = report(episodes, setting, about, time.perf_counter() - begin, calls)
     write(out, numbers, episodes)
-
-
-def without_frames(episode: rollout.Episode) -> rollout.Episode:
-    """Only as many pictures are kept in memory as the video shows."""
-    return dataclasses.replace(episode, frames=None)
 
 
 def report(

@@ -81,10 +81,8 @@ def test_the_tasks_differ_only_after_the_grasp(transfer: aloha.AlohaSim):
 def test_lifting_counts_from_its_height_on():
     with aloha.AlohaSim("lift_cube", render=False) as sim:
         sim.reset(3)
-        seen = []
-        for action in expert.Expert("lift_cube")(sim.cube).actions:
-            _, reward = sim.step(action)
-            seen.append((reward, sim.cube[2] >= aloha.LiftCube.height))
+        actions = expert.Expert("lift_cube")(sim.cube).actions
+        seen = [(sim.step(action), sim.cube[2] >= aloha.LiftCube.height) for action in actions]
     assert (aloha.SUCCESS, False) not in seen
     assert {(0, False), (1, False), (2, False), (aloha.SUCCESS, True)} <= set(seen)
 
@@ -125,11 +123,11 @@ def test_simulation_is_gym_alohas(transfer: aloha.AlohaSim, monkeypatch: pytest.
     )
     theirs = AlohaEnv("transfer_cube", obs_type="pixels_agent_pos")
     expected, _ = theirs.reset(seed=7)
-    observation = transfer.reset(7)
+    transfer.reset(7)
     rewards = set()
     for action in expert.Expert("transfer_cube")(transfer.cube).actions:
-        np.testing.assert_array_equal(observation["state"], expected["agent_pos"].astype(np.float32))
-        observation, reward = transfer.step(action)
+        np.testing.assert_array_equal(transfer.state, expected["agent_pos"].astype(np.float32))
+        reward = transfer.step(action)
         expected, their_reward, *_ = theirs.step(action)
         assert reward == their_reward
         rewards.add(reward)
@@ -141,8 +139,10 @@ def test_reset_is_a_function_of_the_seed(transfer: aloha.AlohaSim):
     cube = transfer.cube
     transfer.step(np.zeros(14))
     transfer.reset(6)
+    state = transfer.state
     assert not np.array_equal(transfer.cube, cube)
-    np.testing.assert_array_equal(transfer.reset(5)["state"], transfer.reset(6)["state"])
+    transfer.reset(5)
+    np.testing.assert_array_equal(transfer.state, state)
     transfer.reset(5)
     np.testing.assert_array_equal(transfer.cube, cube)
 
@@ -198,7 +198,8 @@ def test_without_opengl_the_error_says_what_to_install(monkeypatch: pytest.Monke
 @needs_gl
 def test_pictures_show_the_scene():
     with aloha.AlohaSim("transfer_cube", image_size=64) as sim:
-        image = sim.reset(1000)["images"]["top"]
+        sim.reset(1000)
+        image = sim.observe()["images"]["top"]
         x, y = sim.cube[:2]
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8
     red = (image[..., 0] > 150) & (image[..., 1] < 100)
@@ -235,10 +236,10 @@ def test_ctrl_c_leaves_a_whole_data_set_of_the_finished_episodes(tmp_path: Path)
 def test_embedded_data_set_replays_to_success(transfer: aloha.AlohaSim):
     rows = pq.read_table(EMBEDDED / "data/chunk-000/file-000.parquet", filters=[("episode_index", "=", 0)])
     state, actions = (np.array(rows[key].to_pylist(), np.float32) for key in ("observation.state", "action"))
-    observation = transfer.reset(1000)
+    transfer.reset(1000)
     for recorded, action in zip(state, actions, strict=True):
-        np.testing.assert_allclose(observation["state"], recorded, atol=1e-3)  # 0 on the machine that made it
-        observation, reward = transfer.step(action)
+        np.testing.assert_allclose(transfer.state, recorded, atol=1e-3)  # 0 on the machine that made it
+        reward = transfer.step(action)
     assert reward == aloha.SUCCESS
 
 

@@ -71,6 +71,49 @@ def test_chunks_move_the_cube_and_batches_change_nothing():
     np.testing.assert_array_equal(expert.states, alone.states)
 
 
+class CountingSim(AlohaSim):
+    """Its pictures say how many there have been."""
+
+    looks = 0
+
+    def observe(self):
+        self.looks += 1
+        return {**super().observe(), "images": {"top": np.full((8, 8, 3), self.looks, np.uint8)}}
+
+
+@pytest.mark.parametrize(("film", "looks"), [(False, 2), (True, 17)])
+def test_only_what_is_looked_at_is_rendered(film, looks):
+    """A picture per chunk, and for the video those of steps 0, 2, ... 28 and of the end, where 0 is both."""
+    setting = rollout.Setting("transfer_cube", max_steps=30, replan=25, frames_every=2, frame_size=8)
+    with CountingSim(render=False) as sim:
+        stage = rollout._Stage(sim, setting)
+        seen = stage.reset(0, film)
+        for steps in (25, 5):
+            assert (seen["images"]["top"] == sim.looks).all()  # of now, not of before
+            seen = stage.play(np.tile(seen["state"], (steps, 1)))
+        episode = stage.episode()
+        assert seen is None and sim.looks == looks
+    if film:
+        assert [frame[0, 0, 0] for frame in episode.frames] == [*range(1, 14), 15, 16, 17]  # 14 was for the policy
+    else:
+        assert episode.frames is None
+
+
+@needs_gl
+def test_looking_changes_nothing():
+    plan = Expert("transfer_cube")
+    states = []
+    for every in (1, 50):
+        with AlohaSim(image_size=32) as sim:
+            sim.reset(0)
+            for t, action in enumerate(plan(sim.cube).actions[:150]):
+                if t % every == 0:
+                    sim.observe()
+                sim.step(action)
+            states.append(sim.state)
+    np.testing.assert_array_equal(states[0], states[1])
+
+
 def test_an_episode_ends_at_max_steps():
     setting = rollout.Setting("transfer_cube", max_steps=30, replan=25, render=False)
     stay = lambda observations: [{"actions": np.tile(o["state"], (50, 1))} for o in observations]  # noqa: E731

@@ -95,6 +95,8 @@ class AlohaSim:
       image_size: height and width of the rendered picture, pixels.
       render: False leaves the pictures out of the observation and needs no OpenGL.
 
+    A picture takes longer than a control step, so only `observe` makes one.
+
     Raises:
       UserError: unknown task, or no OpenGL while pictures are wanted.
     """
@@ -125,27 +127,36 @@ class AlohaSim:
         """f64 [7] the cube's position (m) and quaternion (w, x, y, z) now; not in the observation."""
         return self._physics.data.qpos[16:23].copy()
 
-    def reset(self, seed: int) -> dict[str, Any]:
+    @property
+    def state(self) -> np.ndarray:
+        """f32 [14] joints (rad) and grippers (0..1) now."""
+        return self._task.get_qpos(self._physics).astype(np.float32)
+
+    def reset(self, seed: int) -> None:
         """Starts an episode with the cube where gym-aloha puts it for a seed.
 
         Args:
           seed: of the cube's position, as in gym-aloha's reset.
-
-        Returns:
-          The observation, see `step`.
         """
         self._task.cube_pose = sample_box_pose(seed)
-        return self._observe(self._env.reset().observation)
+        self._env.reset()
 
-    def step(self, action: np.ndarray) -> tuple[dict[str, Any], int]:
+    def observe(self) -> dict[str, Any]:
+        """What a policy gets to see now: {"images": {"top": uint8 [H,W,3]} (when rendering), "state": f32 [14]}."""
+        images = {}
+        if self._render:
+            size = self._image_size
+            images[CAMERA] = self._physics.render(height=size, width=size, camera_id=CAMERA)
+        return {"images": images, "state": self.state}
+
+    def step(self, action: np.ndarray) -> int:
         """Drives the joints towards targets for one control step (20 ms).
 
         Args:
           action: [14] joint targets (rad) and gripper commands (0..1), not clipped to the environment's box.
 
         Returns:
-          observation: {"images": {"top": uint8 [H,W,3]} (when rendering), "state": f32 [14]}.
-          reward: 0..4; SUCCESS is 4.
+          The reward, 0..4; SUCCESS is 4.
 
         Raises:
           UserError: an action of another shape, or not finite (MuJoCo would diverge from it).
@@ -153,15 +164,7 @@ class AlohaSim:
         action = np.asarray(action, np.float64)
         if action.shape != (len(JOINTS),) or not np.isfinite(action).all():
             raise UserError(f"the simulation takes {len(JOINTS)} finite joint targets, got {action!r}")
-        timestep = self._env.step(action)
-        return self._observe(timestep.observation), int(timestep.reward)
-
-    def _observe(self, observation: dict[str, Any]) -> dict[str, Any]:
-        images = {}
-        if self._render:
-            size = self._image_size
-            images[CAMERA] = self._physics.render(height=size, width=size, camera_id=CAMERA)
-        return {"images": images, "state": observation["qpos"].astype(np.float32)}
+        return int(self._env.step(action).reward)
 
     def close(self) -> None:
         """Frees the renderer; without it dm_control complains at the interpreter's exit."""

@@ -67,7 +67,7 @@ def record(sim: aloha.AlohaSim, plan: expert.Expert, seed: int, disturbed: bool)
       The episode up to AFTER_SUCCESS steps past the first success, or None where it failed (no success, or
       the cube was lost again).
     """
-    observation = sim.reset(seed)
+    sim.reset(seed)
     demonstration = plan(sim.cube, tail=AFTER_SUCCESS)
     executed = demonstration.actions
     if disturbed:
@@ -77,10 +77,9 @@ def record(sim: aloha.AlohaSim, plan: expert.Expert, seed: int, disturbed: bool)
     for t, action in enumerate(executed):
         if t >= end:
             break
-        observations.append(observation)
-        observation, reward = sim.step(action)
-        rewards.append(reward)
-        if reward == aloha.SUCCESS and end == len(executed):
+        observations.append(sim.observe())
+        rewards.append(sim.step(action))
+        if rewards[-1] == aloha.SUCCESS and end == len(executed):
             end = t + 1 + AFTER_SUCCESS
     if len(rewards) < end or not _held(rewards):
         return None

@@ -40,7 +40,8 @@ class Setting:
       after: control steps played on after the first success, to see whether it lasts.
       replan: actions played per chunk.
       prompt: instead of the task's own instruction.
-      frames_every: keep every n-th picture for videos; 0 keeps none.
+      films: of how many of the first seeds pictures are kept, for a video.
+      frames_every: keep every n-th picture of those.
       frame_size: of those pictures, pixels.
       render: False leaves pictures out of the observation, for drivers that need none.
     """
@@ -50,7 +51,8 @@ class Setting:
     after: int = 50
     replan: int = 25
     prompt: str | None = None
-    frames_every: int = 0
+    films: int = 0
+    frames_every: int = 2
     frame_size: int = 112
     render: bool = True
 
@@ -94,19 +96,20 @@ def rollout(
     Raises:
       UserError: no OpenGL, no such task, chunks shorter than `replan`, or a process died.
     """
+    filmed = frozenset(seeds[: setting.films])
     with contextlib.ExitStack() as stack:
         robots = [stack.enter_context(_Robot(setting)) for _ in range(min(workers, len(seeds)))]
         for start in range(0, len(seeds), len(robots)):
-            yield from _group(setting, robots, seeds[start : start + len(robots)], act, noise_shape)
+            playing = dict(zip(seeds[start : start + len(robots)], robots, strict=False))
+            for seed, robot in playing.items():
+                robot.send("reset", seed, seed in filmed)
+            yield from _group(setting, playing, act, noise_shape)
 
 
 def _group(
-    setting: Setting, robots: list[_Robot], seeds: Sequence[int], act: Act | None, noise_shape: tuple[int, int] | None
+    setting: Setting, playing: Mapping[int, _Robot], act: Act | None, noise_shape: tuple[int, int] | None
 ) -> Iterator[Episode]:
-    """One episode on each robot."""
-    playing = dict(zip(seeds, robots, strict=False))
-    for seed, robot in playing.items():
-        robot.send("reset", seed)
+    """One episode on each robot, which has been told to reset."""
     if act is None:
         for robot in playing.values():
             robot.receive()
@@ -188,13 +191,15 @@ class _Stage:
         self._sim, self._setting = sim, setting
         self._expert: expert.Expert | None = None
 
-    def reset(self, seed: int) -> dict[str, Any]:
+    def reset(self, seed: int, film: bool) -> dict[str, Any]:
+        self._film = film and self._setting.render
         self._seed, self._seconds, self._diverged = seed, 0.0, False
         self._states: list[np.ndarray] = []
         self._actions: list[np.ndarray] = []
         self._rewards: list[int] = []
         self._frames: list[np.ndarray] = []
-        self._observation = self._sim.reset(seed)
+        self._seen: dict[str, Any] | None = None
+        self._sim.reset(seed)
         return self._for_policy()
 
     def play(self, actions: np.ndarray) -> dict[str, Any] | None:
@@ -202,10 +207,11 @@ class _Stage:
         begin = time.perf_counter()
         for action in actions:
             self._keep_frame()
-            self._states.append(self._observation["state"])
+            self._states.append(self._sim.state)
             self._actions.append(np.asarray(action, np.float32))
+            self._seen = None
             try:
-                self._observation, reward = self._sim.step(action)
+                reward = self._sim.step(action)
             except PhysicsError:
                 self._diverged, reward = True, 0
             self._rewards.append(reward)
@@ -241,10 +247,17 @@ class _Stage:
         return len(self._rewards) >= self._setting.max_steps
 
     def _for_policy(self) -> dict[str, Any]:
-        return {**self._observation, "prompt": self._setting.prompt or self._sim.instruction}
+        return {**self._observe(), "prompt": self._setting.prompt or self._sim.instruction}
+
+    def _observe(self) -> dict[str, Any]:
+        """Renders, unless the policy or the video has had a picture of this moment already."""
+        if self._seen is None:
+            self._seen = self._sim.observe()
+        return self._seen
 
     def _keep_frame(self, last: bool = False) -> None:
         every, size = self._setting.frames_every, self._setting.frame_size
-        if every and self._observation["images"] and (last or len(self._rewards) % every == 0):
-            image = Image.fromarray(self._observation["images"][aloha.CAMERA])
+        due = len(self._rewards) % every == 0 if not last else not self._diverged  # nothing to see after that
+        if self._film and due:
+            image = Image.fromarray(self._observe()["images"][aloha.CAMERA])
             self._frames.append(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)))
