@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from typing import Any
 
 from tqdm import tqdm
 
-from convert import formats, report, target
+from convert import arguments, formats, report, target
 from openpi_port.errors import UserError, near
 
 DTYPES = ("bfloat16", "float32")
@@ -46,7 +45,7 @@ def _run(argv: list[str] | None) -> None:
     args, rest = parser.parse_known_args(argv)
     if args.to not in target.SIDES:
         raise UserError(f"--to={args.to}: {near(args.to, target.SIDES)}")
-    overrides = _overrides(rest)
+    overrides = arguments.overrides(rest, "python -m convert")
 
     source = formats.open_checkpoint(args.src, merge_lora=args.merge_lora, asset=args.asset, **overrides)
     if args.dtype is not None:
@@ -66,23 +65,6 @@ def _run(argv: list[str] | None) -> None:
 
 def _usage(message: str) -> None:
     raise UserError(f"{message}; see python -m convert --help")
-
-
-def _overrides(rest: list[str]) -> dict[str, Any]:
-    """`--model.vision.num_heads=4` to {"vision": {"num_heads": 4}}."""
-    overrides: dict[str, Any] = {}
-    for arg in rest:
-        name, equals, text = arg.partition("=")
-        if not name.startswith("--model.") or not equals:
-            raise UserError(
-                f"{arg}: no such argument; known: --to, --asset, --merge-lora, --quiet, --model.FIELD=VALUE"
-            )
-        *outer, field = name.removeprefix("--model.").split(".")
-        level = overrides
-        for part in outer:
-            level = level.setdefault(part, {})
-        level[field] = tuple(text.split(",")) if field == "cameras" else int(text) if text.isdigit() else text
-    return overrides
 
 
 if __name__ == "__main__":

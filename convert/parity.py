@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convert import formats, parity_batch, parity_rows, tables
+from convert import arguments, formats, parity_batch, parity_rows, tables
 from convert.parity_rows import STAGES, TOLERANCE, Row, compare_gradients, compare_traces, first_beyond
 from convert.source import Source
 from openpi_port.backends import NAMES, Backend
@@ -103,7 +103,7 @@ def _run(argv: list[str] | None) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch-size={args.batch_size} must be at least 1")
 
-    overrides = _overrides(rest)
+    overrides = arguments.overrides(rest, "python -m convert.parity")
     sources = [formats.open_checkpoint(path, **overrides) for path in (args.a, args.b)]
     same_architecture(*(source.model for source in sources))
     backend_a = args.backend_a or native(sources[0])
@@ -126,21 +126,6 @@ def _run(argv: list[str] | None) -> int:
 
 def _usage(message: str) -> None:
     raise UserError(f"{message}; see python -m convert.parity --help")
-
-
-def _overrides(rest: list[str]) -> dict[str, Any]:
-    """`--model.action_horizon=50` to {"action_horizon": 50}; parts of the model nest."""
-    overrides: dict[str, Any] = {}
-    for arg in rest:
-        name, equals, value = arg.partition("=")
-        if not name.startswith("--model.") or not equals:
-            raise UserError(f"{arg}: no such argument; see python -m convert.parity --help")
-        *outer, field = name.removeprefix("--model.").split(".")
-        level = overrides
-        for part in outer:
-            level = level.setdefault(part, {})
-        level[field] = tuple(value.split(",")) if field == "cameras" else int(value) if value.isdigit() else value
-    return overrides
 
 
 def native(source: Source) -> str:

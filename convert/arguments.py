@@ -1,0 +1,31 @@
+"""What both commands of this package take beside their own options: `--model.FIELD=VALUE`, for what weights don't say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from openpi_port.errors import UserError
+
+
+def overrides(rest: Sequence[str], command: str) -> dict[str, Any]:
+    """`--model.vision.num_heads=4` to {"vision": {"num_heads": 4}}.
+
+    Args:
+      rest: what argparse did not know.
+      command: whose --help knows more, for messages.
+
+    Raises:
+      UserError: an argument of another form.
+    """
+    nested: dict[str, Any] = {}
+    for argument in rest:
+        name, equals, text = argument.partition("=")
+        if not name.startswith("--model.") or not equals:
+            raise UserError(f"{argument}: no such argument; --model.FIELD=VALUE sets a field, see {command} --help")
+        *outer, field = name.removeprefix("--model.").split(".")
+        level = nested
+        for part in outer:
+            level = level.setdefault(part, {})
+        level[field] = tuple(text.split(",")) if field == "cameras" else int(text) if text.isdigit() else text
+    return nested
