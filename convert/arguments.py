@@ -1,4 +1,4 @@
-"""What both commands of this package take beside their own options: `--model.FIELD=VALUE`, for what weights don't say."""
+"""What both commands take beside their own options: `--model.FIELD=VALUE`, for what weights don't say."""
 
 from __future__ import annotations
 
