@@ -29,6 +29,7 @@ PARTS = ("inference", "train")
 ONLY = absl_flags.DEFINE_list("only", list(PARTS), f"what to measure: {', '.join(PARTS)}")
 REPEAT = absl_flags.DEFINE_integer("repeat", 30, "timed calls of inference", lower_bound=1)
 STEPS = absl_flags.DEFINE_integer("steps", 10, "timed training steps", lower_bound=1)
+FAST = absl_flags.DEFINE_bool("fast", False, "inference by the prepared model (pi_*/fast/)")
 JSON = absl_flags.DEFINE_string("json", None, "also write the figures to this file")
 
 
@@ -54,6 +55,8 @@ def inference(config: Train, backend: Backend, weights: dict[str, np.ndarray]) -
     """A chunk at batch 1, 10 Euler steps."""
     begin = time.perf_counter()
     model = backend.infer.load(config.model, weights, Compute(dtype=config.compute.dtype))
+    if FAST.value:
+        model = backend.fast.optimize(model)
     batch = random_batch(config.model, 1)
     model.sample_actions(batch, batch["noise"])
     ready = time.perf_counter() - begin

@@ -19,6 +19,7 @@ DATA = flags.DEFINE_string("data", None, 'JSON of config.Data\'s fields that are
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "paligemma, small or a path, for checkpoints that bring none")
 PROMPT = flags.DEFINE_string("prompt", None, "instruction for observations that bring none")
 ASSET = flags.DEFINE_string("asset", None, "which of several data sets' statistics in openpi's assets/")
+FAST = flags.DEFINE_bool("fast", False, "prepare the model for fast inference; computes the same")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 10, "Euler steps per chunk", 1)
 
 
@@ -43,6 +44,8 @@ def policy() -> Policy:
         num_steps=NUM_STEPS.value,
         **overrides,
     )
+    if FAST.value:
+        opened.optimize()
     about = opened.metadata
     print(
         f"{CHECKPOINT.value}: {about['robot']}, chunks of {about['action_horizon']} actions, {BACKEND.value}",

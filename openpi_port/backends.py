@@ -9,7 +9,7 @@ NAMES = ("flax", "torch")
 
 
 class Backend:
-    """The modules of `pi_flax` or `pi_torch` as attributes: `device`, `infer`, `train`, `weights`.
+    """The modules of `pi_flax` or `pi_torch` as attributes: `device`, `infer`, `train`, `weights`, and `fast`.
 
     Attributes:
       name: "flax" or "torch"; also the name of its side in `convert.tables`.
@@ -21,4 +21,10 @@ class Backend:
     def __getattr__(self, module: str) -> ModuleType:
         if module.startswith("_"):
             raise AttributeError(module)
-        return importlib.import_module(f"openpi_port.pi_{self.name}.{module}")
+        path = "fast.prepare" if module == "fast" else module
+        return importlib.import_module(f"openpi_port.pi_{self.name}.{path}")
+
+
+def of(model: object) -> Backend:
+    """The framework that an object of `pi_flax` or `pi_torch` belongs to."""
+    return Backend(type(model).__module__.split(".")[1].removeprefix("pi_"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from openpi_port.config import Pi0, Pi0Fast
 
 Batch = Mapping[str, Any]
@@ -31,3 +33,37 @@ def prompt(batch: Batch) -> tuple[str, ...]:
 def select(batch: Batch, keys: tuple[str, ...]) -> dict[str, Any]:
     """The named fields of a batch, so that nothing else is copied to the device."""
     return {key: dict(batch[key]) if isinstance(batch[key], Mapping) else batch[key] for key in keys}
+
+
+def prompt_lengths(model: Pi0 | Pi0Fast) -> list[int]:
+    """The lengths that `trim` cuts prompts to: about a third, two thirds, and the whole."""
+    step = -(-model.max_token_len // 48) * 16
+    return sorted({min(step * i, model.max_token_len) for i in (1, 2, 3)})
+
+
+def trim(batch: Batch, model: Pi0 | Pi0Fast) -> dict[str, Any]:
+    """An observation without what no sample has: absent cameras, and the padding behind the longest prompt.
+
+    The prompt keeps one of `prompt_lengths`, so that few shapes are ever compiled. What is left out is masked and takes
+    no position, so the model computes the same.
+
+    Args:
+      batch: observation in numpy; of a training batch the prompt alone counts.
+      model: whose cameras and prompt these are.
+
+    Returns:
+      The batch; `image` and `image_mask` in the model's order.
+    """
+    seen = np.asarray(batch["tokenized_prompt_mask"], bool)
+    if "token_ar_mask" in batch:
+        seen = seen & (np.asarray(batch["token_ar_mask"]) == 0)
+    used = seen.any(0).nonzero()[0].max(initial=0) + 1
+    length = next(n for n in prompt_lengths(model) if n >= used)
+    cameras = [c for c in model.cameras if np.any(batch["image_mask"][c])]
+    return {
+        **batch,
+        "image": {c: batch["image"][c] for c in cameras},
+        "image_mask": {c: batch["image_mask"][c] for c in cameras},
+        "tokenized_prompt": batch["tokenized_prompt"][:, :length],
+        "tokenized_prompt_mask": seen[:, :length],
+    }

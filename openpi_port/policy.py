@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from openpi_port import checkpoint, grammar, normalize, observation, robots, transforms
+from openpi_port import backends, checkpoint, grammar, normalize, observation, robots, transforms
+from openpi_port import batch as batches
 from openpi_port.backends import NAMES, Backend
 from openpi_port.config import Compute, Data, Dtype, Pi0, Pi0Fast, build
 from openpi_port.errors import UserError, near
@@ -75,6 +76,7 @@ class Policy:
         missing_visible = isinstance(config, Pi0Fast) and config.missing_cameras == "visible"
         self._steps = transforms.pipeline(data, config, stats, tokenizer, missing_visible=missing_visible)
         self._num_steps, self._seed = num_steps, seed
+        self._prompt_lengths = [1]
         self._calls = 0
         self._lock = threading.Lock()
         robot = robots.load(data.robot)
@@ -218,6 +220,20 @@ class Policy:
             results.append({"actions": np.asarray(back["actions"], np.float32), "policy_timing": dict(timing)})
         return results
 
+    def optimize(self) -> Policy:
+        """Prepares the model for fast inference (`pi_*/fast/prepare.py`): the same answers, computed another way.
+
+        Returns:
+          This policy; call `warmup` before the first robot asks.
+
+        Raises:
+          UserError: the model has LoRA's adapters beside its weights.
+        """
+        self.model = backends.of(self.model).fast.optimize(self.model)
+        self._prompt_lengths = batches.prompt_lengths(self.model.config)
+        self.metadata["fast"] = True
+        return self
+
     def warmup(self, batch_sizes: Sequence[int] = (1,)) -> None:
         """Compiles for these numbers of observations, so that no robot waits for it.
 
@@ -231,14 +247,15 @@ class Policy:
             "image_mask": {c: np.bool_(c in self.data.cameras) for c in config.cameras},
             "state": np.zeros(config.action_dim, np.float32),
             "tokenized_prompt": np.zeros(length, np.int32),
-            "tokenized_prompt_mask": np.arange(length) < 1,
         }
         if self.noise_shape is not None:
             sample["noise"] = np.zeros(self.noise_shape, np.float32)  # leaves the count of calls alone
         else:
             sample |= {"token_ar_mask": np.zeros(length, np.int32), "token_loss_mask": np.zeros(length, bool)}
-        for batch_size in sorted(set(batch_sizes)):
-            self.infer_prepared([sample] * batch_size)
+        for batch_size in sorted({1 << (n - 1).bit_length() for n in batch_sizes}):
+            for prompt in self._prompt_lengths:
+                seen = {"tokenized_prompt_mask": np.arange(length) < prompt}
+                self.infer_prepared([{**sample, **seen}] * batch_size)
 
     def _draw(self) -> np.ndarray:
         """f32 [A, J] for the next call."""

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 PACKAGES = ("openpi_port", "configs", "convert", "experiments")
 FLAX, TORCH = (ROOT / "openpi_port" / side for side in ("pi_flax", "pi_torch"))
-FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch"}
+FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "triton"}
 
 
 def public(path: Path) -> list[str]:
@@ -35,6 +35,13 @@ def test_same_names_in_the_same_order(name):
     assert public(FLAX / name) == public(TORCH / name)
 
 
+def test_the_fast_rooms_have_the_same_door():
+    """How a prepared model computes differs by nature; how it is asked does not."""
+    if not (FLAX / "fast").is_dir():
+        pytest.skip("pi_flax has no fast room yet")
+    assert public(FLAX / "fast" / "prepare.py") == public(TORCH / "fast" / "prepare.py")
+
+
 def frameworks_of(path: Path) -> set[str]:
     """Top-level names of the frameworks that a file imports anywhere, also inside functions."""
     found = set()
@@ -47,9 +54,9 @@ def frameworks_of(path: Path) -> set[str]:
 
 
 def test_frameworks_stay_in_their_rooms():
-    allowed = {"pi_flax": FRAMEWORKS - {"torch"}, "pi_torch": {"torch"}}
+    allowed = {"pi_flax": FRAMEWORKS - {"torch", "triton"}, "pi_torch": {"torch", "triton"}}
     strays = {
-        str(path.relative_to(ROOT)): sorted(frameworks_of(path) - allowed.get(path.parent.name, set()))
+        str(path.relative_to(ROOT)): sorted(frameworks_of(path) - allowed.get(path.relative_to(ROOT).parts[1], set()))
         for package in PACKAGES
         for path in (ROOT / package).rglob("*.py")
     }

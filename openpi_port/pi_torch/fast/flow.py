@@ -1,0 +1,196 @@
+"""pi0 and pi0.5 on packed weights: vision, prefix, Euler steps.
+
+B batch, C cameras that are there, T prompt tokens, P prefix tokens, A actions, J action dim, S = P + suffix keys.
+
+Everything is in static shapes and without a look at a value, so that a graph can hold it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from openpi_port.pi_torch.fast import ops, pack
+from openpi_port.pi_torch.fast.ops import Seen
+from openpi_port.pi_torch.fast.pack import Block, Norm, Step, Vision
+from openpi_port.pi_torch.pi0 import Pi0
+
+
+class Inputs(NamedTuple):
+    """An observation on the device.
+
+    Attributes:
+      images: [B, C, height, width, 3], uint8, or float in [-1, 1].
+      tokens: int [B, T].
+      valid: bool [B, P].
+      state: float32 [B, J].
+      noise: float32 [B, A, J].
+    """
+
+    images: Tensor
+    tokens: Tensor
+    valid: Tensor
+    state: Tensor
+    noise: Tensor
+
+
+class Cache(NamedTuple):
+    """Keys and values of every layer, [L, B, S, H], and which may be seen."""
+
+    k: Tensor
+    v: Tensor
+    seen: Seen
+
+
+class Language:
+    """Vision and language model on packed weights.
+
+    Args:
+      module: whose weights.
+      turns: cos and sin of all positions that occur, from `pack.turns`.
+    """
+
+    def __init__(self, module: Pi0, turns: Tensor) -> None:
+        config = module.config
+        self.dtype = getattr(torch, module.compute.dtype)
+        self.turns = turns
+        self.embedding = module.gemma.embedding
+        self.vision = pack.pack_vision(module.vision)
+        self.heads, self.patch_size = config.vision.num_heads, config.vision.patch_size
+        self.blocks = pack.pack_blocks(module.gemma, 0)
+        self.norms_attn, self.norms_mlp = pack.pack_norms(module.gemma)
+        self.scale = pack.embedding_scale(config.language.width, self.dtype)
+
+    def see(self, images: Tensor) -> Tensor:
+        """Images [B, C, height, width, 3] to tokens [B, C * tokens, D]."""
+        packed: Vision = self.vision
+        pixels = images.float() if images.dtype == torch.uint8 else (images + 1) * 127.5
+        p = self.patch_size
+        patches = rearrange(pixels, "B C (h p) (w q) c -> (B C) (h w) (p q c)", p=p, q=p)
+        x = (F.linear(patches, packed.patch) + packed.start).to(self.dtype)
+        size, tokens, width = x.shape
+        x = x.flatten(0, 1)
+        for layer in packed.layers:
+            y = ops.layer_norm(x, layer.offset_attn, layer.scale_attn, layer.bias_attn)
+            qkv = F.linear(y, layer.qkv, layer.qkv_bias).view(size, tokens, 3, self.heads, -1)
+            q, k, v = qkv.transpose(1, 3).unbind(2)
+            y = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
+            ops.add_linear_(x, y.reshape(x.shape), layer.o)
+            y = ops.layer_norm(x, layer.offset_mlp, layer.scale_mlp, layer.bias_mlp)
+            ops.add_linear_(x, ops.linear_gelu(y, layer.up, layer.up_bias), layer.down)
+        y = ops.layer_norm(x, packed.offset, packed.scale, packed.bias)
+        return F.linear(y, packed.head, packed.head_bias).view(images.shape[0], -1, packed.head.shape[0])
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Prompt tokens [B, T] to [B, T, D]."""
+        return F.embedding(tokens, self.embedding).to(self.dtype) * self.scale
+
+    def prefill(self, x: Tensor, valid: Tensor, extra: int) -> Cache:
+        """The prefix [B, P, D] through all layers, as far as its keys and values need it.
+
+        Args:
+          x: tokens; overwritten.
+          valid: bool [B, P].
+          extra: room for so many more keys.
+        """
+        size, prefix, _ = x.shape
+        dim = self.turns.shape[1] * 2
+        shape = (len(self.blocks), size, prefix + extra, dim)
+        k, v = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        turns = self.turns[(valid.cumsum(1) - 1).clamp(min=0)].flatten(0, 1)
+        seen = Seen(valid, prefix)
+        x = x.flatten(0, 1)
+        for i, block in enumerate(self.blocks):
+            y = ops.rms_norm(x, self.norms_attn[i].scale)
+            if i + 1 == len(self.blocks):
+                ops.split_qkv(F.linear(y, block.qkv[-2 * dim :]), turns, k[i], v[i], 0)
+                break
+            q = ops.split_qkv(F.linear(y, block.qkv), turns, k[i], v[i], 0)
+            y = ops.attend(q, k[i, :, :prefix], v[i, :, :prefix], seen)
+            ops.add_linear_(x, y, block.o)
+            y = ops.rms_norm(x, self.norms_mlp[i].scale)
+            ops.add_linear_(x, ops.geglu(F.linear(y, block.gate_up)), block.down)
+        after = torch.ones((size, extra), dtype=torch.bool, device=x.device)
+        return Cache(k, v, Seen(torch.cat([valid, after], 1), prefix + extra))
+
+
+class Flow:
+    """The whole of pi0 or pi0.5 on packed weights.
+
+    Args:
+      module: whose weights; they are copied except the token embedding.
+    """
+
+    def __init__(self, module: Pi0) -> None:
+        config = self.config = module.config
+        self.module = module
+        dim, device = config.language.head_dim, module.gemma.embedding.device
+        self.language = Language(module, pack.turns(config.prefix_len + config.suffix_len, dim, device))
+        self.blocks: list[Block] = pack.pack_blocks(module.gemma, 1)
+        self.entry = pack.pack_entry(module)
+        self.out = module.action_out_proj.weight.float()
+        self._steps: dict[int, list[Step]] = {}
+
+    def steps(self, num_steps: int) -> list[Step]:
+        """What every Euler step knows beforehand."""
+        if num_steps not in self._steps:
+            self._steps[num_steps] = pack.pack_steps(self.module, self.blocks, num_steps)
+        return self._steps[num_steps]
+
+    def prefix(self, inputs: Inputs) -> Tensor:
+        """Tokens [B, P, D] of images and prompt."""
+        text = self.language.embed(inputs.tokens)
+        if not inputs.images.shape[1]:
+            return text
+        return torch.cat([self.language.see(inputs.images), text], 1)
+
+    def prefill(self, x: Tensor, valid: Tensor) -> Cache:
+        """Keys and values of the prefix, with room for the suffix."""
+        cache = self.language.prefill(x, valid, self.config.suffix_len)
+        state = self.config.state_in == "suffix"
+        return cache._replace(seen=cache.seen._replace(limit=x.shape[1] + 1)) if state else cache
+
+    def suffix_turns(self, valid: Tensor) -> Tensor:
+        """cos and sin of the suffix's positions, [B * T, H/2, 2]."""
+        after = torch.arange(self.config.suffix_len, device=valid.device)
+        return self.language.turns[valid.sum(1, keepdim=True) + after].flatten(0, 1)
+
+    def state(self, state: Tensor) -> Tensor | None:
+        """The state's token, [B, 1, D]; None for pi0.5."""
+        if self.config.state_in != "suffix":
+            return None
+        return self.module.state_proj(state)[:, None].to(self.language.dtype)
+
+    def step(self, step: Step, cache: Cache, turns: Tensor, state: Tensor | None, x_t: Tensor) -> Tensor:
+        """One Euler step, x_t [B, A, J] to the next."""
+        first, w, b = self.entry
+        x = F.linear(x_t, first, step.entry)
+        if w is not None:
+            x = F.linear(F.silu(x), w, b)
+        x = x.to(self.language.dtype)
+        if state is not None:
+            x = torch.cat([state, x], 1)
+        at = cache.k.shape[2] - x.shape[1]
+        norms: list[Norm] = [n for pair in zip(step.attn, step.mlp, strict=True) for n in pair] + [step.out]
+        stream = ops.start(x.flatten(0, 1), norms[0].scale)
+        for i, block in enumerate(self.blocks):
+            attn, mlp, after = norms[2 * i : 2 * i + 3]
+            q = ops.normed_qkv(stream, block.qkv, attn.bias, turns, cache.k[i], cache.v[i], at)
+            y = ops.attend(q, cache.k[i], cache.v[i], cache.seen)
+            stream = ops.add_projected(stream, y, block.o, attn.gate, mlp.scale)
+            y = ops.normed_geglu(stream, block.gate_up, mlp.bias)
+            stream = ops.add_projected(stream, y, block.down, mlp.gate, after.scale)
+        v_t = ops.normed_linear(stream._replace(scaled=stream.scaled.float()), self.out, step.out.bias)
+        return x_t + step.dt * v_t.view(*x.shape[:2], -1)[:, -x_t.shape[1] :]
+
+    def sample_actions(self, inputs: Inputs, num_steps: int) -> Tensor:
+        """See `Pi0.sample_actions`."""
+        cache = self.prefill(self.prefix(inputs), inputs.valid)
+        turns, state, x_t = self.suffix_turns(inputs.valid), self.state(inputs.state), inputs.noise
+        for step in self.steps(num_steps):
+            x_t = self.step(step, cache, turns, state, x_t)
+        return x_t

@@ -1,0 +1,205 @@
+"""The operations of the prepared path: each once in plain torch, which says what it computes, and as a kernel.
+
+bfloat16 on a GPU takes the kernels (`kernels.py`); float32 and the CPU take the plain form, in the same algebra.
+
+B batch, T queries, S keys, N heads, H head dim, D width, F width of the MLP, M = B * T rows, P parts of a row.
+
+Rotary pairs lie side by side here (channels 2i and 2i + 1): the rows of the query and key weights are reordered once,
+which changes no product of a query with a key.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-6  # of all norms
+
+
+class Residual(NamedTuple):
+    """The residual stream before a norm: what the next matrix takes in, and what normalises its product.
+
+    RMSNorm divides whole rows, so `norm(x) @ w == (x * scale) @ w / rms(x)`: the division waits for the product.
+
+    Attributes:
+      x: [M, D].
+      scaled: [M, D], x times the next norm's scale.
+      squares: float32 [M, P], sums of x * x over parts of the row.
+    """
+
+    x: Tensor
+    scaled: Tensor
+    squares: Tensor
+
+
+class Seen(NamedTuple):
+    """Who sees which keys.
+
+    Attributes:
+      valid: bool [B, S].
+      limit: rows of the first token (the robot's state) see only the keys before this one; S where there is no such
+        token.
+    """
+
+    valid: Tensor
+    limit: int
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether there is a kernel for this tensor."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def add_linear_(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
+    """`x += a @ w.T` in place: [M, D], [M, F], [D, F]."""
+    return x.addmm_(a, w.t())
+
+
+def linear_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """`gelu(x @ w.T + b)`, tanh form: [M, D], [F, D], [F] to [M, F]."""
+    if on_gpu(x):
+        return torch._addmm_activation(b, x, w.t(), use_gelu=True)  # cuBLASLt's epilogue, which has the tanh form
+    return F.gelu(F.linear(x, w, b), approximate="tanh")
+
+
+def layer_norm(x: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm of `x + offset`, in float32: [M, D] and float32 [D]."""
+    if on_gpu(x):
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.layer_norm(x, offset, scale, bias)
+    return F.layer_norm(x.float() + offset, scale.shape, scale, bias, EPS).to(x.dtype)
+
+
+def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """`x / rms(x) * scale`, in float32: [M, D] and float32 [D]."""
+    if on_gpu(x):
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.rms_norm(x, scale)
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + EPS) * scale).to(x.dtype)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """`gelu(gate) * up`, tanh form: [M, 2F] to [M, F]."""
+    if on_gpu(gate_up):
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.geglu(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary embedding of neighbouring pairs: [M, N, H] by float32 (cos, sin) [M, H/2, 2]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.view_as_complex(turns)[:, None]).flatten(-2).to(x.dtype)
+
+
+def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: int) -> Tensor:
+    """Rotates queries and keys and puts keys and values where they belong.
+
+    Args:
+      qkv: [M, (N + 2) * H], or [M, 2 * H] without queries.
+      turns: float32 [M, H/2, 2], cos and sin of every row's angles.
+      k, v: [B, S, H], written from key `at` on.
+      at: see there.
+
+    Returns:
+      Queries [M, N * H].
+    """
+    if on_gpu(qkv):
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.split_qkv(qkv, turns, k, v, at)
+    size, _, dim = k.shape
+    heads = qkv.shape[1] // dim - 2
+    rotated = rotate(qkv[:, :-dim].unflatten(1, (-1, dim)), turns)  # queries and key
+    span = slice(at, at + len(qkv) // size)
+    k[:, span] = rotated[:, -1].unflatten(0, (size, -1))
+    v[:, span] = qkv[:, -dim:].unflatten(0, (size, -1))
+    return rotated[:, :heads].flatten(1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    """Attention of all heads to one head of keys and values; queries come scaled.
+
+    Args:
+      q: [M, N * H].
+      k, v: [B, S, H].
+      seen: which keys.
+
+    Returns:
+      [M, N * H].
+    """
+    if on_gpu(q):
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.attend(q, k, v, seen)
+    size, keys, dim = k.shape
+    heads = q.shape[1] // dim
+    rows = q.reshape(size, 1, -1, dim)  # heads share keys, so they are rows
+    mask = seen.valid[:, None, None, :]
+    if seen.limit < keys:
+        mask = mask.expand(size, 1, rows.shape[2], keys).clone()
+        mask[:, :, :heads, seen.limit :] = False
+    out = F.scaled_dot_product_attention(rows, k[:, None], v[:, None], attn_mask=mask, scale=1.0)
+    return out.reshape(q.shape)
+
+
+def start(x: Tensor, scale: Tensor) -> Residual:
+    """The stream as it enters: [M, D], with the first norm's scale, float32 [D]."""
+    if on_gpu(x):
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.start(x, scale)
+    return Residual(x, (x.float() * scale).to(x.dtype), x.float().square().sum(-1, keepdim=True))
+
+
+def normed_linear(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
+    """`norm(x) @ w.T + bias`, in float32: w [F, D], bias float32 [F] or None; float32 [M, F]."""
+    norm = torch.rsqrt(stream.squares.sum(-1, keepdim=True) / w.shape[1] + EPS)
+    y = F.linear(stream.scaled, w).float() * norm
+    return y if bias is None else y + bias
+
+
+def normed_qkv(
+    stream: Residual, w: Tensor, bias: Tensor | None, turns: Tensor, k: Tensor, v: Tensor, at: int
+) -> Tensor:
+    """`split_qkv` of `normed_linear`."""
+    if on_gpu(stream.x):
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.normed_qkv(stream, w, bias, turns, k, v, at)
+    return split_qkv(normed_linear(stream, w, bias).to(stream.x.dtype), turns, k, v, at)
+
+
+def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
+    """`geglu` of `normed_linear`: w [2F, D], the gate's rows first; [M, F]."""
+    if on_gpu(stream.x):
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.normed_geglu(stream, w, bias)
+    return geglu(normed_linear(stream, w, bias).to(stream.x.dtype))
+
+
+def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, scale: Tensor) -> Residual:
+    """The stream after `x + (a @ w.T) * gate`, made ready for the norm that follows.
+
+    Args:
+      stream: before; only x counts.
+      a: [M, F].
+      w: [D, F].
+      gate: float32 [D], or None for 1.
+      scale: float32 [D], the next norm's.
+    """
+    if on_gpu(a):
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.add_projected(stream, a, w, gate, scale)
+    y = F.linear(a, w)
+    return start(stream.x + (y if gate is None else (y * gate).to(y.dtype)), scale)

@@ -1,0 +1,239 @@
+"""A module's weights as the prepared path wants them: merged, reordered, and what doesn't depend on the input computed.
+
+D width, F width of the MLP, N heads, H head dim, J action dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openpi_port.errors import UserError
+from openpi_port.pi_torch import gemma, lora, siglip
+from openpi_port.pi_torch.pi0 import Pi0, embed_time
+from openpi_port.schedule import euler_times
+
+
+class VisionLayer(NamedTuple):
+    """One block of SigLIP. What the biases of earlier projections add to the residual stream is in `offset_*`.
+
+    Attributes:
+      offset_attn, scale_attn, bias_attn: float32 [D], of the first norm.
+      qkv, qkv_bias: [3D, D] and [3D]; queries scaled by H ** -0.5.
+      o: [D, D].
+      offset_mlp, scale_mlp, bias_mlp: float32 [D], of the second norm.
+      up, up_bias, down: [F, D], [F] and [D, F].
+    """
+
+    offset_attn: Tensor
+    scale_attn: Tensor
+    bias_attn: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor
+    o: Tensor
+    offset_mlp: Tensor
+    scale_mlp: Tensor
+    bias_mlp: Tensor
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
+
+
+class Vision(NamedTuple):
+    """SigLIP: from pixels 0..255.
+
+    Attributes:
+      patch: float32 [D, 3 * p * p], for pixels.
+      start: float32 [tokens, D], bias and position.
+      layers: the blocks.
+      offset, scale, bias: float32 [D], of the last norm.
+      head, head_bias: to the language width.
+    """
+
+    patch: Tensor
+    start: Tensor
+    layers: list[VisionLayer]
+    offset: Tensor
+    scale: Tensor
+    bias: Tensor
+    head: Tensor
+    head_bias: Tensor
+
+
+class Block(NamedTuple):
+    """One layer of one Gemma expert, without norms.
+
+    Attributes:
+      qkv: [(N + 2) * H, D]; queries scaled by H ** -0.5, rotary pairs side by side.
+      o: [D, N * H].
+      gate_up: [2F, D].
+      down: [D, F].
+    """
+
+    qkv: Tensor
+    o: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class Norm(NamedTuple):
+    """A norm with what follows it.
+
+    Attributes:
+      scale: float32 [D].
+      bias: float32, AdaRMS's shift through the following weights; None without one.
+      gate: float32 [D] of the residual that follows; None without one.
+    """
+
+    scale: Tensor
+    bias: Tensor | None
+    gate: Tensor | None
+
+
+class Step(NamedTuple):
+    """What one Euler step knows before the first observation.
+
+    Attributes:
+      dt: by how much the flow time changes.
+      entry: float32 [D], the time's part of the action MLP (pi0) or the bias of the action projection.
+      attn, mlp: a norm per layer.
+      out: the last norm; its bias includes that of the action projection.
+    """
+
+    dt: float
+    entry: Tensor
+    attn: list[Norm]
+    mlp: list[Norm]
+    out: Norm
+
+
+def pack_vision(module: siglip.Siglip) -> Vision:
+    """Merged weights of a vision transformer."""
+    dtype = getattr(torch, module.compute.dtype)
+    patch = module.patch_embed.weight.float() * (2 / 255)
+    start = module.patch_embed.bias.float() - module.patch_embed.weight.float().sum(1) + module.pos_embedding.float()
+    offset = torch.zeros_like(start[0])
+    layers = []
+    for block in module.blocks:
+        attn, mlp = block.attn, block.mlp
+        scale = (attn.q.weight.shape[0] // attn.num_heads) ** -0.5
+        after_attn = offset + attn.o.bias.float()
+        layers.append(
+            VisionLayer(
+                offset,
+                *(p.float() for p in (block.norm_attn.scale, block.norm_attn.bias)),
+                torch.cat(
+                    [(attn.q.weight.float() * scale).to(dtype), attn.k.weight.to(dtype), attn.v.weight.to(dtype)]
+                ),
+                torch.cat([attn.q.bias.float() * scale, attn.k.bias.float(), attn.v.bias.float()]).to(dtype),
+                attn.o.weight.to(dtype),
+                after_attn,
+                *(p.float() for p in (block.norm_mlp.scale, block.norm_mlp.bias)),
+                mlp.up.weight.to(dtype),
+                mlp.up.bias.to(dtype),
+                mlp.down.weight.to(dtype),
+            )
+        )
+        offset = after_attn + mlp.down.bias.float()
+    norm = (module.norm.scale.float(), module.norm.bias.float())
+    return Vision(patch, start, layers, offset, *norm, module.head.weight.to(dtype), module.head.bias.to(dtype))
+
+
+def pack_blocks(module: gemma.Gemma, index: int) -> list[Block]:
+    """Merged weights of one expert's layers.
+
+    Raises:
+      UserError: adapters that are not merged, or several heads of keys and values.
+    """
+    dtype = getattr(torch, module.compute.dtype)
+    blocks = []
+    for layer in module.layers:
+        expert = layer.experts[index]
+        dim = expert.head_dim
+        if isinstance(expert.q, lora.LoraToHeads) or isinstance(expert.gate, lora.LoraLinear):
+            raise UserError("LoRA's adapters must be merged before a model is prepared: load it with merge_lora=True")
+        if expert.k.weight.shape[0] != dim:
+            raise UserError(
+                f"num_kv_heads={expert.k.weight.shape[0] // dim}: models are prepared with one head of keys and values"
+            )
+        q = (expert.q.weight.float() * dim**-0.5).to(dtype)
+        qkv = [_side_by_side(q, dim), _side_by_side(expert.k.weight.to(dtype), dim), expert.v.weight.to(dtype)]
+        gate_up = torch.cat([expert.gate.weight.to(dtype), expert.up.weight.to(dtype)])
+        blocks.append(Block(torch.cat(qkv), expert.o.weight.to(dtype), gate_up, expert.down.weight.to(dtype)))
+    return blocks
+
+
+def pack_norms(module: gemma.Gemma) -> tuple[list[Norm], list[Norm]]:
+    """The language model's norms before attention and before the MLP."""
+    experts = [layer.experts[0] for layer in module.layers]
+    return [_static(e.norm_attn) for e in experts], [_static(e.norm_mlp) for e in experts]
+
+
+def pack_steps(module: Pi0, blocks: list[Block], num_steps: int) -> list[Step]:
+    """All that the Euler steps need of time."""
+    times, dt = euler_times(num_steps)
+    device = module.gemma.embedding.device
+    emb = embed_time(torch.from_numpy(times).to(device), module.config.expert.width)  # [steps, D]
+    experts = [layer.experts[1] for layer in module.gemma.layers]
+    last, out = module.gemma.norms[1], module.action_out_proj
+    if module.config.time_in == "mlp":
+        to_actions, to_time = module.action_time_mlp_in.weight.float().chunk(2, 1)
+        entry = to_actions @ module.action_in_proj.bias.float() + module.action_time_mlp_in.bias.float()
+        norms = ([_static(e.norm_attn) for e in experts], [_static(e.norm_mlp) for e in experts])
+        readout = _static(last)._replace(bias=out.bias.float())
+        return [Step(float(dt), row, *norms, readout) for row in entry + emb @ to_time.t()]
+
+    cond = F.silu(module.time_mlp_out(F.silu(module.time_mlp_in(emb))))
+    attn = [_modulated(e.norm_attn, cond, b.qkv) for e, b in zip(experts, blocks, strict=True)]
+    mlp = [_modulated(e.norm_mlp, cond, b.gate_up) for e, b in zip(experts, blocks, strict=True)]
+    outs = [n._replace(bias=n.bias + out.bias.float()) for n in _modulated(last, cond, out.weight)]
+    entry = module.action_in_proj.bias.float()
+    return [
+        Step(float(dt), entry, [n[i] for n in attn], [n[i] for n in mlp], outs[i]) for i in range(len(times))
+    ]  # fmt: skip
+
+
+def pack_entry(module: Pi0) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """How noisy actions enter the expert, in float32: `y = x_t @ first.T + entry`, in pi0 then `silu(y) @ w.T + b`.
+
+    Returns:
+      `first` [D, J]; `w` [D, D] and `b` [D], or None twice.
+    """
+    first = module.action_in_proj.weight.float()
+    if module.config.time_in == "adarms":
+        return first, None, None
+    to_actions = module.action_time_mlp_in.weight.float().chunk(2, 1)[0]
+    last = module.action_time_mlp_out
+    return (to_actions.double() @ first.double()).float(), last.weight.float(), last.bias.float()
+
+
+def turns(length: int, dim: int, device: torch.device, max_wavelength: float = 10_000.0) -> Tensor:
+    """cos and sin of the rotary angles, float32 [length, dim / 2, 2]; see `layers.rope`."""
+    half = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    angle = torch.arange(length, device=device)[:, None].float() / max_wavelength ** (half * (2.0 / dim))
+    return torch.stack([torch.cos(angle), torch.sin(angle)], -1)
+
+
+def embedding_scale(width: int, dtype: torch.dtype) -> float:
+    """What token embeddings are multiplied by, rounded as the reference rounds it."""
+    return torch.tensor(math.sqrt(width), dtype=dtype).item()
+
+
+def _static(norm: torch.nn.Module) -> Norm:
+    return Norm(1 + norm.scale.float(), None, None)
+
+
+def _modulated(norm: torch.nn.Module, cond: Tensor, after: Tensor) -> list[Norm]:
+    """An AdaRMS norm at every step, before the weights `after` [F, D]."""
+    modulation = F.linear(cond, norm.modulation.weight.float(), norm.modulation.bias.float())
+    scale, shift, gate = modulation.chunk(3, -1)
+    return [Norm(*rows) for rows in zip(1 + scale, shift @ after.float().t(), gate, strict=True)]
+
+
+def _side_by_side(w: Tensor, dim: int) -> Tensor:
+    """Reorders the rows [N * H] of a projection into heads: channel i and i + H/2 become 2i and 2i + 1."""
+    return w.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).flatten(0, 2)
