@@ -21,7 +21,7 @@ from experiments.flags import config, run
 from openpi_port import normalize, transforms
 from openpi_port.config import Train
 from openpi_port.data.datasets import open_datasets
-from openpi_port.data.lerobot import LeRobotDataset
+from openpi_port.data.frames import Frames
 from openpi_port.data.stats import compute
 from openpi_port.errors import UserError
 from openpi_port.tokenizers import paligemma
@@ -71,7 +71,7 @@ def main() -> None:
     print(f"saved {out} and {out / 'report.html'}")
 
 
-def collect(dataset: LeRobotDataset, steps: tuple[transforms.Transform, ...], train: Train) -> fast_report.Chunks:
+def collect(dataset: Frames, steps: tuple[transforms.Transform, ...], train: Train) -> fast_report.Chunks:
     """Normalised chunks, evenly spread over all episodes, `CHUNKS` at most."""
     stride = max(1, -(-len(dataset) // CHUNKS.value))
     text = paligemma.load(train.tokenizer)

@@ -179,16 +179,20 @@ class Data:
     """A data set and the way from its names and units to the model's.
 
     Attributes:
-      repo_id: a name on the Hugging Face hub, `hf://...`, a local directory, or a data set that ships here.
+      repo_id: a name on the Hugging Face hub, `hf://...`, a local directory, or a data set that ships here. LeRobot or
+        RLDS: what it is, the files show.
       robot: a module of `openpi_port.robots`.
       cameras: model camera -> image key of the data set; model cameras that are absent or empty are black
         and masked.
       state, actions: columns of the data set.
       prompt: the instruction; None takes each episode's task.
+      task: of RLDS, the features with the instruction, separated by commas; the first that is not empty counts.
+        Empty for `language_instruction`.
       prompt_style: whose way of writing the prompt the weights have learned. LeRobot keeps underscores (pi0), and
         0.4 writes the state padded to the model's dims (pi0.5).
       delta: which action dimensions become differences to the state; empty for none.
       norm: z-score, or quantiles to [-1, 1].
+      split: of RLDS, such as "train+val"; empty for "train".
       episodes: numbers of those to use; empty for all.
       validation: share of episodes kept for validation.
       augment: "default", "openpi" (what openpi's JAX training really does), "shift" (for a camera that never moves)
@@ -206,9 +210,11 @@ class Data:
     state: str = "observation.state"
     actions: str = "action"
     prompt: str | None = None
+    task: str = ""
     prompt_style: Literal["openpi", "lerobot-0.4", "lerobot-0.6"] = "openpi"
     delta: tuple[bool, ...] = ()
     norm: Literal["zscore", "quantile"] = "zscore"
+    split: str = ""
     episodes: tuple[int, ...] = ()
     validation: float = 0.1
     augment: Literal["default", "openpi", "shift", "none"] = "default"

@@ -243,18 +243,18 @@ def test_changed_and_removed_videos_lose_their_frames(tmp_path, source):
     source.write_bytes(b"other content")
     cache = FrameCache(16, 1.0, tmp_path / "cache")
     assert cache.entry(source) is None
-    cache.plan([(source, "")], 3)
+    cache.plan({(source, ""): 3})
     assert not first.exists()
     second = cache.create(source, np.arange(3.0)).path
     source.unlink()
-    cache.plan([], 3)
+    cache.plan({})
     assert not second.exists()
 
 
 def test_bounded_in_bytes(tmp_path, source):
     record = 4 + 16 * 16 * 3
     cache = FrameCache(16, 40 * record / 1e9, tmp_path / "cache")
-    cache.plan([(source, "")], 100)
+    cache.plan({(source, ""): 100})
     entry = cache.create(source, np.arange(100.0))
     for frame in range(100):
         cache.put(entry, frame, image(frame))
@@ -262,7 +262,7 @@ def test_bounded_in_bytes(tmp_path, source):
     other = tmp_path / "other.mp4"
     other.write_bytes(b"x")
     cache = FrameCache(16, 40 * record / 1e9, tmp_path / "cache")
-    cache.plan([(other, "")], 100)
+    cache.plan({(other, ""): 100})
     assert not entry.path.exists(), "another data set's frames make room"
     assert cache.get(entry, 0) is None, "and a run that used them goes on without"
 

@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from openpi_port.config import Data
+from openpi_port.data.datasets import find
 from openpi_port.data.frame_cache import FrameCache
-from openpi_port.data.lerobot import LeRobotDataset
 from openpi_port.data.loader import train_batches
 from openpi_port.errors import UserError
 from openpi_port.transforms import FillCameras, PadDims, Repack, Resize
@@ -51,12 +52,11 @@ class _NoPrompt:
         return {key: value for key, value in sample.items() if key != "prompt"}
 
 
-def measure(repo_id: str = "aloha_sim_transfer_cube", camera: str = "", samples: int = 480) -> Speed:
+def measure(data: Data, samples: int = 480) -> Speed:
     """Runs the loader in this process on one core, with a frame cache of its own that is removed afterwards.
 
     Args:
-      repo_id: the data set.
-      camera: which of its cameras plays all three; "" takes the first.
+      data: the data set; its first camera plays all three.
       samples: per measurement.
 
     Raises:
@@ -64,19 +64,22 @@ def measure(repo_id: str = "aloha_sim_transfer_cube", camera: str = "", samples:
     """
     with _one_core() as cores, tempfile.TemporaryDirectory() as directory:
         cache = FrameCache(SIZE, 8.0, directory)
-        cold = _rate(repo_id, camera, cache, samples)
-        warm = _rate(repo_id, camera, cache, samples)
-        uncached = _rate(repo_id, camera, None, samples // 4)
+        cold = _rate(data, cache, samples)
+        warm = _rate(data, cache, samples)
+        uncached = _rate(data, None, samples // 4)
     return Speed(cold / cores, warm / cores, uncached / cores, cores)
 
 
-def _rate(repo_id: str, camera: str, cache: FrameCache | None, samples: int, batch_size: int = 16) -> float:
+def _rate(data: Data, cache: FrameCache | None, samples: int, batch_size: int = 16) -> float:
     """Samples per second of one pass over the same samples."""
-    key = camera or LeRobotDataset(repo_id, cameras={}, horizon=HORIZON).metadata.cameras[0]
+    metadata, open_ = find(data)
+    key = next(iter(data.cameras.values()), metadata.cameras[0])
     cameras = dict.fromkeys(CAMERAS, key)
-    dataset = LeRobotDataset(repo_id, cameras=cameras, horizon=HORIZON, image_size=SIZE, cache=cache)
+    dataset = open_(
+        cameras=cameras, horizon=HORIZON, state=data.state, action=data.actions, image_size=SIZE, cache=cache
+    )
     steps = (
-        Repack(cameras, "observation.state", "action"),
+        Repack(cameras, data.state, data.actions, data.prompt),
         Resize(SIZE),
         FillCameras(CAMERAS),
         PadDims(ACTION_DIM, ACTION_DIM, ACTION_DIM),
@@ -113,11 +116,17 @@ def main() -> None:
     """Prints one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repo_id", default="aloha_sim_transfer_cube")
-    parser.add_argument("--camera", default="")
+    parser.add_argument("--camera", default="", help="key of an image; the first by default")
+    parser.add_argument("--state", default="observation.state")
+    parser.add_argument("--actions", default="action")
     parser.add_argument("--samples", type=int, default=480)
     arguments = parser.parse_args()
     try:
-        speed = measure(arguments.repo_id, arguments.camera, arguments.samples)
+        data = Data(
+            repo_id=arguments.repo_id, robot="lerobot", cameras={"": arguments.camera}, state=arguments.state,
+            actions=arguments.actions, prompt="",
+        )  # fmt: skip
+        speed = measure(data, arguments.samples)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -1,17 +1,36 @@
-"""From `config.Data` to the data sets for training and validation."""
+"""From `config.Data` to the data sets for training and validation. What kind a data set is, its files show."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
 from openpi_port.config import Data
+from openpi_port.data import lerobot, rlds
 from openpi_port.data.frame_cache import FrameCache
-from openpi_port.data.lerobot import LeRobotDataset, load_metadata, resolve
+from openpi_port.data.frames import Frames
 from openpi_port.data.split import split_episodes
 from openpi_port.errors import UserError
 
+Open = Callable[..., Frames]  # with the arguments that all kinds share
+
+
+class Metadata(Protocol):
+    """What a data set says about itself: directory, episode numbers, keys of images."""
+
+    @property
+    def root(self) -> Path: ...
+    @property
+    def numbers(self) -> tuple[int, ...]: ...
+    @property
+    def cameras(self) -> tuple[str, ...]: ...
+
 
 def open_datasets(
-    data: Data, *, horizon: int, image_size: int | None = None, seed: int = 0
-) -> tuple[LeRobotDataset, LeRobotDataset | None]:
+    data: Data, *, horizon: int, image_size: int | None = None, seed: int = 0, cache: FrameCache | None = None
+) -> tuple[Frames, Frames | None]:
     """Opens a data set twice, with the episodes for training and those for validation.
 
     Args:
@@ -19,26 +38,26 @@ def open_datasets(
       horizon: actions per chunk.
       image_size: of the model, pixels; None opens the data set without its images, for norm statistics.
       seed: of the split; not the run's, so that runs with different seeds validate on the same episodes.
+      cache: of decoded frames; None makes one as `data` says.
 
     Returns:
       (training, validation); validation is None where `data.validation` is 0 or there is only one episode.
 
     Raises:
-      UserError: see `LeRobotDataset`.
+      UserError: see the kinds: `LeRobotDataset`, `RldsDataset`.
     """
-    metadata = load_metadata(resolve(data.repo_id, data.root))
-    numbers = [episode.index for episode in metadata.episodes]
-    if unknown := sorted(set(data.episodes) - set(numbers)):
-        raise UserError(f"config.data.episodes: {metadata.root} has no episode {unknown[0]}; it has {len(numbers)}")
-    numbers = [number for number in numbers if not data.episodes or number in data.episodes]
+    metadata, open_ = find(data)
+    if unknown := sorted(set(data.episodes) - set(metadata.numbers)):
+        raise UserError(
+            f"config.data.episodes: {metadata.root} has no episode {unknown[0]}; it has {len(metadata.numbers)}"
+        )
+    numbers = [number for number in metadata.numbers if not data.episodes or number in data.episodes]
     training, validation = split_episodes(len(numbers), data.validation, seed)
-    cache = None
-    if image_size is not None and data.cache_gb:
+    if cache is None and image_size is not None and data.cache_gb:
         cache = FrameCache(image_size, data.cache_gb)
 
-    def choose(part: tuple[int, ...]) -> LeRobotDataset:
-        return LeRobotDataset(
-            metadata,
+    def choose(part: tuple[int, ...]) -> Frames:
+        return open_(
             cameras={} if image_size is None else data.cameras,
             horizon=horizon,
             state=data.state,
@@ -49,3 +68,21 @@ def open_datasets(
         )
 
     return choose(training), choose(validation) if validation else None
+
+
+def find(data: Data) -> tuple[Metadata, Open]:
+    """A data set's description, and how to open some of its episodes.
+
+    Raises:
+      UserError: there is none, its description is damaged, or `data` has fields that its kind can't honour.
+    """
+    root = lerobot.resolve(data.repo_id, data.root)
+    if version := rlds.find(root):
+        described = rlds.load_metadata(version, data.split)
+        task = data.task or rlds.INSTRUCTION if data.prompt is None else ""
+        return described, partial(rlds.RldsDataset, described, task=task)
+    for field in ("split", "task"):
+        if getattr(data, field):
+            raise UserError(f"config.data.{field}={getattr(data, field)!r} is for RLDS, which {root} is not")
+    described = lerobot.load_metadata(root)
+    return described, partial(lerobot.LeRobotDataset, described)

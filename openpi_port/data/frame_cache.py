@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -71,28 +72,29 @@ class FrameCache:
                 "set XDG_CACHE_HOME to another place, or --config.data.cache_gb=0"
             ) from error
         self.share = 1.0
+        self._planned: dict[tuple[Path, str], int] = {}
         self._entries: dict[tuple[str, str], Entry] = {}
         self._writable = True
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_entries": {}}
+        return {**self.__dict__, "_entries": {}, "_planned": {}}
 
     @property
     def _record(self) -> int:
         return 4 + self.image_size**2 * 3
 
-    def plan(self, sources: list[tuple[Path, str]], frames: int) -> None:
-        """Decides which share of every file is stored, and makes room.
+    def plan(self, sources: Mapping[tuple[Path, str], int]) -> None:
+        """Decides which share of every file is stored, and makes room; adds to what was planned before.
 
         Args:
-          sources: the (file, part) of the data set.
-          frames: how many frames all of them have together.
+          sources: {(file, part): how many frames it has} of a data set.
         """
-        mine = {self._path(source, part) for source, part in sources}
-        held = self._tidy(mine, frames * self._record)
+        self._planned |= sources
+        wanted = max(1, sum(self._planned.values())) * self._record
+        held = self._tidy({self._path(source, part) for source, part in self._planned}, wanted)
         free = shutil.disk_usage(self.directory).free + held
         # A tenth of the free space is left to others: the user's checkpoints go to the same disk.
-        self.share = min(1.0, self.capacity / (frames * self._record), 0.9 * free / (frames * self._record))
+        self.share = min(1.0, self.capacity / wanted, 0.9 * free / wanted)
 
     def _tidy(self, keep: set[Path], wanted: int) -> int:
         """Removes files whose video changed or went, and the oldest of others beyond the bound; returns bytes kept."""

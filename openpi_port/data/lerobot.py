@@ -1,14 +1,12 @@
-"""Random access to the frames of a LeRobot data set, as raw samples under the data set's own names.
+"""Random access to the frames of a LeRobot data set (see frames.py for what all kinds of data sets share).
 
-States and actions of all chosen episodes are read once and kept in memory (some hundred bytes a frame); images are
-decoded when asked for, through the frame cache if there is one.
-
-N frames of all chosen episodes, A actions of a chunk, J state or action dims, H W pixels.
+N frames of all chosen episodes, J state or action dims, H W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,12 @@ import av
 import numpy as np
 import pyarrow as pa
 
-from openpi_port.check_sample import split_keys
 from openpi_port.data.embedded import EmbeddedImages
-from openpi_port.data.frame_cache import Entry, FrameCache
+from openpi_port.data.frame_cache import FrameCache
+from openpi_port.data.frames import Frames, choose, finite
 from openpi_port.data.lerobot_meta import Episode, Metadata, load_metadata, read_parquet, resolve
 from openpi_port.data.video import Videos, nearest_frame, to_rgb
 from openpi_port.errors import UserError
-from openpi_port.images import resize_with_pad
 
 __all__ = ["Episode", "LeRobotDataset", "Metadata", "load_metadata", "resolve"]
 
@@ -30,16 +27,12 @@ __all__ = ["Episode", "LeRobotDataset", "Metadata", "load_metadata", "resolve"]
 TOLERANCE = 0.25
 
 
-class LeRobotDataset:
+class LeRobotDataset(Frames):
     """A LeRobot data set, v2.0, v2.1 or v3.0, or some of its episodes.
 
     Args:
       source: what `resolve` takes, or the metadata if they were read already.
-      cameras: {model camera: image key}; the keys say what is decoded, each once however often it is named.
-      horizon: A.
-      state, action: columns; several, separated by commas, where a robot's are recorded apart.
-      image_size: frames are resized and padded to this square; None leaves them as recorded.
-      cache: where decoded frames are kept; needs the same image_size.
+      cameras, horizon, state, action, image_size, cache: see `Frames`.
       episodes: which ones, by number; None takes all. Files of others may be absent.
       root: where data sets from the hub are kept.
 
@@ -62,27 +55,24 @@ class LeRobotDataset:
         root: str | None = None,
     ):
         self.metadata = source if isinstance(source, Metadata) else load_metadata(resolve(str(source), root))
-        self.horizon, self.image_size = horizon, image_size
-        self._state_keys, self._action_keys = split_keys(state), split_keys(action)
-        self.camera_keys = tuple(dict.fromkeys(cameras.values()))
-        self.episodes = self._choose(episodes)
+        chosen = choose(self.metadata.root, self.metadata.episodes, episodes)
+        super().__init__(
+            self.metadata.root, chosen, cameras=cameras, horizon=horizon, state=state, action=action,
+            image_size=image_size, cache=cache,
+        )  # fmt: skip
         for key in self.camera_keys:
             self.metadata.feature(key, "camera")
         self._read_columns()
         self._check_times()
         self._check_files()
-        if cache is not None and cache.image_size != image_size:
-            raise ValueError(f"the cache holds images of {cache.image_size}, not of {image_size}")
-        self._cache = cache
         self._videos = Videos()
         self._embedded = EmbeddedImages()
         if cache is not None:
             # Of all episodes, so that training and validation agree on what is admitted.
-            sources = {self._source(e, key) for e in self.metadata.episodes for key in self.camera_keys}
-            cache.plan(sorted(sources), max(1, self.metadata.num_frames * len(self.camera_keys)))
-
-    def __len__(self) -> int:
-        return len(self._row_episode)
+            frames: Counter[tuple[Path, str]] = Counter()
+            for episode in self.metadata.episodes:
+                frames.update({self._source(episode, key): episode.length for key in self.camera_keys})
+            cache.plan(frames)
 
     @property
     def fps(self) -> float:
@@ -94,72 +84,16 @@ class LeRobotDataset:
         """Names, shapes and types of all columns, as in info.json."""
         return self.metadata.features
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """A raw sample.
-
-        Returns:
-          {image key: uint8 [H,W,3] for every camera, state column: f32 [J], action column: f32 [A,J],
-          "action_is_pad": bool [A], "task": str, "episode_index": int, "frame_index": int, "timestamp": float (s)}.
-          Action i is the one at i / fps after the frame; after the episode's end the last one is repeated and
-          marked as padding, as LeRobot does with delta_timestamps.
-
-        Raises:
-          UserError: a video is damaged.
-        """
-        index = range(len(self))[index]  # negative numbers count from the end; others raise IndexError
-        return {key: self._image(key, index) for key in self.camera_keys} | self.numbers(index)
-
-    def numbers(self, index: int) -> dict[str, Any]:
-        """A raw sample without its images; nothing is decoded."""
-        number = self._row_episode[index]
-        # `_check_times` has shown that times lie on the grid of fps, so nearest in time is next in number.
-        rows = index + np.arange(self.horizon)
-        last = self._starts[number + 1] - 1
-        chunk = np.minimum(rows, last)
-        return {
-            **{key: self._columns[key][index] for key in self._state_keys},
-            **{key: self._columns[key][chunk] for key in self._action_keys},
-            "action_is_pad": rows > last,
-            "task": self._task(index),
-            "episode_index": self.episodes[number].index,
-            "frame_index": int(index - self._starts[number]),
-            "timestamp": float(self._timestamp[index]),
-        }
-
-    def iterate_numbers(self) -> Iterator[list[dict[str, Any]]]:
-        """Episode by episode, the samples without images: what norm statistics are made from."""
-        for start, end in zip(self._starts[:-1], self._starts[1:], strict=True):
-            yield [self.numbers(index) for index in range(start, end)]
-
-    def _choose(self, episodes: Sequence[int] | None) -> tuple[Episode, ...]:
-        if episodes is None:
-            return self.metadata.episodes
-        by_index = {episode.index: episode for episode in self.metadata.episodes}
-        unknown = [e for e in episodes if e not in by_index]
-        if unknown:
-            raise UserError(
-                f"{self.metadata.root}: no episode {unknown[0]}; there are {len(by_index)}, "
-                f"{min(by_index, default=0)} to {max(by_index, default=0)}"
-            )
-        return tuple(by_index[e] for e in episodes)
-
     def _read_columns(self) -> None:
         """Fills the arrays of all chosen episodes, in their order: states and actions f32 [N,J], the rest [N]."""
         meta = self.metadata
-        if both := set(self._state_keys) & set(self._action_keys):
-            raise UserError(f"{meta.root}: {min(both)} can't be state and action at once; see config.data")
         wanted = [(key, "state column") for key in self._state_keys]
         wanted += [(key, "action column") for key in self._action_keys]
         dims = {key: _size(meta.feature(key, what), meta.root, key) for key, what in wanted}
-        lengths = [episode.length for episode in self.episodes]
-        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        total = int(self._starts[-1])
-        if not total:
-            raise UserError(f"{meta.root}: no frames in the chosen episodes")
+        total = len(self)
         self._columns = {key: np.empty((total, dim), np.float32) for key, dim in dims.items()}
         self._timestamp = np.empty(total, np.float64)
         self._task_index = np.empty(total, np.int64)
-        self._row_episode = np.repeat(np.arange(len(self.episodes)), lengths)
         self._first_row = np.empty(len(self.episodes), np.int64)  # of each episode in its file
 
         files: dict[Path, list[int]] = {}
@@ -183,7 +117,7 @@ class LeRobotDataset:
                 self._first_row[number] = rows[0] if len(rows) else 0
                 self._timestamp[place], self._task_index[place] = timestamp[rows], task[rows]
                 for key, column in columns.items():
-                    self._columns[key][place] = _finite(column[rows], key, path, episode.index)
+                    self._columns[key][place] = finite(column[rows], key, path, episode.index)
 
     def _check_times(self) -> None:
         """Frame k of an episode must be at k / fps, or chunks of actions would not be what they say."""
@@ -207,20 +141,23 @@ class LeRobotDataset:
             if not path.is_file():
                 raise UserError(f"{path}: video file is missing; download the data set again, or leave the episode out")
 
-    def _task(self, index: int) -> str:
-        return self.metadata.tasks[int(self._task_index[index])]
+    def _about(self, index: int) -> dict[str, Any]:
+        """The task, and the time since the episode's start, which `_check_times` has shown to be frame / fps."""
+        task = self.metadata.tasks[int(self._task_index[index])]
+        return {"task": task, "timestamp": float(self._timestamp[index])}
 
     def _source(self, episode: Episode, key: str) -> tuple[Path, str]:
         """The file that holds an episode's images, and the column in it ("" for a video)."""
         return (episode.videos[key][0], "") if key in episode.videos else (episode.data, key)
 
-    def _image(self, key: str, index: int) -> np.ndarray:
-        number = self._row_episode[index]
+    def _image(self, key: str, number: int, frame: int) -> np.ndarray:
         episode = self.episodes[number]
         if key in episode.videos:
             path, start = episode.videos[key]
-            return self._from_video(path, start + self._timestamp[index])
-        return self._from_table(episode.data, key, int(index - self._starts[number] + self._first_row[number]))
+            return self._from_video(path, start + self._timestamp[self._starts[number] + frame])
+        path, row = episode.data, int(self._first_row[number] + frame)
+        images = self._embedded
+        return self._cached(path, key, row, lambda: images.rows(path), lambda: images.read(path, key, row))
 
     def _from_video(self, path: Path, seconds: float) -> np.ndarray:
         """The frame at a time of a video file, from the cache or decoded."""
@@ -242,27 +179,6 @@ class LeRobotDataset:
             frame = nearest_frame(video.index.times, seconds, tolerance, path)
             image = video.read(frame, None if cache is None else passed)
         return self._keep(entry, frame, image)
-
-    def _from_table(self, path: Path, key: str, row: int) -> np.ndarray:
-        """An image embedded in a row of a parquet file, from the cache or decoded."""
-        cache = self._cache
-        entry = None
-        if cache is not None:
-            entry = cache.entry(path, key)
-            if entry is None:
-                entry = cache.create(path, np.arange(self._embedded.rows(path)) / self.fps, key)
-            image = cache.get(entry, row)
-            if image is not None:
-                return image
-        return self._keep(entry, row, self._embedded.read(path, key, row))
-
-    def _keep(self, entry: Entry | None, frame: int, image: np.ndarray) -> np.ndarray:
-        """Resizes a decoded frame and stores it."""
-        if self.image_size is not None:
-            image = resize_with_pad(image, self.image_size)
-        if entry is not None:
-            self._cache.put(entry, frame, image)
-        return image
 
 
 def _size(feature: Mapping[str, Any], root: Path, key: str) -> int:
@@ -287,15 +203,3 @@ def _matrix(column: pa.ChunkedArray, dim: int, path: Path, key: str) -> np.ndarr
         found = "1 number" if lengths is None else f"{lengths[np.argmax(lengths != dim)]} numbers"
         raise UserError(f"{path}: {key} has {found} in a row, meta/info.json says {dim}; they don't belong together")
     return flat.to_numpy(zero_copy_only=False).reshape(len(array), dim)
-
-
-def _finite(values: np.ndarray, key: str, path: Path, episode: int) -> np.ndarray:
-    """The values [rows, J], if all of them are numbers."""
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        frame, dim = bad[0]
-        raise UserError(
-            f"{path}: {key} is {values[frame, dim]} in dimension {dim} at episode {episode}, frame {frame}; repair it, "
-            "or leave the episode out"
-        )
-    return values

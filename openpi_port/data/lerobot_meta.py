@@ -64,6 +64,11 @@ class Metadata:
     episodes: tuple[Episode, ...]
 
     @property
+    def numbers(self) -> tuple[int, ...]:
+        """Numbers of all episodes."""
+        return tuple(episode.index for episode in self.episodes)
+
+    @property
     def num_frames(self) -> int:
         """Frames of all episodes."""
         return sum(episode.length for episode in self.episodes)

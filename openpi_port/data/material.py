@@ -11,7 +11,7 @@ from openpi_port import normalize, transforms
 from openpi_port.config import Pi0Fast, Train
 from openpi_port.data import loader, stats
 from openpi_port.data.datasets import open_datasets
-from openpi_port.data.lerobot import LeRobotDataset
+from openpi_port.data.frames import Frames
 from openpi_port.errors import UserError
 from openpi_port.normalize import NormStats
 from openpi_port.tokenizers import fast, paligemma
@@ -32,8 +32,8 @@ class Material:
     """
 
     config: Train
-    train: LeRobotDataset
-    validation: LeRobotDataset | None
+    train: Frames
+    validation: Frames | None
     steps: tuple[transforms.Transform, ...]
     norm_stats: NormStats
     tokenizer: PromptTokenizer

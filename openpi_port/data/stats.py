@@ -11,13 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from openpi_port import transforms
-from openpi_port.data.lerobot import LeRobotDataset
+from openpi_port.data.frames import Frames
 from openpi_port.normalize import NormStats, RunningStats
 
 PATIENCE = 2.0  # seconds until a progress bar appears
 
 
-def compute(dataset: LeRobotDataset, steps: Sequence[transforms.Transform]) -> NormStats:
+def compute(dataset: Frames, steps: Sequence[transforms.Transform]) -> NormStats:
     """Streams over the episodes.
 
     Every chunk counts with all its actions, as in openpi: for delta actions the later ones of a chunk are the larger

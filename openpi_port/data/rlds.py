@@ -1,0 +1,160 @@
+"""Random access to the steps of an RLDS data set (Open X-Embodiment, DROID, LIBERO), without TensorFlow.
+
+Features are named by their path below `steps`: "observation/image_0", "action_dict/joint_velocity". A picture is found
+by its place in the file and decoded alone, so that a random step costs no more than its own pictures.
+
+N frames of all chosen episodes, J state or action dims, H W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from openpi_port.check_sample import split_keys
+from openpi_port.data import rlds_index as names
+from openpi_port.data.frame_cache import FrameCache
+from openpi_port.data.frames import Frames, finite
+from openpi_port.data.rlds_meta import RldsMetadata, find, load_metadata
+from openpi_port.errors import UserError
+
+__all__ = ["RldsDataset", "RldsMetadata", "find", "load_metadata"]
+
+INSTRUCTION = "language_instruction"
+PATIENCE = 2.0  # seconds until a progress bar appears
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """One demonstration: `first` is its first step among those of its file, which have `rows` together."""
+
+    index: int
+    length: int
+    path: Path
+    first: int
+    rows: int
+
+
+class RldsDataset(Frames):
+    """An RLDS data set in tfrecord files, or some of its episodes.
+
+    Args:
+      source: a directory that `find` finds, or the metadata if they were read already.
+      cameras, horizon, state, action, image_size, cache: see `Frames`.
+      task: text features with the instruction, separated by commas; the first that is not empty at a step counts.
+      episodes: which ones, by number; None takes all. Files of others may be absent.
+
+    Raises:
+      UserError: anything wrong with the data: an unknown key, a missing, truncated or damaged file, values that are
+        not finite.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | RldsMetadata,
+        *,
+        cameras: Mapping[str, str],
+        horizon: int,
+        state: str = "observation/state",
+        action: str = "action",
+        task: str = INSTRUCTION,
+        image_size: int | None = None,
+        cache: FrameCache | None = None,
+        episodes: Sequence[int] | None = None,
+    ):
+        if not isinstance(source, RldsMetadata):
+            root = find(Path(source))
+            if root is None:
+                raise UserError(f"{source}: no RLDS data set; give the directory that holds features.json")
+            source = load_metadata(root)
+        self.metadata = source
+        wanted = {"camera": tuple(cameras.values()), "state column": split_keys(state)}
+        wanted |= {"action column": split_keys(action), "instruction": split_keys(task) if task else ()}
+        for what, keys in wanted.items():
+            for key in keys:
+                source.check(key, what)
+        chosen, indexes = self._choose(episodes)
+        super().__init__(
+            source.root, chosen, cameras=cameras, horizon=horizon, state=state, action=action, image_size=image_size,
+            cache=cache,
+        )  # fmt: skip
+        gather = functools.partial(self._gather, indexes)
+        for key in (*self._state_keys, *self._action_keys):
+            self._columns[key] = gather(names.number(key))
+            for i, e in enumerate(chosen):
+                finite(self._columns[key][self._starts[i] : self._starts[i + 1]], key, e.path, e.index)
+        self._spans = {key: gather(names.spans(key)) for key in self.camera_keys}  # i64 [N,2]
+        self._tasks, self._task_index = self._instructions(indexes, wanted["instruction"])
+        if cache is not None:
+            cache.plan({(e.path, key): e.rows for e in chosen for key in self.camera_keys})
+
+    def _choose(self, numbers: Sequence[int] | None) -> tuple[tuple[Episode, ...], dict[Path, names.Index]]:
+        """The chosen episodes in their order, and the indexes of their files."""
+        known = self.metadata.numbers
+        numbers = known if numbers is None else numbers
+        if unknown := [n for n in numbers if not 0 <= n < len(known)]:
+            raise UserError(f"{self.metadata.root}: no episode {unknown[0]}; there are {len(known)}, from 0")
+        ends = np.cumsum([shard.episodes for shard in self.metadata.shards])
+        which = np.searchsorted(ends, numbers, side="right")
+        found, indexes = {}, {}
+        progress = tqdm(sorted(set(which.tolist())), "reading RLDS files", unit=" files", delay=PATIENCE)
+        for shard_number in progress:
+            shard = self.metadata.shards[shard_number]
+            indexes[shard.path] = index = names.load(self.metadata, shard)
+            starts = np.concatenate([[0], np.cumsum(index[names.LENGTHS])])
+            before = int(ends[shard_number]) - shard.episodes
+            for i in range(shard.episodes):
+                first, end = int(starts[i]), int(starts[i + 1])
+                found[before + i] = Episode(before + i, end - first, shard.path, first, int(starts[-1]))
+        return tuple(found[n] for n in numbers), indexes
+
+    def _gather(self, indexes: Mapping[Path, names.Index], name: str) -> np.ndarray:
+        """An array of all files, of the chosen episodes: [N, ...]."""
+        whole = {path: index[name] for path, index in indexes.items()}
+        return np.concatenate([whole[e.path][e.first : e.first + e.length] for e in self.episodes])
+
+    def _instructions(self, indexes: Mapping[Path, names.Index], keys: Sequence[str]) -> tuple[list[str], np.ndarray]:
+        """All different instructions, and the number of each step's."""
+        known: dict[str, int] = {"": 0}
+        of_step = np.zeros(len(self), np.int32)
+        for key in keys:
+            here = {}  # i32 [T] of every file
+            for path, index in indexes.items():
+                numbers = [known.setdefault(str(word), len(known)) for word in index[names.words(key)]]
+                here[path] = np.array(numbers, np.int32)[index[names.text(key)]]
+            of_key = np.concatenate([here[e.path][e.first : e.first + e.length] for e in self.episodes])
+            of_step = np.where(of_step == 0, of_key, of_step)
+        return list(known), of_step
+
+    def _about(self, index: int) -> dict[str, Any]:
+        return {"task": self._tasks[self._task_index[index]]}
+
+    def _image(self, key: str, number: int, frame: int) -> np.ndarray:
+        episode = self.episodes[number]
+        start, end = self._spans[key][self._starts[number] + frame]
+        return self._cached(
+            episode.path, key, episode.first + frame, lambda: episode.rows,
+            lambda: _decode(episode, key, frame, int(start), int(end)),
+        )  # fmt: skip
+
+
+def _decode(episode: Episode, key: str, frame: int, start: int, end: int) -> np.ndarray:
+    """uint8 [H,W,3] of the JPEG or PNG at a place of a file."""
+    try:
+        with episode.path.open("rb") as file:
+            file.seek(start)
+            content = file.read(end - start)
+        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    except OSError as error:
+        raise UserError(
+            f"{episode.path}: {key} of episode {episode.index}, frame {frame} is no readable image ({error}); download "
+            "the data set again"
+        ) from error
