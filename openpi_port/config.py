@@ -179,8 +179,8 @@ class Data:
     """A data set and the way from its names and units to the model's.
 
     Attributes:
-      repo_id: a name on the Hugging Face hub, `hf://...`, a local directory, or a data set that ships here. LeRobot or
-        RLDS: what it is, the files show.
+      repo_id: a name on the Hugging Face hub, `hf://...`, a local directory, or a data set that ships here. LeRobot,
+        RLDS or ALOHA's HDF5: what it is, the files show.
       robot: a module of `openpi_port.robots`.
       cameras: model camera -> image key of the data set; model cameras that are absent or empty are black
         and masked.
