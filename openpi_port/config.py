@@ -168,10 +168,13 @@ class Compute:
     Attributes:
       dtype: of activations and matrix products; parameters keep their own (float32 while training).
       remat: recompute each layer in the backward pass ("full") or keep its activations ("none").
+      attention: "plain" keeps the logits and is the reference. Fused: torch has "sdpa" and "flex", Flax has "cudnn" and
+        "splash". "auto" takes the fastest that the framework, the device and the dtype have, and "plain" on a CPU.
     """
 
     dtype: Dtype = "float32"
     remat: Literal["none", "full"] = "none"
+    attention: Literal["auto", "plain", "sdpa", "flex", "cudnn", "splash"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
