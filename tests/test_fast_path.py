@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from frameworks import Framework, batch_of, golden_model
+from frameworks import NAMES, Framework, batch_of, golden_model
 from small_policy import MODEL, make_checkpoint, observation_of
 
 from openpi_port import Policy, UserError, init
@@ -15,7 +15,6 @@ from openpi_port import batch as batches
 from openpi_port.config import Lora
 from openpi_port.rng import draw_noise
 
-NAMES = ("torch",)
 ATOL = 1e-4
 
 

@@ -1,0 +1,140 @@
+"""What the prepared layers compute: the plain ones' algebra on folded, merged weights.
+
+B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim, D width, F width of the MLP.
+
+Weights are one small tuple of arrays per layer, and layers are unrolled: a scan over stacked weights would copy every
+layer's weights out of the stack before it reads them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from openpi_port.pi_flax.layers import MASKED
+
+
+class Block(NamedTuple):
+    """A layer of the vision transformer, with its norms and the queries' scale folded in."""
+
+    qkv: jax.Array  # [D, 3D]
+    qkv_bias: jax.Array
+    o: jax.Array  # [D, D]
+    o_bias: jax.Array
+    up: jax.Array  # [D, F]
+    up_bias: jax.Array
+    down: jax.Array  # [F, D]
+    down_bias: jax.Array
+
+
+class Layer(NamedTuple):
+    """One expert's weights in one layer, with the queries' scale and, where it is constant, the norms' folded in."""
+
+    qkv: jax.Array  # [D, (N + 2K) H]
+    o: jax.Array  # [N H, D]
+    gate_up: jax.Array  # [D, 2F]
+    down: jax.Array  # [F, D]
+
+
+class Modulation(NamedTuple):
+    """AdaRMS at one flow time and norm: [.., D] each, float32."""
+
+    scale: jax.Array  # 1 + scale
+    shift: jax.Array
+    gate: jax.Array
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotary embedding, float32 [B, T, 1, H / 2]; the same for all layers."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+class Keys(NamedTuple):
+    """Rotated keys and values of one layer, [B, S, K, H]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+def rotation(positions: jax.Array, head_dim: int, max_wavelength: float = 10_000.0) -> Rotation:
+    """See `pi_flax.layers.rope`, whose angles these are."""
+    half = head_dim // 2
+    wavelength = max_wavelength ** (jnp.arange(half, dtype=jnp.float32) * (2.0 / head_dim))
+    # Divided behind a barrier for the reason given there.
+    wavelength = jax.lax.optimization_barrier(jnp.broadcast_to(wavelength, (*positions.shape, 1, half)))
+    angle = positions[..., None, None].astype(jnp.float32) / wavelength
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+    """Rotates x [B, T, N, H] in float32."""
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * by.cos - x2 * by.sin, x2 * by.cos + x1 * by.sin], axis=-1).astype(x.dtype)
+
+
+def rms(x: jax.Array, by: Modulation | None = None) -> jax.Array:
+    """RMS norm whose constant scale lies in the next weights, or AdaRMS."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
+    return (y if by is None else y * by.scale + by.shift).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+    """Layer norm whose scale and bias lie in the next weights."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def attend(q: jax.Array, keys: Keys, mask: jax.Array | None, *, cudnn: bool) -> jax.Array:
+    """Softmax attention with grouped, scaled queries.
+
+    Args:
+      q: [B, T, N, H].
+      keys: [B, S, K, H] both.
+      mask: bool [B, 1 or T, S], or None where every key is seen.
+      cudnn: by cuDNN's fused kernel, which holds no logits; else by two matrix products.
+
+    Returns:
+      [B, T, N H].
+    """
+    B, T, N, H = q.shape
+    K = keys.k.shape[2]
+    if cudnn:
+        full = None if mask is None else jnp.broadcast_to(mask[:, None], (B, 1, T, mask.shape[-1]))
+        out = jax.nn.dot_product_attention(q, *keys, mask=full, scale=1.0, implementation="cudnn")
+        return out.reshape(B, T, N * H)
+    # Heads that share keys are rows of one product; this order of axes needs no transposition.
+    grouped = q.reshape(B, T, K, N // K, H)
+    logits = jnp.einsum("BTKGH,BSKH->BKTGS", grouped, keys.k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, :, None], logits, MASKED)
+    probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    return jnp.einsum("BKTGS,BSKH->BTKGH", probs, keys.v).reshape(B, T, N * H)
+
+
+def block(x: jax.Array, w: Block, heads: int, *, cudnn: bool) -> jax.Array:
+    """One layer of the vision transformer, x [B, T, D]."""
+    B, T, D = x.shape
+    qkv = (layer_norm(x) @ w.qkv + w.qkv_bias).reshape(B, T, 3 * heads, D // heads)
+    q, k, v = jnp.split(qkv, 3, axis=2)
+    x = x + (attend(q, Keys(k, v), None, cudnn=cudnn) @ w.o + w.o_bias)
+    return x + (jax.nn.gelu(layer_norm(x) @ w.up + w.up_bias, approximate=True) @ w.down + w.down_bias)
+
+
+def qkv(x: jax.Array, w: jax.Array, heads: int, kv_heads: int, by: Rotation) -> tuple[jax.Array, Keys]:
+    """Scaled, rotated queries [B, T, N, H] and the keys of a normed x [B, T, D]; `heads` may be 0."""
+    B, T, _ = x.shape
+    y = (x @ w).reshape(B, T, heads + 2 * kv_heads, -1)
+    q, k, v = jnp.split(y, [heads, heads + kv_heads], axis=2)
+    return rotate(q, by), Keys(rotate(k, by), v)
+
+
+def mlp(x: jax.Array, w: Layer) -> jax.Array:
+    """GeGLU."""
+    gate, up = jnp.split(x @ w.gate_up, 2, axis=-1)
+    return (jax.nn.gelu(gate, approximate=True) * up) @ w.down
