@@ -3,33 +3,35 @@
     python -m experiments.eval --checkpoint=checkpoints/pi0_aloha_mini/300 --env=aloha_transfer_cube --episodes=50
     python -m experiments.eval --server=ws://gpu-box:8000 --env=aloha_transfer_cube
     python -m experiments.eval --expert --env=aloha_lift_cube --episodes=10
+    python -m experiments.eval --checkpoint=... --env=aloha_instructions
     python -m experiments.eval --checkpoint=... --env=dataset
 
+`aloha_instructions` plays every seed once per task, in the same scene but with that task's instruction, to the end, and
+counts what came of it: whether the instruction alone decides.
 Results, seeds, a grid video and a plot per episode go to --out. Ctrl-C reports the episodes that are finished.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from experiments import flags, open_loop, policy_flags
+from experiments import eval_report, flags, open_loop, policy_flags
 from openpi_port.errors import UserError, near
 from openpi_port.serving.client import Client
-from openpi_port.sim import aloha, gl, pictures, rollout, wilson
+from openpi_port.sim import aloha, gl, pictures, rollout
 
-PREFIX, DATASET = "aloha_", "dataset"
-ENVS = (*(PREFIX + task for task in aloha.TASKS), DATASET)
+PREFIX, INSTRUCTIONS, DATASET = "aloha_", "aloha_instructions", "dataset"
+ENVS = (*(PREFIX + task for task in aloha.TASKS), INSTRUCTIONS, DATASET)
 
 ENV = absl_flags.DEFINE_string("env", PREFIX + "transfer_cube", f"one of {', '.join(ENVS)}")
 EPISODES = absl_flags.DEFINE_integer("episodes", 50, "seeds to play", 1)
@@ -43,8 +45,16 @@ OUT = absl_flags.DEFINE_string("out", None, "directory of the results; default: 
 VIDEO = absl_flags.DEFINE_integer("video", 16, "episodes in the grid video; 0 for none", 0)
 GIF = absl_flags.DEFINE_bool("gif", False, "also the video as a GIF")
 PLOTS = absl_flags.DEFINE_integer("plots", 50, "episodes (or chunks, with --env=dataset) to plot", 0)
+TRAJECTORIES = absl_flags.DEFINE_bool("trajectories", False, "also every episode's numbers, for experiments.compare")
 SAMPLES = absl_flags.DEFINE_integer("samples", 256, "with --env=dataset: validation frames to look at", 1)
-FRAMES_EVERY = 2  # control steps per video frame
+
+
+class Driver(NamedTuple):
+    """Who acts: a function of observations (None: the expert), the shape of its noise if any, and what it is."""
+
+    act: rollout.Act | None
+    noise_shape: tuple[int, int] | None
+    about: Mapping[str, Any]
 
 
 def main() -> None:
@@ -55,10 +65,18 @@ def main() -> None:
         open_loop.evaluate(policy, directory("open_loop"), samples=SAMPLES.value, plots=PLOTS.value)
         return
     gl.require()
+    out = directory("expert" if EXPERT.value else "server")
     workers = min(WORKERS.value or min(os.cpu_count() or 1, 16), EPISODES.value)
     with contextlib.ExitStack() as stack:
-        act, noise_shape, about = driver(workers, stack)
-        play(act, noise_shape, about, workers)
+        who = driver(workers, stack)
+        if ENV.value == INSTRUCTIONS:
+            played = {
+                task: play(who, setting(task, after=MAX_STEPS.value), out / task, workers) for task in aloha.TASKS
+            }
+            eval_report.instructions(played, out, gif=GIF.value)
+        else:
+            play(who, setting(ENV.value.removeprefix(PREFIX)), out, workers)
+    print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
 
 def check() -> None:
@@ -70,130 +88,70 @@ def check() -> None:
         raise UserError("give one of --checkpoint=DIR, --server=ws://host:port and --expert")
     if ENV.value == DATASET and not given[0]:
         raise UserError("--env=dataset compares a checkpoint with the data that it names: give --checkpoint=")
+    if ENV.value == INSTRUCTIONS and policy_flags.PROMPT.value is not None:
+        raise UserError(f"--env={INSTRUCTIONS} gives each task's own instruction: leave --prompt out")
 
 
-def driver(
-    workers: int, stack: contextlib.ExitStack
-) -> tuple[Callable[[Sequence[Mapping[str, Any]]], Any] | None, tuple[int, int] | None, dict[str, Any]]:
-    """Who acts: a function of observations, the shape of its noise if it takes any, and its description."""
+def driver(workers: int, stack: contextlib.ExitStack) -> Driver:
+    """Opens what the command line names; what has to be closed goes onto the stack."""
     if EXPERT.value:
-        return None, None, {"expert": True}
+        return Driver(None, None, {"expert": True})
     if SERVER.value:
         key = os.environ.get("OPENPI_PORT_API_KEY")
         clients = [stack.enter_context(Client(SERVER.value, api_key=key)) for _ in range(workers)]
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         about = clients[0].metadata
         shape = (about["action_horizon"], about["noise_dim"]) if about.get("noise_dim") else None
-        return lambda o: list(pool.map(lambda c, x: c.infer(x), clients, o)), shape, {"server": SERVER.value, **about}
+        act = lambda o: list(pool.map(lambda c, x: c.infer(x), clients, o))  # noqa: E731
+        return Driver(act, shape, {"server": SERVER.value, **about})
     policy = policy_flags.policy()
     if policy.horizon < REPLAN.value:
         raise UserError(f"--replan={REPLAN.value}, but the policy's chunks have {policy.horizon} actions")
     policy.warmup(range(1, workers + 1))
-    return policy.infer_batch, policy.noise_shape, policy.metadata
+    return Driver(policy.infer_batch, policy.noise_shape, policy.metadata)
 
 
-def play(act: Any, noise_shape: tuple[int, int] | None, about: dict[str, Any], workers: int) -> None:
-    """Plays all seeds, with a bar, and writes what came out."""
-    seeds = range(SEED.value, SEED.value + EPISODES.value)
-    setting = rollout.Setting(
-        ENV.value.removeprefix(PREFIX),
+def setting(task: str, **fields: Any) -> rollout.Setting:
+    """What the command line says about how to play a task."""
+    return rollout.Setting(
+        task,
         max_steps=MAX_STEPS.value,
         replan=REPLAN.value,
         prompt=policy_flags.PROMPT.value,
         films=VIDEO.value,
-        frames_every=FRAMES_EVERY,
+        frames_every=pictures.FRAMES_EVERY,
+        frame_size=min(224, 480 // math.ceil(math.sqrt(max(VIDEO.value, 1))) // 2 * 2),
+        **fields,
     )
-    out = directory("expert" if EXPERT.value else "server")
+
+
+def play(who: Driver, how: rollout.Setting, out: Path, workers: int) -> list[rollout.Episode]:
+    """Plays all seeds, with a bar, and writes what came out."""
+    seeds = range(SEED.value, SEED.value + EPISODES.value)
     calls: list[tuple[int, float]] = []
 
     def timed(observations: Sequence[Mapping[str, Any]]) -> Any:
         begin = time.perf_counter()
-        results = act(observations)
+        results = who.act(observations)
         calls.append((len(observations), time.perf_counter() - begin))
         return results
 
     episodes: list[rollout.Episode] = []
     begin = time.perf_counter()
-    played = rollout.rollout(setting, seeds, act and timed, workers=workers, noise_shape=noise_shape)
+    played = rollout.rollout(how, seeds, who.act and timed, workers=workers, noise_shape=who.noise_shape)
     with tqdm(total=len(seeds), unit="episode", dynamic_ncols=True) as bar, contextlib.closing(played):
         try:
             for episode in played:
                 episodes.append(episode)
+                bar.set_postfix_str(f"{sum(e.success for e in episodes)} of {len(episodes)} succeeded", refresh=False)
                 bar.update()
-                bar.set_postfix_str(f"{sum(e.success for e in episodes)} of {len(episodes)} succeeded")
         except KeyboardInterrupt:
             bar.write("interrupted: reporting the episodes that are finished")
     if not episodes:
         raise UserError("no episode was finished: nothing to report")
-    numbers = report(episodes, setting, about, time.perf_counter() - begin, calls)
-    write(out, numbers, episodes)
-
-
-def report(
-    episodes: Sequence[rollout.Episode],
-    setting: rollout.Setting,
-    about: Mapping[str, Any],
-    seconds: float,
-    calls: Sequence[tuple[int, float]],
-) -> dict[str, Any]:
-    """All numbers, ready for JSON; prints the main ones."""
-    successes, count = sum(e.success for e in episodes), len(episodes)
-    low, high = wilson.interval(successes, count)
-    steps = sum(len(e.rewards) for e in episodes)
-    infer_ms = [1e3 * s for _, s in calls]
-    sim_ms = 1e3 * sum(e.sim_seconds for e in episodes) / steps
-    held = sum(e.held for e in episodes)
-    print(
-        f"{successes} of {count} episodes succeeded: {successes / count:.0%} (95% interval {low:.1%} to {high:.1%}); "
-        f"{held} still did {setting.after} steps later\n"
-        f"{1e3 * seconds / steps:.1f} ms a control step over all; simulation {sim_ms:.1f} ms in its process"
-        + (f"; inference {np.median(infer_ms):.1f} ms a chunk (median of {len(calls)} calls)" if calls else "")
-    )
-    return {
-        "env": ENV.value,
-        "policy": dict(about),
-        "prompt": setting.prompt or aloha.TASKS[setting.task].instruction,
-        "replan": setting.replan,
-        "max_steps": setting.max_steps,
-        "after_success": setting.after,
-        "episodes": count,
-        "successes": successes,
-        "held": held,
-        "success_rate": successes / count,
-        "confidence_95": [low, high],
-        "wall_s": seconds,
-        "steps": steps,
-        "ms_per_step": 1e3 * seconds / steps,
-        "sim_ms_per_step": sim_ms,
-        "infer_ms": {"median": float(np.median(infer_ms)), "max": max(infer_ms)} if calls else None,
-        "mean_batch": float(np.mean([n for n, _ in calls])) if calls else None,
-        "results": [
-            {
-                "seed": e.seed,
-                "success": e.success,
-                "held": e.held,
-                "diverged": e.diverged,
-                "steps": len(e.rewards),
-                "best_reward": int(e.rewards.max()),
-            }
-            for e in episodes
-        ],
-    }
-
-
-def write(out: Path, numbers: Mapping[str, Any], episodes: Sequence[rollout.Episode]) -> None:
-    """results.json, the grid and the plots."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    shown = [e for e in episodes if e.frames is not None]
-    fps = aloha.FPS // FRAMES_EVERY
-    if shown:
-        pictures.write_mp4(out / "grid.mp4", pictures.grid(shown), fps)
-    if shown and GIF.value:
-        pictures.write_gif(out / "grid.gif", pictures.grid(shown), fps)
-    for episode in episodes[: PLOTS.value]:
-        pictures.plot_episode(out / "episodes" / f"seed_{episode.seed:04d}.png", episode, 1 / aloha.FPS)
-    print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    numbers = eval_report.numbers(episodes, how, who.about, time.perf_counter() - begin, calls)
+    eval_report.write(out, numbers, episodes, plots=PLOTS.value, gif=GIF.value, trajectories=TRAJECTORIES.value)
+    return episodes
 
 
 def directory(name: str) -> Path:

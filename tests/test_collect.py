@@ -82,9 +82,11 @@ def test_lifting_counts_from_its_height_on():
     with aloha.AlohaSim("lift_cube", render=False) as sim:
         sim.reset(3)
         actions = expert.Expert("lift_cube")(sim.cube).actions
-        seen = [(sim.step(action), sim.cube[2] >= aloha.LiftCube.height) for action in actions]
-    assert (aloha.SUCCESS, False) not in seen
-    assert {(0, False), (1, False), (2, False), (aloha.SUCCESS, True)} <= set(seen)
+        seen = [(sim.step(action), sim.cube[2] >= aloha.LiftCube.height, sim.fulfilled) for action in actions]
+    assert {(0, False, None), (1, False, None), (2, False, None), (aloha.SUCCESS, True, "lift_cube")} <= set(seen)
+    assert all(
+        (reward == aloha.SUCCESS) == (task == "lift_cube") and (high or task is None) for reward, high, task in seen
+    )
 
 
 def test_a_lost_cube_is_no_demonstration(transfer: aloha.AlohaSim):
@@ -128,6 +130,7 @@ def test_simulation_is_gym_alohas(transfer: aloha.AlohaSim, monkeypatch: pytest.
     for action in expert.Expert("transfer_cube")(transfer.cube).actions:
         np.testing.assert_array_equal(transfer.state, expected["agent_pos"].astype(np.float32))
         reward = transfer.step(action)
+        assert (transfer.fulfilled == "transfer_cube") == (reward == aloha.SUCCESS)
         expected, their_reward, *_ = theirs.step(action)
         assert reward == their_reward
         rewards.add(reward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from conftest import ROOT
 from small_policy import make_checkpoint
 
+from experiments import compare, eval_report
 from openpi_port import UserError
 from openpi_port.sim import gl, pictures, rollout, wilson
 from openpi_port.sim.aloha import AlohaSim
@@ -63,7 +65,7 @@ def test_chunks_move_the_cube_and_batches_change_nothing():
     episodes = list(rollout.rollout(NO_PICTURES, seeds, together, workers=2, noise_shape=shape))
     assert [e.seed for e in episodes] == seeds and together.asked[0] == 2
     for e in episodes:
-        assert e.success and e.held and e.rewards[-21] == 4 and (e.rewards[:-21] < 4).all()
+        assert e.success and e.end == "transfer_cube" and e.rewards[-21] == 4 and (e.rewards[:-21] < 4).all()
         np.testing.assert_array_equal(e.actions, together.plans[e.seed][: len(e.actions)])
     (alone,) = rollout.rollout(NO_PICTURES, [3], Scripted([3], shape), workers=1, noise_shape=shape)
     np.testing.assert_array_equal(alone.states, episodes[1].states)
@@ -118,7 +120,7 @@ def test_an_episode_ends_at_max_steps():
     setting = rollout.Setting("transfer_cube", max_steps=30, replan=25, render=False)
     stay = lambda observations: [{"actions": np.tile(o["state"], (50, 1))} for o in observations]  # noqa: E731
     (episode,) = rollout.rollout(setting, [0], stay, workers=4)
-    assert not episode.success and not episode.held and len(episode.rewards) == 30 and episode.frames is None
+    assert not episode.success and episode.end is None and len(episode.rewards) == 30 and episode.frames is None
 
 
 def test_commands_that_break_the_physics_fail_their_own_episode():
@@ -164,21 +166,80 @@ def test_a_dead_process_is_one_line(monkeypatch):
 def episode(frames, success):
     images = np.full((frames, 32, 32, 3), 100, np.uint8)
     ones = np.ones((frames, 14), np.float32)
-    return rollout.Episode(0, success, success, False, ones, ones, np.ones(frames, int), images, 1.0)
+    return rollout.Episode(
+        0, success, "transfer_cube" if success else None, False, ones, ones, np.ones(frames, int), images, 1.0
+    )
 
 
 def test_grid_and_videos(tmp_path):
     shown = [episode(5, True), episode(9, False), episode(7, True)]
-    frames = list(pictures.grid(shown))
-    assert len(frames) == 9 + 12 and frames[0].shape == (76, 76, 3)
-    assert tuple(frames[3][0, 0]) == pictures.RUNNING and tuple(frames[4][0, 0]) == pictures.GOOD
-    assert tuple(frames[8][0, 38]) == pictures.BAD and not frames[8][38:, 38:].any()
+    frames = list(pictures.grid([shown[:2], shown[2:]], ["two", "one"]))
+    size, title = 38, pictures.TITLE
+    assert len(frames) == 9 + 12 and frames[0].shape == (2 * (size + title), 2 * size, 3)
+    assert (frames[0][:title] != pictures.RUNNING).any()  # the title
+    assert tuple(frames[3][title, 0]) == pictures.RUNNING and tuple(frames[4][title, 0]) == pictures.GOOD
+    assert tuple(frames[8][title, size]) == pictures.BAD and (frames[8][2 * title + size :, size:] == 90).all()
     pictures.write_mp4(tmp_path / "grid.mp4", iter(frames), 25)
     with av.open(str(tmp_path / "grid.mp4")) as video:
         assert len(list(video.decode(video=0))) == len(frames)
         assert video.streams.video[0].average_rate == 25
     pictures.write_gif(tmp_path / "grid.gif", iter(frames), 25)
     assert (tmp_path / "grid.gif").read_bytes().startswith(b"GIF89a")
+
+
+@pytest.mark.parametrize(("count", "lengths"), [(0, []), (1, [1]), (3, [3]), (5, [5]), (7, [4, 3]), (16, [4] * 4)])
+def test_rows_of_the_grid(count, lengths):
+    assert [len(row) for row in pictures.rows([episode(1, True)] * count)] == lengths
+
+
+def test_what_each_instruction_led_to(tmp_path, capsys):
+    """Lifted on the way to handing over is not held: the end counts."""
+    lifted, lost = episode(2, True), episode(2, False)
+    lifted = dataclasses.replace(lifted, end="lift_cube")
+    moved = episode(2, True)
+    with_seeds = lambda *es: [dataclasses.replace(e, seed=i) for i, e in enumerate(es)]  # noqa: E731
+    played = {"transfer_cube": with_seeds(moved, moved, lost), "lift_cube": with_seeds(lifted, moved, lifted)}
+    eval_report.instructions(played, tmp_path, gif=False)
+    numbers = json.loads((tmp_path / "instructions.json").read_text())
+    assert numbers["decided"] == 1 and numbers["seeds"] == 3
+    assert numbers["tasks"]["lift_cube"]["right"] == 2
+    assert numbers["tasks"]["lift_cube"]["ends"] == {"lift_cube": 2, "transfer_cube": 1}
+    assert numbers["tasks"]["transfer_cube"]["ends"] == {"transfer_cube": 2, "neither": 1}
+    assert "decided on 1 of 3 seeds" in capsys.readouterr().out and (tmp_path / "grid.mp4").stat().st_size
+
+
+def saved(path, errors, rewards, **settings):
+    """An evaluation's directory with one seed per error; the error begins at step 5."""
+    (path / "trajectories").mkdir(parents=True)
+    results = [{"seed": i, "success": max(r) == 4} for i, r in enumerate(rewards)]
+    fields = {"env": "e", "prompt": "p", "replan": 25, "max_steps": 8, "after_success": 0, "results": results}
+    (path / "results.json").write_text(json.dumps(fields | settings))
+    for i, (error, reward) in enumerate(zip(errors, rewards, strict=True)):
+        actions = np.zeros((8, 14), np.float32)
+        actions[5:, 3] = error
+        arrays = {"states": np.zeros((8, 14), np.float32), "actions": actions, "rewards": np.array(reward)}
+        np.savez(path / "trajectories" / f"seed_{i:04d}.npz", **arrays)
+    return path
+
+
+def test_two_evaluations_seed_by_seed(tmp_path, capsys):
+    early, late, fail = [0, 0, 1, 2, 2, 4, 4, 4], [0, 0, 0, 0, 0, 0, 1, 4], [0] * 8
+    a = saved(tmp_path / "a", [0, 0, 0, 0], [early, late, fail, early])
+    b = saved(tmp_path / "b", [0.1, 0.1, 0.1, 1e-6], [early, late, early, early])
+    chaos, parted, differently, same = compare.compare(a, b)
+    assert (chaos.touch, chaos.parts(1e-3), chaos.before) == (2, 5, 0.0)
+    assert (parted.touch, parted.parts(1e-3)) == (6, 5) and parted.before == pytest.approx(0.1)
+    assert differently.success == (False, True) and differently.touch == 2
+    assert same.parts(1e-3) is None and same.error[-1] == pytest.approx(1e-6)
+    assert compare.main([str(a), str(b), f"--out={tmp_path / 'c.png'}"]) == 0
+    said = capsys.readouterr().out
+    assert "both succeed on 3, neither on 0, A alone on none, B alone on [2]" in said
+    assert "agree within 0.001 on 3 of 4 seeds" in said and said.count("before the touch") == 1
+    assert (tmp_path / "c.png").stat().st_size
+    other = saved(tmp_path / "other", [0], [early], replan=10)
+    assert compare.main([str(a), str(other)]) == 2 and "replan" in capsys.readouterr().err
+    (b / "trajectories/seed_0001.npz").unlink()
+    assert compare.main([str(a), str(b)]) == 2 and "--trajectories" in capsys.readouterr().err
 
 
 def command(*arguments, **env):
@@ -204,7 +265,7 @@ def test_the_command(tmp_path):
     cameras = {"base_0_rgb": "observation.images.top"}
     path = make_checkpoint(tmp_path / "20", robot="aloha_sim", cameras=cameras, delta=())
     arguments = [f"--checkpoint={path}", "--backend=torch", "--episodes=1", "--max_steps=6", "--replan=4"]
-    done = command(*arguments, f"--out={tmp_path / 'out'}", "--seed=7")
+    done = command(*arguments, f"--out={tmp_path / 'out'}", "--seed=7", "--trajectories")
     assert done.returncode == 0, done.stderr
     assert "0 of 1 episodes succeeded: 0% (95% interval 0.0% to 79.3%)" in done.stdout
     numbers = json.loads((tmp_path / "out/results.json").read_text())
@@ -212,6 +273,8 @@ def test_the_command(tmp_path):
     assert result["seed"] == 7 and not result["success"] and result["best_reward"] == 0
     assert result["steps"] == 6 or result["diverged"]
     assert numbers["policy"]["checkpoint"] == str(path) and numbers["replan"] == 4
+    with np.load(tmp_path / "out/trajectories/seed_0007.npz") as arrays:
+        assert arrays["states"].shape == arrays["actions"].shape == (len(arrays["rewards"]), 14)
     assert (tmp_path / "out/grid.mp4").stat().st_size and (tmp_path / "out/episodes/seed_0007.png").stat().st_size
 
 

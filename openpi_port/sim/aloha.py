@@ -48,6 +48,16 @@ class TransferCube(gym_tasks.TransferCubeTask):
         """The joints alone: AlohaSim renders."""
         return collections.OrderedDict(qpos=self.get_qpos(physics))
 
+    @classmethod
+    def reached(cls, touching: set[str], height: float) -> bool:
+        """Whether the reward is SUCCESS.
+
+        Args:
+          touching: names of the geoms that touch the cube.
+          height: of the cube's centre, m.
+        """
+        return _LEFT_FINGER in touching and "table" not in touching
+
 
 class LiftCube(TransferCube):
     """The right arm picks the cube up and holds it; the left arm keeps out of it."""
@@ -62,8 +72,12 @@ class LiftCube(TransferCube):
             return 0
         if "table" in touching:
             return 1
-        high = physics.data.qpos[18] >= self.height
-        return SUCCESS if high and _LEFT_FINGER not in touching else 2
+        return SUCCESS if self.reached(touching, physics.data.qpos[18]) else 2
+
+    @classmethod
+    def reached(cls, touching: set[str], height: float) -> bool:
+        """See TransferCube."""
+        return _RIGHT_FINGER in touching and not touching & {"table", _LEFT_FINGER} and height >= cls.height
 
 
 TASKS: dict[str, type[TransferCube]] = {"transfer_cube": TransferCube, "lift_cube": LiftCube}
@@ -71,9 +85,9 @@ TASKS: dict[str, type[TransferCube]] = {"transfer_cube": TransferCube, "lift_cub
 
 def contacts(physics: mujoco.Physics, geom: str) -> set[str]:
     """Names of the geoms that touch one geom now."""
-    pairs = [(physics.model.id2name(c.geom1, "geom"), physics.model.id2name(c.geom2, "geom"))
-             for c in physics.data.contact]  # fmt: skip
-    return {b if a == geom else a for a, b in pairs if geom in (a, b)}
+    pairs = physics.data.contact.geom
+    at = physics.model.name2id(geom, "geom")
+    return {physics.model.id2name(g, "geom") for g in pairs[(pairs == at).any(axis=1)].flat if g != at}
 
 
 def find_task(name: str) -> type[TransferCube]:
@@ -131,6 +145,12 @@ class AlohaSim:
     def state(self) -> np.ndarray:
         """f32 [14] joints (rad) and grippers (0..1) now."""
         return self._task.get_qpos(self._physics).astype(np.float32)
+
+    @property
+    def fulfilled(self) -> str | None:
+        """Which task's goal is reached now, whatever was asked for; no state is the goal of two."""
+        touching, height = contacts(self._physics, "red_box"), self._physics.data.qpos[18]
+        return next((name for name, task in TASKS.items() if task.reached(touching, height)), None)
 
     def reset(self, seed: int) -> None:
         """Starts an episode with the cube where gym-aloha puts it for a seed.

@@ -13,40 +13,50 @@ from pathlib import Path
 import av
 import matplotlib
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from openpi_port.sim.rollout import Episode
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (needs the backend first)
 
-BORDER = 3  # pixels
+BORDER, TITLE = 3, 22  # pixels
+FRAMES_EVERY = 2  # control steps per video frame
 GOOD, BAD, RUNNING = (40, 180, 70), (210, 50, 50), (90, 90, 90)
 GIF_FPS = 10
 
 
-def grid(episodes: Sequence[Episode]) -> Iterator[np.ndarray]:
+def rows(episodes: Sequence[Episode]) -> list[list[Episode]]:
+    """Episodes in rows of a grid that is wider than high and has few empty places."""
+    least = math.ceil(math.sqrt(len(episodes)))
+    columns = min(range(least, 2 * least), key=lambda c: (-len(episodes) % c, c), default=1)
+    return [list(episodes[i : i + columns]) for i in range(0, len(episodes), columns)]
+
+
+def grid(shown: Sequence[Sequence[Episode]], titles: Sequence[str] = ()) -> Iterator[np.ndarray]:
     """Frames of all episodes side by side; the border says how each ends once it has.
 
     Args:
-      episodes: with frames.
+      shown: rows of episodes with frames.
+      titles: of the rows, written above them; or none.
 
     Yields:
       uint8 [H, W, 3] as long as the longest episode, and half a second more of its end (both even, for H.264).
     """
-    columns = math.ceil(math.sqrt(len(episodes)))
-    rows = math.ceil(len(episodes) / columns)
-    size = episodes[0].frames.shape[1] + 2 * BORDER
-    height, width = rows * size + rows * size % 2, columns * size + columns * size % 2
-    for n in range(max(len(e.frames) for e in episodes) + 12):
-        picture = np.zeros((height, width, 3), np.uint8)
-        for i, episode in enumerate(episodes):
+    size = shown[0][0].frames.shape[1] + 2 * BORDER
+    title = TITLE if titles else 0
+    height, width = len(shown) * (size + title), max(map(len, shown)) * size
+    background = Image.new("RGB", (width + width % 2, height + height % 2), RUNNING)
+    for y, text in enumerate(titles):
+        ImageDraw.Draw(background).text((BORDER + 2, y * (size + title) + 3), text, font=ImageFont.load_default(13))
+    tiles = [(y * (size + title) + title, x * size, e) for y, row in enumerate(shown) for x, e in enumerate(row)]
+    for n in range(max(len(e.frames) for _, _, e in tiles) + 12):
+        picture = np.array(background)
+        for top, left, episode in tiles:
             done = n >= len(episode.frames) - 1
-            tile = np.empty((size, size, 3), np.uint8)
-            tile[:] = RUNNING if not done else GOOD if episode.success else BAD
-            tile[BORDER:-BORDER, BORDER:-BORDER] = episode.frames[min(n, len(episode.frames) - 1)]
-            top, left = i // columns * size, i % columns * size
-            picture[top : top + size, left : left + size] = tile
+            picture[top : top + size, left : left + size] = RUNNING if not done else GOOD if episode.success else BAD
+            inside = picture[top + BORDER : top + size - BORDER, left + BORDER : left + size - BORDER]
+            inside[:] = episode.frames[min(n, len(episode.frames) - 1)]
         yield picture
 
 
@@ -73,19 +83,40 @@ def write_gif(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, optimize=True)
 
 
-def plot_episode(path: Path, episode: Episode, seconds_per_step: float) -> None:
-    """Commands (lines) against measured joints (dashed) of both arms, grippers, and the reward."""
-    figure, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True)
+def plot_episode(path: Path, episode: Episode, seconds_per_step: float, names: Sequence[str], replan: int) -> None:
+    """Commands (lines) against measured joints (dashed) of both arms, grippers, and the reward.
+
+    Args:
+      path: of the picture.
+      episode: what to plot.
+      seconds_per_step: of control.
+      names: of the 14 dimensions.
+      replan: actions per chunk; a thin line marks where each begins.
+    """
+    figure, axes = plt.subplots(4, 1, figsize=(10, 9), sharex=True, height_ratios=(3, 3, 2, 1.2))
     time = np.arange(len(episode.rewards)) * seconds_per_step
-    parts = (("left arm (rad)", range(6)), ("right arm (rad)", range(7, 13)), ("grippers", (6, 13)))
+    parts = (("left arm (rad)", range(6)), ("right arm (rad)", range(7, 13)), ("grippers (1 is open)", (6, 13)))
     for axis, (name, dims) in zip(axes, parts, strict=False):
         for i, dim in enumerate(dims):
-            axis.plot(time, episode.actions[:, dim], color=f"C{i}", lw=1)
-            axis.plot(time, episode.states[:, dim], color=f"C{i}", lw=1, ls="--", alpha=0.6)
+            axis.plot(time, episode.actions[:, dim], color=f"C{i}", lw=1.3, label=names[dim].replace("_", " "))
+            axis.plot(time, episode.states[:, dim], color=f"C{i}", lw=1.3, ls=(0, (2, 1.5)), alpha=0.55)
         axis.set_ylabel(name)
-    axes[3].step(time, episode.rewards, where="post", color="k")
-    axes[3].set(ylabel="reward", xlabel="time (s)", ylim=(-0.2, 4.2))
-    axes[0].set_title(f"seed {episode.seed}: {'success' if episode.success else 'failure'} (dashed: measured)")
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes[3].fill_between(time, episode.rewards, step="post", color="0.75", lw=0)
+    axes[3].step(time, episode.rewards, where="post", color="0.2", lw=1)
+    axes[3].set(ylabel="reward", xlabel="time (s)", ylim=(-0.2, 4.4), yticks=range(5))
+    if episode.success:
+        first = time[int(np.argmax(episode.rewards == episode.rewards.max()))]
+        axes[3].axvline(first, color=np.array(GOOD) / 255, lw=2)
+    for axis in axes:
+        for start in time[::replan]:
+            axis.axvline(start, color="0.88", lw=0.6, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0)
+    word = "success" if episode.success else "diverged" if episode.diverged else "failure"
+    axes[0].set_title(
+        f"seed {episode.seed}: {word}   (lines: commands, dashed: measured, grey: a new chunk)", fontsize=10
+    )
     _save(figure, path)
 
 

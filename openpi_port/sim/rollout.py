@@ -63,13 +63,14 @@ class Episode:
 
     Attributes:
       success: the environment's own word (its reward reached 4), at any step.
-      held: and it still was so in most of the last ten steps; a contact may flicker.
+      end: the task, this one or another of the scene, that was fulfilled in most of the last ten steps (a contact may
+        flicker); None where none was.
       diverged: the commands were so wild that the physics gave up, which ends the episode.
     """
 
     seed: int
     success: bool
-    held: bool
+    end: str | None
     diverged: bool
     states: np.ndarray  # f32 [T, 14], before each action
     actions: np.ndarray  # f32 [T, 14], as executed
@@ -197,6 +198,7 @@ class _Stage:
         self._states: list[np.ndarray] = []
         self._actions: list[np.ndarray] = []
         self._rewards: list[int] = []
+        self._fulfilled: list[str | None] = []
         self._frames: list[np.ndarray] = []
         self._seen: dict[str, Any] | None = None
         self._sim.reset(seed)
@@ -215,6 +217,7 @@ class _Stage:
             except PhysicsError:
                 self._diverged, reward = True, 0
             self._rewards.append(reward)
+            self._fulfilled.append(None if self._diverged else self._sim.fulfilled)
             if self._ended():
                 break
         self._seconds += time.perf_counter() - begin
@@ -227,10 +230,11 @@ class _Stage:
 
     def episode(self) -> Episode:
         self._keep_frame(last=True)
+        end = max(self._fulfilled[-10:], key=self._fulfilled[-10:].count)
         return Episode(
             self._seed,
             aloha.SUCCESS in self._rewards,
-            self._rewards[-10:].count(aloha.SUCCESS) > 5 and not self._diverged,
+            None if self._diverged or self._fulfilled[-10:].count(end) <= 5 else end,
             self._diverged,
             np.stack(self._states),
             np.stack(self._actions),
