@@ -168,10 +168,13 @@ class Compute:
     Attributes:
       dtype: of activations and matrix products; parameters keep their own (float32 while training).
       remat: recompute each layer in the backward pass ("full") or keep its activations ("none").
+      attention: "plain" keeps the logits and is the reference. Fused: torch has "sdpa" and "flex", Flax has "cudnn" and
+        "splash". "auto" takes the fastest that the framework, the device and the dtype have, and "plain" on a CPU.
     """
 
     dtype: Dtype = "float32"
     remat: Literal["none", "full"] = "none"
+    attention: Literal["auto", "plain", "sdpa", "flex", "cudnn", "splash"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +182,8 @@ class Data:
     """A data set and the way from its names and units to the model's.
 
     Attributes:
-      repo_id: a name on the Hugging Face hub, `hf://...`, a local directory, or a data set that ships here. LeRobot or
-        RLDS: what it is, the files show.
+      repo_id: a name on the Hugging Face hub, `hf://...`, a local directory, or a data set that ships here. LeRobot,
+        RLDS or ALOHA's HDF5: what it is, the files show.
       robot: a module of `openpi_port.robots`.
       cameras: model camera -> image key of the data set; model cameras that are absent or empty are black
         and masked.

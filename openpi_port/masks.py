@@ -5,9 +5,45 @@ B batch, S tokens of the whole sequence, T queries.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-Array = Any  # numpy, jax or torch: only indexing, comparison, `&` and `cumsum` are used
+Array = Any  # numpy, jax or torch: only indexing, comparison, arithmetic, `&` and `cumsum` are used
+
+UNSEEN = 1 << 30  # the block of a key that nobody may see
+
+
+class Blocks(NamedTuple):
+    """A mask by its structure: a query sees the keys of its own block and of the blocks before it.
+
+    Attributes:
+      queries: int [B, T], each query's block; None where every query sees every key but the `UNSEEN` ones, which is
+        what fused attention does best.
+      keys: int [B, S], each key's block, or `UNSEEN`.
+    """
+
+    queries: Array | None
+    keys: Array
+
+
+def blocks(valid: Array, starts_block: Array | None) -> Blocks:
+    """The structure of `attention_mask`, which needs no [B, S, S] array.
+
+    Padding queries see what valid ones of their block see: nobody reads what becomes of them, and a row without any
+    key is what fused kernels disagree on.
+
+    Args:
+      valid: bool [B, S], False for padding and empty cameras.
+      starts_block: bool or integer [B, S], true where a token opens a new block; None for one block.
+    """
+    block = valid.cumsum(1) * 0 if starts_block is None else (starts_block > 0).cumsum(1)
+    return Blocks(None if starts_block is None else block, block * valid + ~valid * UNSEEN)
+
+
+def dense(mask: Blocks) -> Array:
+    """The same as bool [B, T, S]; [B, 1, S] where all queries see the same keys."""
+    if mask.queries is None:
+        return mask.keys[:, None, :] < UNSEEN
+    return mask.keys[:, None, :] <= mask.queries[:, :, None]
 
 
 def attention_mask(valid: Array, starts_block: Array) -> Array:

@@ -279,7 +279,7 @@ def transposed_head(backend, monkeypatch):
     attention = backend.gemma.attention
     monkeypatch.setattr(
         backend.gemma, "attention",
-        lambda q, k, v, mask: rearrange(attention(q, k, v, mask), "B T (N H) -> B T (H N)", N=q.shape[2]),
+        lambda q, *args: rearrange(attention(q, *args), "B T (N H) -> B T (H N)", N=q.shape[2]),
     )  # fmt: skip
 
 

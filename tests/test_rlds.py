@@ -233,7 +233,7 @@ def test_names_that_are_not_there(tmp_path):
     fails(root, r"no state column 'embedding'", state="embedding")
     fails(root, r"no action column 'action'.*action_dict", action="action")
     fails(root, r"no instruction 'text'", task="text")
-    fails(root, r"no episode 7; there are 3", episodes=[7])
+    fails(root, r"no episode 7; there are 3, 0 to 2", episodes=[7])
     (root / "features.json").write_text("{")
     fails(root, "features.json can't be read")
     with pytest.raises(UserError, match="no RLDS data set"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from openpi_port.config import Data
-from openpi_port.data import lerobot, rlds
+from openpi_port.data import aloha_hdf5, lerobot, rlds
 from openpi_port.data.frame_cache import FrameCache
 from openpi_port.data.frames import Frames
 from openpi_port.data.split import split_episodes
@@ -44,7 +44,7 @@ def open_datasets(
       (training, validation); validation is None where `data.validation` is 0 or there is only one episode.
 
     Raises:
-      UserError: see the kinds: `LeRobotDataset`, `RldsDataset`.
+      UserError: see the kinds: `LeRobotDataset`, `RldsDataset`, `AlohaHdf5Dataset`.
     """
     metadata, open_ = find(data)
     if unknown := sorted(set(data.episodes) - set(metadata.numbers)):
@@ -84,5 +84,12 @@ def find(data: Data) -> tuple[Metadata, Open]:
     for field in ("split", "task"):
         if getattr(data, field):
             raise UserError(f"config.data.{field}={getattr(data, field)!r} is for RLDS, which {root} is not")
+    if aloha_hdf5.episode_files(root):
+        described = aloha_hdf5.load_metadata(root)
+        return described, partial(aloha_hdf5.AlohaHdf5Dataset, described)
+    if not (root / "meta").is_dir():
+        raise UserError(
+            f"{root}: no data set that is known: LeRobot has meta/info.json, RLDS features.json, ALOHA *.hdf5 files"
+        )
     described = lerobot.load_metadata(root)
     return described, partial(lerobot.LeRobotDataset, described)

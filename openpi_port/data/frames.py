@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from openpi_port.check_sample import split_keys
 from openpi_port.data.frame_cache import Entry, FrameCache
 from openpi_port.errors import UserError
 from openpi_port.images import resize_with_pad
+
+PATIENCE = 2.0  # seconds until a progress bar appears
 
 
 class Episode(Protocol):
@@ -28,9 +30,6 @@ class Episode(Protocol):
     def index(self) -> int: ...
     @property
     def length(self) -> int: ...
-
-
-AnyEpisode = TypeVar("AnyEpisode", bound=Episode)
 
 
 class Frames(abc.ABC):
@@ -56,7 +55,7 @@ class Frames(abc.ABC):
     def __init__(
         self,
         root: Path,
-        episodes: tuple[AnyEpisode, ...],
+        episodes: tuple[Episode, ...],
         *,
         cameras: Mapping[str, str],
         horizon: int,
@@ -157,21 +156,19 @@ class Frames(abc.ABC):
         return image
 
 
-def choose(root: Path, episodes: Sequence[AnyEpisode], numbers: Sequence[int] | None) -> tuple[AnyEpisode, ...]:
-    """The episodes of these numbers, in this order; all for None.
+def choose(root: Path, known: Sequence[int], wanted: Sequence[int] | None) -> tuple[int, ...]:
+    """Numbers of episodes, in the order wanted; all for None.
 
     Raises:
       UserError: there is no episode of such a number.
     """
-    if numbers is None:
-        return tuple(episodes)
-    by_index = {episode.index: episode for episode in episodes}
-    if unknown := [number for number in numbers if number not in by_index]:
+    there = set(known)
+    if unknown := [number for number in wanted or () if number not in there]:
         raise UserError(
-            f"{root}: no episode {unknown[0]}; there are {len(by_index)}, "
-            f"{min(by_index, default=0)} to {max(by_index, default=0)}"
+            f"{root}: no episode {unknown[0]}; there are {len(known)}, {min(known, default=0)} to "
+            f"{max(known, default=0)}"
         )
-    return tuple(by_index[number] for number in numbers)
+    return tuple(known if wanted is None else wanted)
 
 
 def finite(values: np.ndarray, key: str, path: Path, episode: int) -> np.ndarray:

@@ -55,7 +55,8 @@ class LeRobotDataset(Frames):
         root: str | None = None,
     ):
         self.metadata = source if isinstance(source, Metadata) else load_metadata(resolve(str(source), root))
-        chosen = choose(self.metadata.root, self.metadata.episodes, episodes)
+        by_index = {episode.index: episode for episode in self.metadata.episodes}
+        chosen = tuple(by_index[n] for n in choose(self.metadata.root, self.metadata.numbers, episodes))
         super().__init__(
             self.metadata.root, chosen, cameras=cameras, horizon=horizon, state=state, action=action,
             image_size=image_size, cache=cache,

@@ -22,14 +22,13 @@ from tqdm import tqdm
 from openpi_port.check_sample import split_keys
 from openpi_port.data import rlds_index as names
 from openpi_port.data.frame_cache import FrameCache
-from openpi_port.data.frames import Frames, finite
+from openpi_port.data.frames import PATIENCE, Frames, choose, finite
 from openpi_port.data.rlds_meta import RldsMetadata, find, load_metadata
 from openpi_port.errors import UserError
 
 __all__ = ["RldsDataset", "RldsMetadata", "find", "load_metadata"]
 
 INSTRUCTION = "language_instruction"
-PATIENCE = 2.0  # seconds until a progress bar appears
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +97,7 @@ class RldsDataset(Frames):
 
     def _choose(self, numbers: Sequence[int] | None) -> tuple[tuple[Episode, ...], dict[Path, names.Index]]:
         """The chosen episodes in their order, and the indexes of their files."""
-        known = self.metadata.numbers
-        numbers = known if numbers is None else numbers
-        if unknown := [n for n in numbers if not 0 <= n < len(known)]:
-            raise UserError(f"{self.metadata.root}: no episode {unknown[0]}; there are {len(known)}, from 0")
+        numbers = choose(self.metadata.root, self.metadata.numbers, numbers)
         ends = np.cumsum([shard.episodes for shard in self.metadata.shards])
         which = np.searchsorted(ends, numbers, side="right")
         found, indexes = {}, {}

@@ -11,10 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from openpi_port import transforms
-from openpi_port.data.frames import Frames
+from openpi_port.data.frames import PATIENCE, Frames
 from openpi_port.normalize import NormStats, RunningStats
-
-PATIENCE = 2.0  # seconds until a progress bar appears
 
 
 def compute(dataset: Frames, steps: Sequence[transforms.Transform]) -> NormStats:

@@ -8,7 +8,7 @@ Expert 0 is the language model of PaliGemma; pi0 adds expert 1 for state and act
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ from flax import nnx
 
 from openpi_port.config import Compute
 from openpi_port.config import Gemma as Config
+from openpi_port.masks import Blocks
 from openpi_port.pi_flax import lora
-from openpi_port.pi_flax.layers import AdaRMSNorm, RMSNorm, add_gated, attention, rope, stack
+from openpi_port.pi_flax.attention import attention, prepare
+from openpi_port.pi_flax.layers import AdaRMSNorm, RMSNorm, add_gated, rope, stack
 
 
 class KVCache(NamedTuple):
@@ -59,7 +61,8 @@ class Expert(nnx.Module):
 class Layer(nnx.Module):
     """One layer of all experts."""
 
-    def __init__(self, configs: Sequence[Config], adarms: Sequence[bool]) -> None:
+    def __init__(self, configs: Sequence[Config], adarms: Sequence[bool], compute: Compute) -> None:
+        self.backend = compute.attention
         self.experts = nnx.List([Expert(c, adarms=a) for c, a in zip(configs, adarms, strict=True)])
 
     def __call__(
@@ -67,11 +70,11 @@ class Layer(nnx.Module):
         xs: Sequence[jax.Array | None],
         conds: Sequence[jax.Array | None],
         positions: jax.Array,
-        mask: jax.Array,
+        mask: Any,
         cache: KVCache | None,
         write_at: jax.Array | int | None = None,
     ) -> tuple[list[jax.Array | None], KVCache]:
-        """See `Gemma.__call__`; returns the experts' outputs and the keys and values of their tokens."""
+        """See `Gemma.__call__`; `mask` is prepared. Returns the experts' outputs and their tokens' keys and values."""
         present = [i for i, x in enumerate(xs) if x is not None]
         spans = _spans([xs[i].shape[1] for i in present])
         normed, qs, ks, vs = {}, [], [], []
@@ -85,7 +88,7 @@ class Layer(nnx.Module):
             seen = new = KVCache(*(jax.lax.dynamic_update_slice(c, n, at) for c, n in zip(cache, new, strict=True)))
         else:
             seen = new if cache is None else KVCache(*(jnp.concatenate(c, 1) for c in zip(cache, new, strict=True)))
-        attended = attention(q, seen.k, seen.v, mask)
+        attended = attention(q, seen.k, seen.v, mask, self.backend)
 
         outs: list[jax.Array | None] = [None] * len(xs)
         for i, (start, stop) in zip(present, spans, strict=True):
@@ -102,7 +105,7 @@ class Gemma(nnx.Module):
     def __init__(self, configs: Sequence[Config], adarms: Sequence[bool], vocab_size: int, compute: Compute) -> None:
         self.compute = compute
         self.embedding = nnx.Param(jnp.zeros((vocab_size, configs[0].width)))
-        self.layers = stack(Layer(configs, adarms), configs[0].depth)
+        self.layers = stack(Layer(configs, adarms, compute), configs[0].depth)
         self.norms = nnx.List([(AdaRMSNorm if a else RMSNorm)(c.width) for c, a in zip(configs, adarms, strict=True)])
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -115,7 +118,7 @@ class Gemma(nnx.Module):
         xs: Sequence[jax.Array | None],
         conds: Sequence[jax.Array | None],
         positions: jax.Array,
-        mask: jax.Array,
+        mask: jax.Array | Blocks,
         cache: KVCache | None = None,
         *,
         return_cache: bool = False,
@@ -127,7 +130,7 @@ class Gemma(nnx.Module):
           xs: tokens per expert, [B, T_i, D_i], None for an expert that takes no part.
           conds: condition per expert, [B, D_i], None where the norms take none.
           positions: int [B, T], of all tokens in the order of the experts.
-          mask: bool [B, T, S]; S counts the cache first, then the tokens.
+          mask: bool [B, T, S], or its blocks; S counts the cache first, then the tokens.
           cache: keys and values that the tokens also see.
           return_cache: whether to keep the tokens' own keys and values.
           write_at: writes them into the cache, from that place of S on, instead of appending them; S is then the
@@ -137,6 +140,7 @@ class Gemma(nnx.Module):
           The normed outputs per expert, and the tokens' keys and values [L, B, T, K, H] or None.
         """
         graph, layers = nnx.split(self.layers)
+        mask = prepare(mask, self.compute.attention)
         xs = [None if x is None else x.astype(self.compute.dtype) for x in xs]
 
         def body(xs: list, inputs: tuple) -> tuple[list, KVCache | None]:

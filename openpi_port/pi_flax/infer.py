@@ -16,6 +16,7 @@ from openpi_port import grammar as grammars
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
 from openpi_port.grammar import Grammar
+from openpi_port.pi_flax import attention
 from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax import weights as weights_io
 from openpi_port.pi_flax.pi0 import Pi0
@@ -134,15 +135,16 @@ def load(
     Args:
       config: the architecture.
       weights: by Flax path; rounded to bfloat16 where that is the dtype of `compute`.
-      compute: dtype and rematerialisation.
+      compute: dtype, attention and rematerialisation.
       device: a platform ("cpu", "gpu", "tpu"); None takes the default device.
 
     Returns:
       The model.
 
     Raises:
-      UserError: weights are missing, left over or misshapen.
+      UserError: weights are missing, left over or misshapen, or the device can't honour `compute`.
     """
+    compute = attention.resolve(compute, devices.find(device))
     dtype = "bfloat16" if compute.dtype == "bfloat16" else None
     module = weights_io.load(build(config, compute), weights, devices.find(device), dtype)
     return FastModel(module, device) if isinstance(config, configs.Pi0Fast) else Model(module, device)

@@ -1,6 +1,6 @@
-"""Linear maps, norms, rotary embedding and attention.
+"""Linear maps, norms and rotary embedding.
 
-B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim, D width, C width of the condition.
+B batch, T tokens, N heads, H head dim, D width, C width of the condition.
 
 Parameters stay in the dtype they were loaded in (float32 while training) and are cast to the dtype of the
 activations where they are used; norms and softmax are computed in float32. Modules are built with zeros and always
@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from flax import nnx
-
-MASKED = -2.3819763e38  # big_vision's value for a forbidden logit; a fully masked row becomes uniform
 
 
 class Linear(nnx.Module):
@@ -97,25 +94,6 @@ def rope(x: jax.Array, positions: jax.Array, max_wavelength: float = 10_000.0) -
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Softmax attention with grouped queries; queries come scaled.
-
-    Args:
-      q: [B, T, N, H].
-      k, v: [B, S, K, H]; query head n reads kv head n // G.
-      mask: bool [B, T, S], or None for full attention.
-
-    Returns:
-      [B, T, N * H].
-    """
-    q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    if mask is not None:
-        logits = jnp.where(mask[:, None, None], logits, MASKED)
-    probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return rearrange(jnp.einsum("BKGTS,BSKH->BTKGH", probs, v), "B T K G H -> B T (K G H)")
 
 
 def stack(layer: nnx.Module, depth: int) -> nnx.Module:

@@ -22,7 +22,7 @@ from flax import nnx
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
 from openpi_port.config import Pi0 as Config
-from openpi_port.masks import attention_mask, positions
+from openpi_port.masks import Blocks, attention_mask, blocks, positions
 from openpi_port.pi_flax.gemma import Gemma, KVCache
 from openpi_port.pi_flax.layers import Linear
 from openpi_port.pi_flax.siglip import Siglip
@@ -136,15 +136,15 @@ class Pi0(nnx.Module):
     def prefill(self, batch: Batch) -> tuple[Tokens, KVCache]:
         """Runs the prefix once: its tokens, and the keys and values that every Euler step attends to."""
         prefix = self.embed_prefix(batch)
-        mask = attention_mask(prefix.valid, prefix.starts_block)
+        mask = blocks(prefix.valid, None)
         _, cache = self.gemma([prefix.x, None], [None, None], positions(prefix.valid), mask, return_cache=True)
         return prefix, cache
 
     def denoise(self, prefix: Tokens, cache: KVCache, state: jax.Array, x_t: jax.Array, time: jax.Array) -> jax.Array:
         """The same velocity as `velocity`, from the prefix's keys and values."""
         suffix, cond = self.embed_suffix(state, x_t, time)
-        sees_prefix = jnp.broadcast_to(prefix.valid[:, None], (*suffix.valid.shape, prefix.valid.shape[1]))
-        mask = jnp.concatenate([sees_prefix, attention_mask(suffix.valid, suffix.starts_block)], axis=-1)
+        seen, mask = blocks(prefix.valid, None).keys, blocks(suffix.valid, suffix.starts_block)
+        mask = Blocks(mask.queries, jnp.concatenate([seen, mask.keys], axis=1))
         pos = prefix.valid.sum(1, keepdims=True) + positions(suffix.valid)
         (_, out), _ = self.gemma([None, suffix.x], [None, cond], pos, mask, cache)
         return self._project_out(out)

@@ -12,14 +12,16 @@ from flax import nnx
 
 from openpi_port.config import Compute
 from openpi_port.config import Siglip as Config
-from openpi_port.pi_flax.layers import LayerNorm, Linear, attention, stack
+from openpi_port.pi_flax.attention import attention
+from openpi_port.pi_flax.layers import LayerNorm, Linear, stack
 
 
 class Attention(nnx.Module):
     """Full self-attention with biases."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, compute: Compute) -> None:
         self.num_heads = config.num_heads
+        self.backend = compute.attention
         self.q = Linear(config.width, config.width, bias=True)
         self.k = Linear(config.width, config.width, bias=True)
         self.v = Linear(config.width, config.width, bias=True)
@@ -27,7 +29,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = (rearrange(f(x), "B T (N H) -> B T N H", N=self.num_heads) for f in (self.q, self.k, self.v))
-        return self.o(attention(q * q.shape[-1] ** -0.5, k, v, mask=None))
+        return self.o(attention(q * q.shape[-1] ** -0.5, k, v, None, self.backend))
 
 
 class Mlp(nnx.Module):
@@ -44,9 +46,9 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """A pre-norm transformer layer."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, compute: Compute) -> None:
         self.norm_attn = LayerNorm(config.width)
-        self.attn = Attention(config)
+        self.attn = Attention(config, compute)
         self.norm_mlp = LayerNorm(config.width)
         self.mlp = Mlp(config)
 
@@ -63,7 +65,7 @@ class Siglip(nnx.Module):
         self.compute = compute
         self.patch_embed = Linear(3 * config.patch_size**2, config.width, bias=True)
         self.pos_embedding = nnx.Param(jnp.zeros((config.num_tokens, config.width)))
-        self.blocks = stack(Block(config), config.depth)
+        self.blocks = stack(Block(config, compute), config.depth)
         self.norm = LayerNorm(config.width)
         self.head = Linear(config.width, d_out, bias=True)
 

@@ -20,8 +20,8 @@ from openpi_port import batch as batches
 from openpi_port import strict
 from openpi_port.batch import Batch
 from openpi_port.config import Train as Config
+from openpi_port.pi_flax import attention, insulated
 from openpi_port.pi_flax import device as devices
-from openpi_port.pi_flax import insulated
 from openpi_port.pi_flax import weights as weights_io
 from openpi_port.pi_flax.infer import build
 from openpi_port.pi_flax.pi0_fast import Pi0Fast
@@ -49,8 +49,9 @@ class Trainer:
         self.config = config
         self.step = 0
         self._device = devices.find(device)
+        compute = attention.resolve(config.compute, self._device)
         self._keys = batches.training(config.model, insulate=config.insulate)
-        module = weights_io.load(build(config.model, config.compute), weights, self._device)
+        module = weights_io.load(build(config.model, compute), weights, self._device)
         self._graph, trained, frozen = nnx.split(module, partial(is_trained, config), ...)
         self._optimizer = optax.chain(
             optax.clip_by_global_norm(config.optimizer.clip_norm),

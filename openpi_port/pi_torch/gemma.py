@@ -8,7 +8,7 @@ Expert 0 is the language model of PaliGemma; pi0 adds expert 1 for state and act
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from openpi_port.config import Compute
 from openpi_port.config import Gemma as Config
+from openpi_port.masks import Blocks
 from openpi_port.pi_torch import lora
-from openpi_port.pi_torch.layers import AdaRMSNorm, RMSNorm, add_gated, attention, rope, stack
+from openpi_port.pi_torch.attention import attention, prepare
+from openpi_port.pi_torch.layers import AdaRMSNorm, RMSNorm, add_gated, rope, stack
 
 
 class KVCache(NamedTuple):
@@ -61,8 +63,9 @@ class Expert(nn.Module):
 class Layer(nn.Module):
     """One layer of all experts."""
 
-    def __init__(self, configs: Sequence[Config], adarms: Sequence[bool]) -> None:
+    def __init__(self, configs: Sequence[Config], adarms: Sequence[bool], compute: Compute) -> None:
         super().__init__()
+        self.backend = compute.attention
         self.experts = nn.ModuleList([Expert(c, adarms=a) for c, a in zip(configs, adarms, strict=True)])
 
     def forward(
@@ -70,11 +73,11 @@ class Layer(nn.Module):
         xs: Sequence[Tensor | None],
         conds: Sequence[Tensor | None],
         positions: Tensor,
-        mask: Tensor,
+        mask: Any,
         cache: KVCache | None,
         write_at: Tensor | None = None,
     ) -> tuple[list[Tensor | None], KVCache]:
-        """See `Gemma.forward`; returns the experts' outputs and the keys and values of their tokens."""
+        """See `Gemma.forward`; `mask` is prepared. Returns the experts' outputs and their tokens' keys and values."""
         present = [i for i, x in enumerate(xs) if x is not None]
         spans = _spans([xs[i].shape[1] for i in present])
         normed, qs, ks, vs = {}, [], [], []
@@ -87,7 +90,7 @@ class Layer(nn.Module):
             seen = new = KVCache(*(c.index_copy_(1, write_at, n) for c, n in zip(cache, new, strict=True)))
         else:
             seen = new if cache is None else KVCache(*(torch.cat(c, 1) for c in zip(cache, new, strict=True)))
-        attended = attention(q, seen.k, seen.v, mask)
+        attended = attention(q, seen.k, seen.v, mask, self.backend)
 
         outs: list[Tensor | None] = [None] * len(xs)
         for i, (start, stop) in zip(present, spans, strict=True):
@@ -105,7 +108,7 @@ class Gemma(nn.Module):
         super().__init__()
         self.compute = compute
         self.embedding = nn.Parameter(torch.zeros(vocab_size, configs[0].width))
-        self.layers = stack(Layer(configs, adarms), configs[0].depth)
+        self.layers = stack(Layer(configs, adarms, compute), configs[0].depth)
         self.norms = nn.ModuleList(
             [(AdaRMSNorm if a else RMSNorm)(c.width) for c, a in zip(configs, adarms, strict=True)]
         )
@@ -120,7 +123,7 @@ class Gemma(nn.Module):
         xs: Sequence[Tensor | None],
         conds: Sequence[Tensor | None],
         positions: Tensor,
-        mask: Tensor,
+        mask: Tensor | Blocks,
         cache: KVCache | None = None,
         *,
         return_cache: bool = False,
@@ -132,7 +135,7 @@ class Gemma(nn.Module):
           xs: tokens per expert, [B, T_i, D_i], None for an expert that takes no part.
           conds: condition per expert, [B, D_i], None where the norms take none.
           positions: int [B, T], of all tokens in the order of the experts.
-          mask: bool [B, T, S]; S counts the cache first, then the tokens.
+          mask: bool [B, T, S], or its blocks; S counts the cache first, then the tokens.
           cache: keys and values that the tokens also see.
           return_cache: whether to keep the tokens' own keys and values.
           write_at: int [T], writes them into the cache, in place, at those indices of S, instead of appending them; S
@@ -143,6 +146,7 @@ class Gemma(nn.Module):
         """
         xs = [None if x is None else x.to(getattr(torch, self.compute.dtype)) for x in xs]
 
+        mask = prepare(mask, self.compute.attention)
         news = []
         for i, layer in enumerate(self.layers):
             seen = None if cache is None else KVCache(cache.k[i], cache.v[i])

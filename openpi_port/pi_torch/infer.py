@@ -13,6 +13,7 @@ from openpi_port import grammar as grammars
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
 from openpi_port.grammar import Grammar
+from openpi_port.pi_torch import attention
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import weights as weights_io
 from openpi_port.pi_torch.pi0 import Pi0
@@ -116,15 +117,16 @@ def load(
     Args:
       config: the architecture.
       weights: by torch name; rounded to bfloat16 where that is the dtype of `compute`.
-      compute: dtype and rematerialisation.
+      compute: dtype, attention and rematerialisation.
       device: a torch device ("cpu", "cuda:1"); None takes the first GPU, else the CPU.
 
     Returns:
       The model.
 
     Raises:
-      UserError: weights are missing, left over or misshapen.
+      UserError: weights are missing, left over or misshapen, or the device can't honour `compute`.
     """
+    compute = attention.resolve(compute, devices.find(device))
     dtype = "bfloat16" if compute.dtype == "bfloat16" else None
     module = weights_io.load(build(config, compute), weights, devices.find(device), dtype)
     return FastModel(module, device) if isinstance(config, configs.Pi0Fast) else Model(module, device)

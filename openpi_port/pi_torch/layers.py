@@ -1,6 +1,6 @@
-"""Linear maps, norms, rotary embedding and attention.
+"""Linear maps, norms and rotary embedding.
 
-B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim, D width, C width of the condition.
+B batch, T tokens, N heads, H head dim, D width, C width of the condition.
 
 Parameters stay in the dtype they were loaded in (float32 while training) and are cast to the dtype of the
 activations where they are used; norms and softmax are computed in float32. Modules are built on the meta device and
@@ -13,10 +13,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
-
-MASKED = -2.3819763e38  # big_vision's value for a forbidden logit; a fully masked row becomes uniform
 
 
 class Linear(nn.Linear):
@@ -93,25 +90,6 @@ def rope(x: Tensor, positions: Tensor, max_wavelength: float = 10_000.0) -> Tens
     sin, cos = torch.sin(angle), torch.cos(angle)
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention with grouped queries; queries come scaled.
-
-    Args:
-      q: [B, T, N, H].
-      k, v: [B, S, K, H]; query head n reads kv head n // G.
-      mask: bool [B, T, S], or None for full attention.
-
-    Returns:
-      [B, T, N * H].
-    """
-    q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
-    logits = torch.einsum("BTKGH,BSKH->BKGTS", q.float(), k.float())
-    if mask is not None:
-        logits = torch.where(mask[:, None, None], logits, MASKED)
-    probs = torch.softmax(logits, dim=-1).to(v.dtype)
-    return rearrange(torch.einsum("BKGTS,BSKH->BTKGH", probs, v), "B T K G H -> B T (K G H)")
 
 
 def stack(layer: nn.Module, depth: int) -> nn.ModuleList:

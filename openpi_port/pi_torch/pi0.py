@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
 from openpi_port.config import Pi0 as Config
-from openpi_port.masks import attention_mask, positions
+from openpi_port.masks import Blocks, attention_mask, blocks, positions
 from openpi_port.pi_torch.gemma import Gemma, KVCache
 from openpi_port.pi_torch.layers import Linear
 from openpi_port.pi_torch.siglip import Siglip
@@ -137,15 +137,15 @@ class Pi0(nn.Module):
     def prefill(self, batch: Batch) -> tuple[Tokens, KVCache]:
         """Runs the prefix once: its tokens, and the keys and values that every Euler step attends to."""
         prefix = self.embed_prefix(batch)
-        mask = attention_mask(prefix.valid, prefix.starts_block)
+        mask = blocks(prefix.valid, None)
         _, cache = self.gemma([prefix.x, None], [None, None], positions(prefix.valid), mask, return_cache=True)
         return prefix, cache
 
     def denoise(self, prefix: Tokens, cache: KVCache, state: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
         """The same velocity as `velocity`, from the prefix's keys and values."""
         suffix, cond = self.embed_suffix(state, x_t, time)
-        sees_prefix = prefix.valid[:, None].expand(*suffix.valid.shape, prefix.valid.shape[1])
-        mask = torch.cat([sees_prefix, attention_mask(suffix.valid, suffix.starts_block)], dim=-1)
+        seen, mask = blocks(prefix.valid, None).keys, blocks(suffix.valid, suffix.starts_block)
+        mask = Blocks(mask.queries, torch.cat([seen, mask.keys], dim=1))
         pos = prefix.valid.sum(1, keepdim=True) + positions(suffix.valid)
         (_, out), _ = self.gemma([None, suffix.x], [None, cond], pos, mask, cache)
         return self._project_out(out)

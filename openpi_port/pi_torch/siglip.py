@@ -13,15 +13,17 @@ from torch.utils.checkpoint import checkpoint
 
 from openpi_port.config import Compute
 from openpi_port.config import Siglip as Config
-from openpi_port.pi_torch.layers import LayerNorm, Linear, attention, stack
+from openpi_port.pi_torch.attention import attention
+from openpi_port.pi_torch.layers import LayerNorm, Linear, stack
 
 
 class Attention(nn.Module):
     """Full self-attention with biases."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, compute: Compute) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.backend = compute.attention
         self.q = Linear(config.width, config.width, bias=True)
         self.k = Linear(config.width, config.width, bias=True)
         self.v = Linear(config.width, config.width, bias=True)
@@ -29,7 +31,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (rearrange(f(x), "B T (N H) -> B T N H", N=self.num_heads) for f in (self.q, self.k, self.v))
-        return self.o(attention(q * q.shape[-1] ** -0.5, k, v, mask=None))
+        return self.o(attention(q * q.shape[-1] ** -0.5, k, v, None, self.backend))
 
 
 class Mlp(nn.Module):
@@ -47,10 +49,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer layer."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, compute: Compute) -> None:
         super().__init__()
         self.norm_attn = LayerNorm(config.width)
-        self.attn = Attention(config)
+        self.attn = Attention(config, compute)
         self.norm_mlp = LayerNorm(config.width)
         self.mlp = Mlp(config)
 
@@ -68,7 +70,7 @@ class Siglip(nn.Module):
         self.compute = compute
         self.patch_embed = Linear(3 * config.patch_size**2, config.width, bias=True)
         self.pos_embedding = nn.Parameter(torch.zeros(config.num_tokens, config.width))
-        self.blocks = stack(Block(config), config.depth)
+        self.blocks = stack(Block(config, compute), config.depth)
         self.norm = LayerNorm(config.width)
         self.head = Linear(config.width, d_out, bias=True)
 

@@ -17,8 +17,8 @@ from openpi_port import batch as batches
 from openpi_port import strict
 from openpi_port.batch import Batch
 from openpi_port.config import Train as Config
+from openpi_port.pi_torch import attention, insulated
 from openpi_port.pi_torch import device as devices
-from openpi_port.pi_torch import insulated
 from openpi_port.pi_torch import weights as weights_io
 from openpi_port.pi_torch.infer import build
 from openpi_port.pi_torch.pi0_fast import Pi0Fast
@@ -45,8 +45,9 @@ class Trainer:
         self.config = config
         self.step = 0
         self._device = devices.find(device)
+        compute = attention.resolve(config.compute, self._device)
         self._keys = batches.training(config.model, insulate=config.insulate)
-        self._module = weights_io.load(build(config.model, config.compute), weights, self._device)
+        self._module = weights_io.load(build(config.model, compute), weights, self._device)
         for name, parameter in self._module.named_parameters():
             parameter.requires_grad_(is_trained(config, tuple(name.split("."))))
         trained = {name: p for name, p in self._module.named_parameters() if p.requires_grad}

@@ -19,7 +19,7 @@ from openpi_port.config import Data
 from openpi_port.robots.aloha_sim import ACTION_DIM, DELTA, STATE_DIM
 from openpi_port.transforms import Dims, Sample, Transform
 
-__all__ = ["ACTION_DIM", "CAMERAS", "DELTA", "STATE_DIM", "AdaptToPi", "steps"]
+__all__ = ["ACTION_DIM", "CAMERAS", "DELTA", "HDF5_CAMERAS", "HDF5_STATE", "STATE_DIM", "AdaptToPi", "steps"]
 
 # model camera -> key of a LeRobot recording of ALOHA (config.data.cameras)
 CAMERAS = {
@@ -27,6 +27,14 @@ CAMERAS = {
     "left_wrist_0_rgb": "observation.images.cam_left_wrist",
     "right_wrist_0_rgb": "observation.images.cam_right_wrist",
 }
+
+# the same in ALOHA's own HDF5 episodes, whose state is "observations/qpos" (config.data.state)
+HDF5_CAMERAS = {
+    "base_0_rgb": "observations/images/cam_high",
+    "left_wrist_0_rgb": "observations/images/cam_left_wrist",
+    "right_wrist_0_rgb": "observations/images/cam_right_wrist",
+}
+HDF5_STATE = "observations/qpos"
 
 SIGNS = np.array([1, -1, -1, 1, 1, 1, 1] * 2, np.float32)
 GRIPPERS = [6, 13]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from openpi_port.pi_flax.layers import MASKED
+from openpi_port.pi_flax.attention import MASKED
 
 
 class Block(NamedTuple):

@@ -1,0 +1,162 @@
+"""Softmax attention with grouped queries, by one of several backends that all compute the same.
+
+B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim.
+
+- "plain": einsum; the logits exist in float32. The reference, and the only one for float32.
+- "cudnn": cuDNN's fused kernels, on NVIDIA GPUs, in bfloat16. Where all queries see the same keys the valid keys are
+  brought to the front and counted; other masks become a bias.
+- "splash": the Pallas kernel for TPUs (interpreted on a CPU). Where all queries see the same keys, invalid keys form
+  a segment of their own; passes with another mask (the 51 queries of pi0's suffix) are plain.
+
+"auto" is resolved once per device by `resolve`. The output at a padding query is nobody's: backends differ there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from openpi_port.config import Compute
+from openpi_port.errors import UserError
+from openpi_port.masks import UNSEEN, Blocks, dense
+
+MASKED = -2.3819763e38  # big_vision's value for a forbidden logit; a fully masked row becomes uniform
+BACKENDS = ("plain", "cudnn", "splash")
+TILE = 128  # of the splash kernel, along queries, keys and head dim
+
+
+class _Front(NamedTuple):
+    """For "cudnn": an order that brings the valid keys to the front, int32 [B, S], and how many they are, int32 [B]."""
+
+    order: jax.Array
+    length: jax.Array
+
+
+def resolve(compute: Compute, device: jax.Device) -> Compute:
+    """Settles "auto": "cudnn" for bfloat16 on an NVIDIA GPU of compute capability 8.0 or more, else "plain".
+
+    Raises:
+      UserError: a backend that JAX, the device or the dtype can't honour.
+    """
+    fused = device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 8.0
+    name = compute.attention
+    if name == "auto":
+        name = "cudnn" if fused and compute.dtype == "bfloat16" else "plain"
+    if name not in BACKENDS:
+        raise UserError(f"config.compute.attention={name!r}: Flax has auto, {', '.join(BACKENDS)}")
+    if name == "cudnn" and not (fused and compute.dtype == "bfloat16"):
+        raise UserError(
+            f"config.compute.attention='cudnn' needs an NVIDIA GPU (Ampere or newer) and compute.dtype='bfloat16', not "
+            f"{device.device_kind} and {compute.dtype!r}; use 'plain' or 'auto'"
+        )
+    if name == "splash" and device.platform == "gpu":
+        raise UserError("config.compute.attention='splash' is for TPUs; use 'cudnn', 'plain' or 'auto'")
+    return dataclasses.replace(compute, attention=name)
+
+
+def prepare(mask: jax.Array | Blocks, backend: str) -> Any:
+    """What a backend needs of a mask, made once for all layers; `attention` takes it."""
+    alike = isinstance(mask, Blocks) and mask.queries is None
+    if backend == "splash" and alike:
+        return mask
+    if backend == "cudnn" and alike:
+        unseen = mask.keys >= UNSEEN
+        order = jnp.argsort(unseen, axis=1, stable=True)
+        return _Front(order.astype(jnp.int32), (~unseen).sum(1, dtype=jnp.int32))
+    mask = dense(mask) if isinstance(mask, Blocks) else mask
+    return mask if backend != "cudnn" else mask | ~mask.any(-1, keepdims=True)  # no row without a key
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, backend: str = "plain") -> jax.Array:
+    """Attends; queries come scaled.
+
+    Args:
+      q: [B, T, N, H].
+      k, v: [B, S, K, H]; query head n reads kv head n // G.
+      mask: bool [B, T, S] or [B, 1, S], or what `prepare` made of a mask, or None for full attention.
+      backend: "plain", "cudnn" or "splash".
+
+    Returns:
+      [B, T, N * H].
+    """
+    if backend == "cudnn":
+        return _cudnn(q, k, v, mask)
+    if backend == "splash" and (mask is None or isinstance(mask, Blocks)):
+        return _splash(q, k, v, mask)
+    return _plain(q, k, v, mask)
+
+
+def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, MASKED)
+    probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return rearrange(jnp.einsum("BKGTS,BSKH->BTKGH", probs, v), "B T K G H -> B T (K G H)")
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | _Front | None) -> jax.Array:
+    fused = partial(jax.nn.dot_product_attention, scale=1.0, implementation="cudnn")
+    if isinstance(mask, _Front):
+        k, v = (_bring(x, mask.order) for x in (k, v))
+        out = fused(q, k, v, key_value_seq_lengths=mask.length)
+    elif mask is None:
+        out = fused(q, k, v)
+    else:
+        length, keys = q.shape[1], k.shape[1]
+        mask = jnp.broadcast_to(mask, (len(q), length, keys))
+        mask = jnp.pad(mask, ((0, 0), (0, length % 2), (0, keys % 2)))
+        q, k, v = (_padded(x, x.shape[1] % 2) for x in (q, k, v))  # the kernel wants even lengths where there is a bias
+        out = fused(q, k, v, mask=mask[:, None])[:, :length]
+    return rearrange(out, "B T N H -> B T (N H)")
+
+
+@jax.custom_vjp
+def _bring(x: jax.Array, order: jax.Array) -> jax.Array:
+    """x [B, S, K, H] with its tokens in another order, int [B, S]; the gradient is a gather too, not a scatter."""
+    return jnp.take_along_axis(x, order[:, :, None, None], axis=1, mode="promise_in_bounds")
+
+
+def _bring_forward(x: jax.Array, order: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _bring(x, order), order
+
+
+def _bring_backward(order: jax.Array, gradient: jax.Array) -> tuple[jax.Array, None]:
+    return _bring(gradient, jnp.argsort(order, axis=1)), None
+
+
+_bring.defvjp(_bring_forward, _bring_backward)
+
+
+def _padded(x: jax.Array, tokens: int, dims: int = 0) -> jax.Array:
+    """x [B, S, N, H] with zeros added to S and H."""
+    return jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, dims)))
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Blocks | None) -> jax.Array:
+    # Imported here, since it takes long.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
+
+    (size, length, heads, dim), (keys, kv_heads) = q.shape, k.shape[1:3]
+    q, k, v = (_padded(x, -x.shape[1] % TILE, -x.shape[3] % TILE) for x in (q, k, v))
+    q, k, v = (rearrange(x, "B S N H -> B N S H") for x in (q, k, v))
+    seen = jnp.ones((size, keys), jnp.int32) if mask is None else (mask.keys < UNSEEN).astype(jnp.int32)
+    seen = jnp.pad(seen, ((0, 0), (0, k.shape[2] - keys)))
+    segments = splash.SegmentIds(q=jnp.ones((size, q.shape[2]), jnp.int32), kv=seen)
+
+    full = splash_masks.FullMask((q.shape[2], k.shape[2]))
+    kernel = splash.make_splash_mqa(
+        splash_masks.MultiHeadMask([full] * (heads // kv_heads)),
+        block_sizes=splash.BlockSizes(*(TILE,) * 3, *(TILE,) * 3, *(TILE,) * 2),
+        head_shards=1, q_seq_shards=1, interpret=jax.default_backend() == "cpu",
+    )  # fmt: skip
+    q = rearrange(q, "B (K G) T H -> B K G T H", K=kv_heads)
+    per_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    out = jax.vmap(per_head)(q, k, v, segments)
+    return rearrange(out[:, :, :, :length, :dim], "B K G T H -> B T (K G H)")
