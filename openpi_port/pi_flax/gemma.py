@@ -128,7 +128,7 @@ class Gemma(nnx.Module):
 
         Args:
           xs: tokens per expert, [B, T_i, D_i], None for an expert that takes no part.
-          conds: condition per expert, [B, D_i], None where the norms take none.
+          conds: condition per expert, [B, D_i] or [B, T_i, D_i], None where the norms take none.
           positions: int [B, T], of all tokens in the order of the experts.
           mask: bool [B, T, S], or its blocks; S counts the cache first, then the tokens.
           cache: keys and values that the tokens also see.

@@ -16,11 +16,12 @@ from openpi_port import grammar as grammars
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
 from openpi_port.grammar import Grammar
-from openpi_port.pi_flax import attention
+from openpi_port.pi_flax import attention, realtime
 from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax import weights as weights_io
 from openpi_port.pi_flax.pi0 import Pi0
 from openpi_port.pi_flax.pi0_fast import Pi0Fast
+from openpi_port.realtime import MAX_GUIDANCE, check
 
 
 class Model:
@@ -43,8 +44,22 @@ class Model:
             return nnx.merge(graph, state).loss(batch, noise, time)
 
         @partial(jax.jit, static_argnames="num_steps")
-        def sample_actions(state: nnx.State, batch: Batch, noise: jax.Array, num_steps: int) -> jax.Array:
-            return nnx.merge(graph, state).sample_actions(batch, noise, num_steps)
+        def sample_actions(
+            state: nnx.State,
+            batch: Batch,
+            noise: jax.Array,
+            previous: jax.Array | None,
+            weights: jax.Array | None,
+            delay: jax.Array | None,
+            limit: jax.Array,
+            num_steps: int,
+        ) -> jax.Array:
+            module = nnx.merge(graph, state)
+            if weights is not None:
+                return realtime.sample_guided(module, batch, noise, previous, weights, num_steps, limit)
+            if delay is not None:
+                return realtime.sample_conditioned(module, batch, noise, previous, delay, num_steps)
+            return module.sample_actions(batch, noise, num_steps)
 
         self._loss, self._sample_actions = loss, sample_actions
 
@@ -54,12 +69,37 @@ class Model:
         with devices.precision(self.module.compute):
             return np.asarray(self._loss(self._state, *devices.put((batch, noise, time), self._device)))
 
-    def sample_actions(self, batch: Batch, noise: np.ndarray, num_steps: int = 10) -> np.ndarray:
-        """See `Pi0.sample_actions`; float32 [B, A, J]."""
+    def sample_actions(
+        self,
+        batch: Batch,
+        noise: np.ndarray,
+        num_steps: int = 10,
+        *,
+        previous: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+        delay: np.ndarray | None = None,
+        limit: float = MAX_GUIDANCE,
+    ) -> np.ndarray:
+        """See `Pi0.sample_actions`, `realtime.sample_guided` and `realtime.sample_conditioned`.
+
+        Args:
+          batch: observation.
+          noise: [B, A, J], the starting point.
+          num_steps: number of Euler steps.
+          previous: [B, A, J], the chunk that is being played, from the observation's action on, for real-time chunking:
+            with `weights` it guides, with `delay` its first actions are given.
+          weights: [B, A, J] or 1 for J.
+          delay: int [B].
+          limit: of the guidance.
+
+        Returns:
+          float32 [B, A, J].
+        """
+        check(previous, weights, delay)
         batch = batches.select(batch, batches.OBSERVATION)
         with devices.precision(self.module.compute):
-            batch, noise = devices.put((batch, noise), self._device)
-            return np.asarray(self._sample_actions(self._state, batch, noise, num_steps))
+            inputs = devices.put((batch, noise, previous, weights, delay), self._device)
+            return np.asarray(self._sample_actions(self._state, *inputs, np.float32(limit), num_steps=num_steps))
 
 
 class FastModel:

@@ -58,8 +58,9 @@ class AdaRMSNorm(nnx.Module):
         self.modulation = Linear(dim, 3 * dim, bias=True)
 
     def __call__(self, x: jax.Array, cond: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Takes x [B, T, D] and cond [B, D]; returns the normed x and a gate [B, 1, D]."""
-        scale, shift, gate = jnp.split(self.modulation(cond.astype(x.dtype))[:, None], 3, axis=-1)
+        """Takes x [B, T, D] and cond [B, D] or [B, T, D]; returns the normed x and a gate that broadcasts to it."""
+        modulation = self.modulation(cond.astype(x.dtype))
+        scale, shift, gate = jnp.split(modulation[:, None] if cond.ndim == 2 else modulation, 3, axis=-1)
         return (rms_normalize(x) * (1 + scale) + shift).astype(x.dtype), gate
 
 

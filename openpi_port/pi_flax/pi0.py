@@ -13,6 +13,7 @@ Flow time runs from 1 (noise) to 0 (data).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -79,10 +80,10 @@ class Pi0(nnx.Module):
         Args:
           state: [B, J].
           x_t: [B, A, J].
-          time: [B].
+          time: [B], or [B, A] where actions have flow times of their own (real-time chunking).
 
         Returns:
-          Tokens [B, 1 + A or A, D] and the condition [B, D] or None.
+          Tokens [B, 1 + A or A, D] and the condition [B, D], per token [B, 1 + A or A, D], or None.
         """
         time_emb = embed_time(time, self.config.expert.width)
         actions = self.action_in_proj(x_t)
@@ -90,7 +91,7 @@ class Pi0(nnx.Module):
         if self.config.time_in == "adarms":
             cond = jax.nn.swish(self.time_mlp_out(jax.nn.swish(self.time_mlp_in(time_emb))))
         else:
-            time_emb = jnp.broadcast_to(time_emb[:, None], actions.shape)
+            time_emb = jnp.broadcast_to(time_emb if time.ndim == 2 else time_emb[:, None], actions.shape)
             actions = self.action_time_mlp_in(jnp.concatenate([actions, time_emb], axis=-1))
             actions = self.action_time_mlp_out(jax.nn.swish(actions))
 
@@ -99,6 +100,8 @@ class Pi0(nnx.Module):
         if self.config.state_in == "suffix":
             x = jnp.concatenate([self.state_proj(state)[:, None], actions], axis=1)
             starts = [True, *starts]
+            if cond is not None and cond.ndim == 3:  # the state has no flow time; the last action is never a given one
+                cond = jnp.concatenate([cond[:, -1:], cond], axis=1)
         valid = jnp.ones(x.shape[:2], bool)
         return Tokens(x, valid, jnp.broadcast_to(jnp.array(starts), x.shape[:2])), cond
 
@@ -111,7 +114,7 @@ class Pi0(nnx.Module):
         return [prefix.x, suffix.x], [None, cond], positions(valid), attention_mask(valid, starts_block)
 
     def velocity(self, batch: Batch, x_t: jax.Array, time: jax.Array) -> jax.Array:
-        """The predicted velocity [B, A, J] at noisy actions x_t [B, A, J] and flow times [B]; one joint pass."""
+        """The predicted velocity [B, A, J] at noisy actions x_t [B, A, J] and flow times [B] or [B, A]."""
         (_, out), _ = self.gemma(*self.joint_inputs(batch, x_t, time))
         return self._project_out(out)
 
@@ -121,15 +124,15 @@ class Pi0(nnx.Module):
         Args:
           batch: observation and `actions` [B, A, J].
           noise: [B, A, J]; or [B, R, A, J], R draws that share one pass over images and prompt.
-          time: [B] or [B, R], in (0, 1].
+          time: [B] or [B, R], in (0, 1]; with a last axis A where actions have flow times of their own.
 
         Returns:
-          float32 [B, A], the mean over the draws.
+          float32 [B, A], the mean over the draws; of no use where the flow time is 0, because that action is given.
         """
         actions, noise, time = jnp.asarray(batch["actions"]), jnp.asarray(noise), jnp.asarray(time)
         if noise.ndim == 4:
             return self.loss_of_draws(*self.prefill(batch), batch, noise, time)
-        t = time[:, None, None]
+        t = time.reshape(len(time), -1, 1)
         x_t = t * noise + (1 - t) * actions
         return jnp.square(self.velocity(batch, x_t, time) - (noise - actions)).mean(-1)
 
@@ -152,15 +155,17 @@ class Pi0(nnx.Module):
     def loss_of_draws(
         self, prefix: Tokens, cache: KVCache, batch: Batch, noise: jax.Array, time: jax.Array
     ) -> jax.Array:
-        """The loss, float32 [B, A], of R draws [B, R, A, J] and [B, R], from the prefix's keys and values."""
+        """The loss, float32 [B, A], of R draws of noise and time (see `loss`), from the prefix's keys and values."""
         size, draws = noise.shape[:2]
-        t = time[:, :, None, None]
+        t = time.reshape(size, draws, -1, 1)
         actions = jnp.asarray(batch["actions"])[:, None]
         x_t = t * noise + (1 - t) * actions  # [B, R, A, J]
         prefix = Tokens(*(jnp.repeat(x, draws, axis=0) for x in prefix))
         cache = KVCache(*(jnp.repeat(x, draws, axis=1) for x in cache))
         state = jnp.repeat(jnp.asarray(batch["state"]), draws, axis=0)
-        v_t = self.denoise(prefix, cache, state, x_t.reshape(size * draws, *x_t.shape[2:]), time.reshape(-1))
+        v_t = self.denoise(
+            prefix, cache, state, x_t.reshape(size * draws, *x_t.shape[2:]), time.reshape(-1, *time.shape[2:])
+        )
         return jnp.square(v_t.reshape(x_t.shape) - (noise - actions)).mean((1, 3))
 
     def sample_actions(self, batch: Batch, noise: jax.Array, num_steps: int = 10) -> jax.Array:
@@ -176,17 +181,34 @@ class Pi0(nnx.Module):
         """
         prefix, cache = self.prefill(batch)
         state, noise = jnp.asarray(batch["state"]), jnp.asarray(noise)
-        times, dt = euler_times(num_steps)
 
-        def step(x_t: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
-            time = jnp.broadcast_to(time, noise.shape[:1])
-            return x_t + dt * self.denoise(prefix, cache, state, x_t, time), None
+        def velocity(x_t: jax.Array, time: jax.Array) -> jax.Array:
+            return self.denoise(prefix, cache, state, x_t, jnp.broadcast_to(time, noise.shape[:1]))
 
-        x_t, _ = jax.lax.scan(step, noise, times)
-        return x_t
+        return integrate(velocity, noise, num_steps)
 
     def _project_out(self, out: jax.Array) -> jax.Array:
         return self.action_out_proj(out[:, -self.config.action_horizon :].astype(jnp.float32))
+
+
+def integrate(velocity: Callable[[jax.Array, jax.Array], jax.Array], noise: jax.Array, num_steps: int) -> jax.Array:
+    """Euler steps from flow time 1 to 0.
+
+    Args:
+      velocity: of x_t [B, A, J] at a flow time [].
+      noise: [B, A, J], where they begin.
+      num_steps: how many.
+
+    Returns:
+      [B, A, J] at flow time 0.
+    """
+    times, dt = euler_times(num_steps)
+
+    def step(x_t: jax.Array, time: jax.Array) -> tuple[jax.Array, None]:
+        return x_t + dt * velocity(x_t, time), None
+
+    x_t, _ = jax.lax.scan(step, noise, times)
+    return x_t
 
 
 def to_unit(image: jax.Array) -> jax.Array:
@@ -199,13 +221,13 @@ def embed_time(time: jax.Array, dim: int, min_period: float = 4e-3, max_period: 
     """Sines and cosines of the flow time at periods from `min_period` to `max_period`, in float32.
 
     Args:
-      time: [B].
+      time: [...].
       dim: even.
 
     Returns:
-      float32 [B, dim], sines first.
+      float32 [..., dim], sines first.
     """
     fraction = jnp.linspace(0.0, 1.0, dim // 2, dtype=jnp.float32)
     period = min_period * (max_period / min_period) ** fraction
-    angle = time[:, None].astype(jnp.float32) * (1.0 / period * 2 * math.pi)
+    angle = time[..., None].astype(jnp.float32) * (1.0 / period * 2 * math.pi)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

@@ -13,11 +13,12 @@ from openpi_port import grammar as grammars
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
 from openpi_port.grammar import Grammar
-from openpi_port.pi_torch import attention
+from openpi_port.pi_torch import attention, realtime
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import weights as weights_io
 from openpi_port.pi_torch.pi0 import Pi0
 from openpi_port.pi_torch.pi0_fast import Pi0Fast
+from openpi_port.realtime import MAX_GUIDANCE, check
 
 
 class Model:
@@ -40,13 +41,46 @@ class Model:
         with devices.precision(self.module.compute):
             return self.module.loss(*devices.put((batch, noise, time), self._device)).cpu().numpy()
 
-    @torch.inference_mode()
-    def sample_actions(self, batch: Batch, noise: np.ndarray, num_steps: int = 10) -> np.ndarray:
-        """See `Pi0.sample_actions`; float32 [B, A, J]."""
+    def sample_actions(
+        self,
+        batch: Batch,
+        noise: np.ndarray,
+        num_steps: int = 10,
+        *,
+        previous: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+        delay: np.ndarray | None = None,
+        limit: float = MAX_GUIDANCE,
+    ) -> np.ndarray:
+        """See `Pi0.sample_actions`, `realtime.sample_guided` and `realtime.sample_conditioned`.
+
+        Args:
+          batch: observation.
+          noise: [B, A, J], the starting point.
+          num_steps: number of Euler steps.
+          previous: [B, A, J], the chunk that is being played, from the observation's action on, for real-time chunking:
+            with `weights` it guides, with `delay` its first actions are given.
+          weights: [B, A, J] or 1 for J.
+          delay: int [B].
+          limit: of the guidance.
+
+        Returns:
+          float32 [B, A, J].
+        """
+        check(previous, weights, delay)
         batch = batches.select(batch, batches.OBSERVATION)
-        with devices.precision(self.module.compute):
+        inference = weights is None  # guidance needs gradients, which tensors of the inference mode can't take part in
+        with devices.precision(self.module.compute), torch.inference_mode(inference), torch.no_grad():
             batch, noise = devices.put((batch, noise), self._device)
-            return self.module.sample_actions(batch, noise, num_steps).cpu().numpy()
+            if previous is None:
+                chunk = self.module.sample_actions(batch, noise, num_steps)
+            elif inference:
+                given = devices.put((previous, delay), self._device)
+                chunk = realtime.sample_conditioned(self.module, batch, noise, *given, num_steps)
+            else:
+                held = devices.put((previous, weights), self._device)
+                chunk = realtime.sample_guided(self.module, batch, noise, *held, num_steps, limit)
+            return chunk.cpu().numpy()
 
 
 class FastModel:

@@ -57,8 +57,9 @@ class AdaRMSNorm(nn.Module):
         self.modulation = Linear(dim, 3 * dim, bias=True)
 
     def forward(self, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes x [B, T, D] and cond [B, D]; returns the normed x and a gate [B, 1, D]."""
-        scale, shift, gate = self.modulation(cond.to(x.dtype))[:, None].chunk(3, dim=-1)
+        """Takes x [B, T, D] and cond [B, D] or [B, T, D]; returns the normed x and a gate that broadcasts to it."""
+        modulation = self.modulation(cond.to(x.dtype))
+        scale, shift, gate = (modulation[:, None] if cond.ndim == 2 else modulation).chunk(3, dim=-1)
         return (rms_normalize(x) * (1 + scale) + shift).to(x.dtype), gate
 
 

@@ -13,6 +13,7 @@ Flow time runs from 1 (noise) to 0 (data).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -80,10 +81,10 @@ class Pi0(nn.Module):
         Args:
           state: [B, J].
           x_t: [B, A, J].
-          time: [B].
+          time: [B], or [B, A] where actions have flow times of their own (real-time chunking).
 
         Returns:
-          Tokens [B, 1 + A or A, D] and the condition [B, D] or None.
+          Tokens [B, 1 + A or A, D] and the condition [B, D], per token [B, 1 + A or A, D], or None.
         """
         time_emb = embed_time(time, self.config.expert.width)
         actions = self.action_in_proj(x_t)
@@ -91,7 +92,7 @@ class Pi0(nn.Module):
         if self.config.time_in == "adarms":
             cond = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time_emb))))
         else:
-            time_emb = time_emb[:, None].expand_as(actions)
+            time_emb = (time_emb if time.ndim == 2 else time_emb[:, None]).expand_as(actions)
             actions = self.action_time_mlp_in(torch.cat([actions, time_emb], dim=-1))
             actions = self.action_time_mlp_out(F.silu(actions))
 
@@ -100,6 +101,8 @@ class Pi0(nn.Module):
         if self.config.state_in == "suffix":
             x = torch.cat([self.state_proj(state)[:, None], actions], dim=1)
             starts = [True, *starts]
+            if cond is not None and cond.ndim == 3:  # the state has no flow time; the last action is never a given one
+                cond = torch.cat([cond[:, -1:], cond], dim=1)
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         return Tokens(x, valid, torch.tensor(starts, device=x.device).expand(x.shape[:2])), cond
 
@@ -112,7 +115,7 @@ class Pi0(nn.Module):
         return [prefix.x, suffix.x], [None, cond], positions(valid), attention_mask(valid, starts_block)
 
     def velocity(self, batch: Batch, x_t: Tensor, time: Tensor) -> Tensor:
-        """The predicted velocity [B, A, J] at noisy actions x_t [B, A, J] and flow times [B]; one joint pass."""
+        """The predicted velocity [B, A, J] at noisy actions x_t [B, A, J] and flow times [B] or [B, A]."""
         (_, out), _ = self.gemma(*self.joint_inputs(batch, x_t, time))
         return self._project_out(out)
 
@@ -122,15 +125,15 @@ class Pi0(nn.Module):
         Args:
           batch: observation and `actions` [B, A, J].
           noise: [B, A, J]; or [B, R, A, J], R draws that share one pass over images and prompt.
-          time: [B] or [B, R], in (0, 1].
+          time: [B] or [B, R], in (0, 1]; with a last axis A where actions have flow times of their own.
 
         Returns:
-          float32 [B, A], the mean over the draws.
+          float32 [B, A], the mean over the draws; of no use where the flow time is 0, because that action is given.
         """
         actions = batch["actions"]
         if noise.ndim == 4:
             return self.loss_of_draws(*self.prefill(batch), batch, noise, time)
-        t = time[:, None, None]
+        t = time.reshape(len(time), -1, 1)
         x_t = t * noise + (1 - t) * actions
         return (self.velocity(batch, x_t, time) - (noise - actions)).square().mean(-1)
 
@@ -151,15 +154,15 @@ class Pi0(nn.Module):
         return self._project_out(out)
 
     def loss_of_draws(self, prefix: Tokens, cache: KVCache, batch: Batch, noise: Tensor, time: Tensor) -> Tensor:
-        """The loss, float32 [B, A], of R draws [B, R, A, J] and [B, R], from the prefix's keys and values."""
-        draws = noise.shape[1]
-        t = time[:, :, None, None]
+        """The loss, float32 [B, A], of R draws of noise and time (see `loss`), from the prefix's keys and values."""
+        size, draws = noise.shape[:2]
+        t = time.reshape(size, draws, -1, 1)
         actions = batch["actions"][:, None]
         x_t = t * noise + (1 - t) * actions  # [B, R, A, J]
         prefix = Tokens(*(x.repeat_interleave(draws, dim=0) for x in prefix))
         cache = KVCache(*(x.repeat_interleave(draws, dim=1) for x in cache))
         state = batch["state"].repeat_interleave(draws, dim=0)
-        v_t = self.denoise(prefix, cache, state, x_t.flatten(0, 1), time.flatten())
+        v_t = self.denoise(prefix, cache, state, x_t.flatten(0, 1), time.flatten(0, 1))
         return (v_t.reshape(x_t.shape) - (noise - actions)).square().mean((1, 3))
 
     def sample_actions(self, batch: Batch, noise: Tensor, num_steps: int = 10) -> Tensor:
@@ -174,15 +177,32 @@ class Pi0(nn.Module):
           Actions, float32 [B, A, J].
         """
         prefix, cache = self.prefill(batch)
-        times, dt = euler_times(num_steps)
 
-        x_t = noise
-        for time in torch.from_numpy(times).to(noise.device):
-            x_t = x_t + float(dt) * self.denoise(prefix, cache, batch["state"], x_t, time.expand(noise.shape[0]))
-        return x_t
+        def velocity(x_t: Tensor, time: Tensor) -> Tensor:
+            return self.denoise(prefix, cache, batch["state"], x_t, time.expand(noise.shape[0]))
+
+        return integrate(velocity, noise, num_steps)
 
     def _project_out(self, out: Tensor) -> Tensor:
         return self.action_out_proj(out[:, -self.config.action_horizon :].float())
+
+
+def integrate(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, num_steps: int) -> Tensor:
+    """Euler steps from flow time 1 to 0.
+
+    Args:
+      velocity: of x_t [B, A, J] at a flow time [].
+      noise: [B, A, J], where they begin.
+      num_steps: how many.
+
+    Returns:
+      [B, A, J] at flow time 0.
+    """
+    times, dt = euler_times(num_steps)
+    x_t = noise
+    for time in torch.from_numpy(times).to(noise.device):
+        x_t = x_t + float(dt) * velocity(x_t, time)
+    return x_t
 
 
 def to_unit(image: Tensor) -> Tensor:
@@ -194,13 +214,13 @@ def embed_time(time: Tensor, dim: int, min_period: float = 4e-3, max_period: flo
     """Sines and cosines of the flow time at periods from `min_period` to `max_period`, in float32.
 
     Args:
-      time: [B].
+      time: [...].
       dim: even.
 
     Returns:
-      float32 [B, dim], sines first.
+      float32 [..., dim], sines first.
     """
     fraction = torch.linspace(0.0, 1.0, dim // 2, dtype=torch.float32, device=time.device)
     period = min_period * (max_period / min_period) ** fraction
-    angle = time[:, None].float() * (1.0 / period * 2 * math.pi)
+    angle = time[..., None].float() * (1.0 / period * 2 * math.pi)
     return torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1)
