@@ -28,11 +28,13 @@ class Residual(NamedTuple):
       x: [M, D].
       scaled: [M, D], x times the next norm's scale.
       squares: float32 [M, P], sums of x * x over parts of the row.
+      arrived: int32, zeros, on which the kernels count; None in plain torch.
     """
 
     x: Tensor
     scaled: Tensor
     squares: Tensor
+    arrived: Tensor | None = None
 
 
 class Seen(NamedTuple):

@@ -1,0 +1,371 @@
+"""Triton kernels for bfloat16 on a GPU; `ops.py` says what each computes, under the same name.
+
+B batch, T queries, S keys, N heads, H head dim, D width, F width of the MLP, M = B * T rows, P parts of a row.
+
+Two kinds. Row kernels normalise, rotate or gate what a large product left behind. Streaming kernels are for the action
+expert, whose 51 rows fit into one tile: a product is then as fast as its weights arrive, so every weight is read once,
+by as many programs as the chip has processors, and what comes before and after the product is done in the same launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openpi_port.pi_torch.fast import tiles
+from openpi_port.pi_torch.fast.ops import EPS, Residual, Seen
+
+ROWS = 64  # of a tile of the streaming kernels; the smallest that Hopper's matrix units take
+LOG2E = 1.4426950408889634
+MASKED = -1e30
+_EPS: tl.constexpr = tl.constexpr(EPS)
+_LOG2E: tl.constexpr = tl.constexpr(LOG2E)
+_MASKED: tl.constexpr = tl.constexpr(MASKED)
+
+
+# ---- row kernels
+
+
+def layer_norm(x: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """One program per row."""
+    y = torch.empty_like(x)
+    _layer_norm[(x.shape[0],)](x, offset, scale, bias, y, D=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+    return y
+
+
+@triton.jit
+def _layer_norm(x, offset, scale, bias, y, D: tl.constexpr, BLOCK: tl.constexpr):
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = col < D
+    v = tl.load(x + row * D + col, inside, 0.0).to(tl.float32) + tl.load(offset + col, inside, 0.0)
+    centred = tl.where(inside, v - tl.sum(v) / D, 0.0)
+    normed = centred * tl.rsqrt(tl.sum(centred * centred) / D + _EPS)
+    out = normed * tl.load(scale + col, inside, 0.0) + tl.load(bias + col, inside, 0.0)
+    tl.store(y + row * D + col, out.to(y.dtype.element_ty), inside)
+
+
+def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """One program per row."""
+    y = torch.empty_like(x)
+    _rms_norm[(x.shape[0],)](x, scale, y, D=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+    return y
+
+
+@triton.jit
+def _rms_norm(x, scale, y, D: tl.constexpr, BLOCK: tl.constexpr):
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = col < D
+    v = tl.load(x + row * D + col, inside, 0.0).to(tl.float32)
+    normed = v * tl.rsqrt(tl.sum(v * v) / D + _EPS)
+    out = normed * tl.load(scale + col, inside, 0.0)
+    tl.store(y + row * D + col, out.to(y.dtype.element_ty), inside)
+
+
+def start(x: Tensor, scale: Tensor) -> Residual:
+    """One program per row; also clears the counters that `add_projected` needs."""
+    (rows, width), device = x.shape, x.device
+    scaled = torch.empty_like(x)
+    squares = torch.empty((rows, 1), dtype=torch.float32, device=device)
+    arrived = torch.empty((rows, 1), dtype=torch.int32, device=device)
+    _start[(rows,)](x, scale, scaled, squares, arrived, D=width, BLOCK=triton.next_power_of_2(width))
+    return Residual(x, scaled, squares, arrived)
+
+
+@triton.jit
+def _start(x, scale, scaled, squares, arrived, D: tl.constexpr, BLOCK: tl.constexpr):
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = col < D
+    v = tl.load(x + row * D + col, inside, 0.0).to(tl.float32)
+    out = v * tl.load(scale + col, inside, 0.0)
+    tl.store(scaled + row * D + col, out.to(scaled.dtype.element_ty), inside)
+    tl.store(squares + row, tl.sum(v * v))
+    tl.store(arrived + row, 0)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """Programs of 1024 values of a row."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    y = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    _geglu[(rows, triton.cdiv(width, 1024))](gate_up, y, F=width, BLOCK=1024)
+    return y
+
+
+@triton.jit
+def _geglu(gate_up, y, F: tl.constexpr, BLOCK: tl.constexpr):
+    row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = col < F
+    gate = tl.load(gate_up + row * 2 * F + col, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * F + F + col, inside, 0.0).to(tl.float32)
+    tl.store(y + row * F + col, (_gelu(gate) * up).to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _gelu(x):
+    """The tanh form: x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x ** 3))."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: int) -> Tensor:
+    """One program per row, all its heads."""
+    rows, (size, _, dim) = qkv.shape[0], k.shape
+    heads = qkv.shape[1] // dim - 2
+    q = torch.empty((rows, heads * dim), dtype=qkv.dtype, device=qkv.device)
+    blocks = {"PADDED": triton.next_power_of_2(heads + 2), "PAIRS": triton.next_power_of_2(dim // 2)}
+    _split_qkv[(rows,)](qkv, turns, q, k, v, rows // size, at, k.stride(0), HEADS=heads, H=dim, **blocks)
+    return q
+
+
+@triton.jit
+def _split_qkv(
+    qkv, turns, q, k, v, T, at, stride, HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PAIRS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    head, pair = tl.arange(0, PADDED)[:, None], tl.arange(0, PAIRS)[None]
+    inside = (head < HEADS + 2) & (pair < H // 2)
+    source = qkv + row * (HEADS + 2) * H + head * H + 2 * pair
+    even, odd = tl.load(source, inside, 0.0).to(tl.float32), tl.load(source + 1, inside, 0.0).to(tl.float32)
+    turned = inside & (head < HEADS + 1)  # values are not
+    cos = tl.load(turns + row * H + 2 * pair + head * 0, turned, 1.0)
+    sin = tl.load(turns + row * H + 2 * pair + 1 + head * 0, turned, 0.0)
+    first = (even * cos - odd * sin).to(q.dtype.element_ty)
+    second = (odd * cos + even * sin).to(q.dtype.element_ty)
+    to_q = q + row * HEADS * H + head * H + 2 * pair
+    tl.store(to_q, first, inside & (head < HEADS))
+    tl.store(to_q + 1, second, inside & (head < HEADS))
+    offset = row // T * stride + (at + row % T) * H + 2 * pair + head * 0
+    tl.store(k + offset, first, inside & (head == HEADS))
+    tl.store(k + offset + 1, second, inside & (head == HEADS))
+    tl.store(v + offset, first, inside & (head == HEADS + 1))
+    tl.store(v + offset + 1, second, inside & (head == HEADS + 1))
+
+
+# ---- attention
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    """Rows of queries against a span of keys per program; several spans are joined by a second kernel.
+
+    All heads share their keys, so token and head together number the rows. The softmax is kept in base 2.
+    """
+    size, keys, dim = k.shape
+    rows = q.numel() // (size * dim)
+    tile = tiles.attend(size * rows, keys)
+    out = torch.empty_like(q)
+    grid = (triton.cdiv(rows, tile.rows), tile.splits, size)
+    span = triton.cdiv(triton.cdiv(keys, tile.splits), tile.keys) * tile.keys
+    part, weight = out, out
+    if tile.splits > 1:
+        part = torch.empty((tile.splits, size * rows, dim), dtype=torch.float32, device=q.device)
+        weight = torch.empty((tile.splits, size * rows), dtype=torch.float32, device=q.device)
+    _attend[grid](
+        q, k, v, seen.valid, part, weight, rows, keys, k.stride(0), span, seen.limit,
+        HEADS=q.shape[1] // dim, H=dim, PADDED=triton.next_power_of_2(dim), BM=tile.rows, BN=tile.keys,
+        SPLIT=tile.splits > 1, LIMITED=seen.limit < keys, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if tile.splits > 1:
+        padded = {"PADDED": triton.next_power_of_2(dim), "PARTS": triton.next_power_of_2(tile.splits)}
+        _join[(size * rows,)](part, weight, out, size * rows, SPLITS=tile.splits, H=dim, **padded, num_warps=2)
+    return out
+
+
+@triton.jit
+def _attend(
+    q, k, v, valid, out, weight, R, S, stride, span, limit,
+    HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLIT: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    sample, split = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    row, dim = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, PADDED)
+    place = (sample * R + row)[:, None] * H + dim[None]
+    queries = tl.load(q + place, (row < R)[:, None] & (dim < H)[None], 0.0)
+    top = tl.full((BM,), _MASKED, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, PADDED), tl.float32)
+    for begin in range(split * span, min(split * span + span, S), BN):
+        key = begin + tl.arange(0, BN)
+        there = (key < S)[:, None] & (dim < H)[None]
+        source = sample * stride + key[:, None] * H + dim[None]
+        see = tl.load(valid + sample * S + key, key < S, 0)[None] != 0
+        if LIMITED:
+            see = see & ((row >= HEADS)[:, None] | (key < limit)[None])
+        scores = tl.dot(queries, tl.trans(tl.load(k + source, there, 0.0))) * _LOG2E
+        scores = tl.where(see, scores, _MASKED)
+        highest = tl.maximum(top, tl.max(scores, 1))
+        shrink = tl.exp2(top - highest)
+        probs = tl.exp2(scores - highest[:, None])
+        total = total * shrink + tl.sum(probs, 1)
+        values = tl.load(v + source, there, 0.0)
+        acc = tl.dot(probs.to(values.dtype), values, acc * shrink[:, None])
+        top = highest
+    acc = acc / total[:, None]
+    keep = (row < R)[:, None] & (dim < H)[None]
+    if SPLIT:
+        first = split * tl.num_programs(2) * R
+        tl.store(out + first * H + place, acc, keep)
+        tl.store(weight + first + sample * R + row, top + tl.log2(total), row < R)
+    else:
+        tl.store(out + place, acc.to(out.dtype.element_ty), keep)
+
+
+@triton.jit
+def _join(
+    part, weight, out, rows, SPLITS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    row, split, dim = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, PADDED)
+    w = tl.load(weight + split * rows + row, split < SPLITS, _MASKED)
+    w = tl.exp2(w - tl.max(w))
+    inside = (split < SPLITS)[:, None] & (dim < H)[None]
+    values = tl.load(part + (split * rows + row)[:, None] * H + dim[None], inside, 0.0)
+    joined = tl.sum(values * (w / tl.sum(w))[:, None], 0)
+    tl.store(out + row * H + dim, joined.to(out.dtype.element_ty), dim < H)
+
+
+# ---- streaming kernels
+
+
+@triton.jit
+def _norm(squares, row, M, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr):
+    """1 / rms of some rows, from the sums of squares over parts of them."""
+    part = tl.arange(0, PADDED)
+    inside = (row < M)[:, None] & (part < PARTS)[None]
+    return tl.rsqrt(tl.sum(tl.load(squares + row[:, None] * PARTS + part[None], inside, 0.0), 1) / D + _EPS)
+
+
+def normed_qkv(
+    stream: Residual, w: Tensor, bias: Tensor | None, turns: Tensor, k: Tensor, v: Tensor, at: int
+) -> Tensor:
+    """A program makes some channels of one head, rotates them and puts them where they belong."""
+    (rows, width), (size, _, dim) = stream.x.shape, k.shape
+    heads, parts = w.shape[0] // dim - 2, stream.squares.shape[1]
+    tile = tiles.streaming("qkv", dim, width)
+    q = torch.empty((rows, heads * dim), dtype=w.dtype, device=w.device)
+    _normed_qkv[(w.shape[0] // tile.columns, triton.cdiv(rows, ROWS))](
+        stream.scaled, stream.squares, w, bias, turns, q, k, v, rows, rows // size, at, k.stride(0),
+        HEADS=heads, H=dim, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts), BIAS=bias is not None,
+        BM=ROWS, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return q
+
+
+@triton.jit
+def _normed_qkv(
+    x, squares, w, bias, turns, q, k, v, M, T, at, stride,
+    HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
+    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = (row < M)[:, None]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for begin in range(0, D, BK):
+        deep = begin + tl.arange(0, BK)
+        left = tl.load(x + row[:, None] * D + deep[None], inside, 0.0)
+        acc = tl.dot(left, tl.load(w + col[None] * D + deep[:, None]), acc)
+    acc = acc * _norm(squares, row, M, D, PARTS, PADDED)[:, None]
+    if BIAS:
+        acc += tl.load(bias + col)[None]
+    head = tl.program_id(0) * BN // H
+    channel = col % H
+    if head <= HEADS:  # a query or the key: neighbours turn together
+        pair = tl.program_id(0) * BN % H // 2 + tl.arange(0, BN // 2)
+        cos = tl.load(turns + row[:, None] * H + 2 * pair[None], inside, 1.0)
+        sin = tl.load(turns + row[:, None] * H + 2 * pair[None] + 1, inside, 0.0)
+        even, odd = tl.split(tl.reshape(acc, (BM, BN // 2, 2)))
+        acc = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (BM, BN))
+    value = acc.to(q.dtype.element_ty)
+    offset = row // T * stride + (at + row % T) * H
+    if head < HEADS:
+        tl.store(q + row[:, None] * (HEADS * H) + col[None], value, inside)
+    elif head == HEADS:
+        tl.store(k + offset[:, None] + channel[None], value, inside)
+    else:
+        tl.store(v + offset[:, None] + channel[None], value, inside)
+
+
+def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
+    """A program makes some channels of the gate and the same of the other half."""
+    rows, width = stream.x.shape
+    out, parts = w.shape[0] // 2, stream.squares.shape[1]
+    tile = tiles.streaming("gate_up", out, width)
+    y = torch.empty((rows, out), dtype=w.dtype, device=w.device)
+    _normed_geglu[(out // tile.columns, triton.cdiv(rows, ROWS))](
+        stream.scaled, stream.squares, w, bias, y, rows,
+        F=out, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts), BIAS=bias is not None,
+        BM=ROWS, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _normed_geglu(
+    x, squares, w, bias, y, M,
+    F: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
+    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = (row < M)[:, None]
+    gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    for begin in range(0, D, BK):
+        deep = begin + tl.arange(0, BK)
+        left = tl.load(x + row[:, None] * D + deep[None], inside, 0.0)
+        source = w + col[None] * D + deep[:, None]
+        gate = tl.dot(left, tl.load(source), gate)
+        up = tl.dot(left, tl.load(source + F * D), up)
+    norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
+    gate, up = gate * norm, up * norm
+    if BIAS:
+        gate, up = gate + tl.load(bias + col)[None], up + tl.load(bias + F + col)[None]
+    tl.store(y + row[:, None] * F + col[None], (_gelu(gate) * up).to(y.dtype.element_ty), inside)
+
+
+def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, scale: Tensor) -> Residual:
+    """A program sums over some of the F inputs of some columns; the last to arrive at a column adds up and finishes."""
+    (rows, width), deep = stream.x.shape, w.shape[1]
+    tile = tiles.streaming("down" if deep > 2 * width else "o", width, deep)
+    columns = width // tile.columns
+    x, scaled = torch.empty_like(stream.x), torch.empty_like(stream.x)
+    squares = torch.empty((rows, columns), dtype=torch.float32, device=w.device)
+    part = torch.empty((tile.splits, rows, width), dtype=torch.float32, device=w.device)
+    _add_projected[(columns, tile.splits, triton.cdiv(rows, ROWS))](
+        a, w, stream.x, gate, scale, part, stream.arrived, x, scaled, squares, rows,
+        D=width, F=deep, GATE=gate is not None, SPLITS=tile.splits,
+        BM=ROWS, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return Residual(x, scaled, squares, stream.arrived)
+
+
+@triton.jit
+def _add_projected(
+    a, w, before, gate, scale, part, arrived, x, scaled, squares, M,
+    D: tl.constexpr, F: tl.constexpr, GATE: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    split, columns = tl.program_id(1), tl.num_programs(0)
+    row, col = tl.program_id(2) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    inside = (row < M)[:, None]
+    acc = tl.zeros((BM, BN), tl.float32)
+    for begin in range(0, F // SPLITS, BK):
+        deep = split * (F // SPLITS) + begin + tl.arange(0, BK)
+        left = tl.load(a + row[:, None] * F + deep[None], inside, 0.0)
+        acc = tl.dot(left, tl.load(w + col[None] * F + deep[:, None]), acc)
+    place = row[:, None] * D + col[None]
+    last = True
+    if SPLITS > 1:
+        tl.store(part + split * M * D + place, acc, inside)
+        counter = arrived + tl.program_id(2) * columns + tl.program_id(0)
+        tl.debug_barrier()  # all of the tile is written before it counts
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            acc = tl.zeros((BM, BN), tl.float32)
+            for i in range(SPLITS):  # in this order whoever came last: the sum is the same every time
+                acc += tl.load(part + i * M * D + place, inside, 0.0, cache_modifier=".cg")
+            tl.store(counter, 0)
+        if GATE:
+            acc = acc * tl.load(gate + col)[None]
+        after = (tl.load(before + place, inside, 0.0).to(tl.float32) + acc).to(x.dtype.element_ty)
+        tl.store(x + place, after, inside)
+        after = after.to(tl.float32)
+        tl.store(scaled + place, (after * tl.load(scale + col)[None]).to(x.dtype.element_ty), inside)
+        tl.store(squares + row * columns + tl.program_id(0), tl.sum(after * after, 1), row < M)
