@@ -7,6 +7,7 @@ Everything is in static shapes and without a look at a value, so that a graph ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from openpi_port.pi_torch.fast import ops, pack
-from openpi_port.pi_torch.fast.ops import Seen
+from openpi_port.pi_torch.fast.ops import Residual, Seen
 from openpi_port.pi_torch.fast.pack import Block, Norm, Step, Vision
 from openpi_port.pi_torch.pi0 import Pi0
 
@@ -38,12 +39,45 @@ class Inputs(NamedTuple):
     noise: Tensor
 
 
-class Cache(NamedTuple):
-    """Keys and values of every layer, [L, B, S, H], and which may be seen."""
+class Past(NamedTuple):
+    """What new tokens are computed with.
+
+    Attributes:
+      k, v: keys and values of every layer, [L, B, S, H], with room for those of the new tokens.
+      seen: which of them.
+      turns: float32 [M, H/2, 2], cos and sin of the new tokens' angles.
+      at: int32 [1], where their keys go.
+      state: the state's token [B, 1, D] of the expert; None where there is none.
+    """
 
     k: Tensor
     v: Tensor
     seen: Seen
+    turns: Tensor
+    at: Tensor
+    state: Tensor | None
+
+
+def run(blocks: Sequence[Block], norms: Sequence[Norm], stream: Residual, past: Past) -> Residual:
+    """New tokens through all layers.
+
+    Args:
+      blocks: the layers.
+      norms: before the attention and before the MLP of every layer in turn, and the last one.
+      stream: the tokens, ready for the first norm.
+      past: their keys and values are written into it.
+
+    Returns:
+      The stream, ready for what follows the last norm.
+    """
+    for i, block in enumerate(blocks):
+        attn, mlp, after = norms[2 * i : 2 * i + 3]
+        q = ops.normed_qkv(stream, block.qkv, attn.bias, past.turns, past.k[i], past.v[i], past.at)
+        y = ops.attend(q, past.k[i], past.v[i], past.seen)
+        stream = ops.add_projected(stream, y, block.o, attn.gate, mlp.scale)
+        y = ops.normed_geglu(stream, block.gate_up, mlp.bias)
+        stream = ops.add_projected(stream, y, block.down, mlp.gate, after.scale)
+    return stream
 
 
 class Language:
@@ -62,7 +96,7 @@ class Language:
         self.vision = pack.pack_vision(module.vision)
         self.heads, self.patch_size = config.vision.num_heads, config.vision.patch_size
         self.blocks = pack.pack_blocks(module.gemma, 0)
-        self.norms_attn, self.norms_mlp = pack.pack_norms(module.gemma)
+        self.norms = pack.pack_norms(module.gemma)
         self.scale = pack.embedding_scale(config.language.width, self.dtype)
 
     def see(self, images: Tensor) -> Tensor:
@@ -89,33 +123,35 @@ class Language:
         """Prompt tokens [B, T] to [B, T, D]."""
         return F.embedding(tokens, self.embedding).to(self.dtype) * self.scale
 
-    def prefill(self, x: Tensor, valid: Tensor, extra: int) -> Cache:
+    def prefill(self, x: Tensor, valid: Tensor, extra: int) -> tuple[Tensor, Tensor]:
         """The prefix [B, P, D] through all layers, as far as its keys and values need it.
 
         Args:
           x: tokens; overwritten.
           valid: bool [B, P].
           extra: room for so many more keys.
+
+        Returns:
+          Keys and values [L, B, P + extra, H].
         """
         size, prefix, _ = x.shape
         dim = self.turns.shape[1] * 2
         shape = (len(self.blocks), size, prefix + extra, dim)
         k, v = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(2))
         turns = self.turns[(valid.cumsum(1) - 1).clamp(min=0)].flatten(0, 1)
-        seen = Seen(valid, prefix)
+        seen = ops.see(valid, None, 1, x)
         x = x.flatten(0, 1)
         for i, block in enumerate(self.blocks):
-            y = ops.rms_norm(x, self.norms_attn[i].scale)
+            y = ops.rms_norm(x, self.norms[2 * i].scale)
             if i + 1 == len(self.blocks):
-                ops.split_qkv(F.linear(y, block.qkv[-2 * dim :]), turns, k[i], v[i], 0)
+                ops.split_qkv(F.linear(y, block.qkv[-2 * dim :]), turns, k[i], v[i])
                 break
-            q = ops.split_qkv(F.linear(y, block.qkv), turns, k[i], v[i], 0)
+            q = ops.split_qkv(F.linear(y, block.qkv), turns, k[i], v[i])
             y = ops.attend(q, k[i, :, :prefix], v[i, :, :prefix], seen)
             ops.add_linear_(x, y, block.o)
-            y = ops.rms_norm(x, self.norms_mlp[i].scale)
+            y = ops.rms_norm(x, self.norms[2 * i + 1].scale)
             ops.add_linear_(x, ops.geglu(F.linear(y, block.gate_up)), block.down)
-        after = torch.ones((size, extra), dtype=torch.bool, device=x.device)
-        return Cache(k, v, Seen(torch.cat([valid, after], 1), prefix + extra))
+        return k, v
 
 
 class Flow:
@@ -127,7 +163,7 @@ class Flow:
 
     def __init__(self, module: Pi0) -> None:
         config = self.config = module.config
-        self.module = module
+        self.module, self.heads = module, config.language.num_heads
         dim, device = config.language.head_dim, module.gemma.embedding.device
         self.language = Language(module, pack.turns(config.prefix_len + config.suffix_len, dim, device))
         self.blocks: list[Block] = pack.pack_blocks(module.gemma, 1)
@@ -148,49 +184,37 @@ class Flow:
             return text
         return torch.cat([self.language.see(inputs.images), text], 1)
 
-    def prefill(self, x: Tensor, valid: Tensor) -> Cache:
-        """Keys and values of the prefix, with room for the suffix."""
-        cache = self.language.prefill(x, valid, self.config.suffix_len)
-        state = self.config.state_in == "suffix"
-        return cache._replace(seen=cache.seen._replace(limit=x.shape[1] + 1)) if state else cache
+    def prefill(self, x: Tensor, valid: Tensor, state: Tensor) -> Past:
+        """The prefix [B, P, D], which is overwritten, and the state, as the steps need them."""
+        suffix, device = self.config.suffix_len, x.device
+        (size, prefix), keys = valid.shape, valid.shape[1] + suffix
+        k, v = self.language.prefill(x, valid, suffix)
+        token = limits = None
+        if self.config.state_in == "suffix":
+            token = self.module.state_proj(state)[:, None].to(x.dtype)
+            limits = torch.full((suffix,), keys, dtype=torch.int32, device=device)
+            limits[0] = prefix + 1  # the state doesn't see the actions
+        seen = torch.cat([valid, valid.new_ones(size, suffix)], 1)
+        places = valid.sum(1, keepdim=True) + torch.arange(suffix, device=device)
+        at = torch.full((1,), prefix, dtype=torch.int32, device=device)
+        return Past(k, v, ops.see(seen, limits, self.heads, x), self.language.turns[places].flatten(0, 1), at, token)
 
-    def suffix_turns(self, valid: Tensor) -> Tensor:
-        """cos and sin of the suffix's positions, [B * T, H/2, 2]."""
-        after = torch.arange(self.config.suffix_len, device=valid.device)
-        return self.language.turns[valid.sum(1, keepdim=True) + after].flatten(0, 1)
-
-    def state(self, state: Tensor) -> Tensor | None:
-        """The state's token, [B, 1, D]; None for pi0.5."""
-        if self.config.state_in != "suffix":
-            return None
-        return self.module.state_proj(state)[:, None].to(self.language.dtype)
-
-    def step(self, step: Step, cache: Cache, turns: Tensor, state: Tensor | None, x_t: Tensor) -> Tensor:
+    def step(self, step: Step, past: Past, x_t: Tensor) -> Tensor:
         """One Euler step, x_t [B, A, J] to the next."""
         first, w, b = self.entry
         x = F.linear(x_t, first, step.entry)
         if w is not None:
             x = F.linear(F.silu(x), w, b)
         x = x.to(self.language.dtype)
-        if state is not None:
-            x = torch.cat([state, x], 1)
-        at = cache.k.shape[2] - x.shape[1]
-        norms: list[Norm] = [n for pair in zip(step.attn, step.mlp, strict=True) for n in pair] + [step.out]
-        stream = ops.start(x.flatten(0, 1), norms[0].scale)
-        for i, block in enumerate(self.blocks):
-            attn, mlp, after = norms[2 * i : 2 * i + 3]
-            q = ops.normed_qkv(stream, block.qkv, attn.bias, turns, cache.k[i], cache.v[i], at)
-            y = ops.attend(q, cache.k[i], cache.v[i], cache.seen)
-            stream = ops.add_projected(stream, y, block.o, attn.gate, mlp.scale)
-            y = ops.normed_geglu(stream, block.gate_up, mlp.bias)
-            stream = ops.add_projected(stream, y, block.down, mlp.gate, after.scale)
-        v_t = ops.normed_linear(stream._replace(scaled=stream.scaled.float()), self.out, step.out.bias)
+        if past.state is not None:
+            x = torch.cat([past.state, x], 1)
+        stream = run(self.blocks, step.norms, ops.start(x.flatten(0, 1), step.norms[0].scale), past)
+        v_t = ops.normed_linear(stream._replace(scaled=stream.scaled.float()), self.out, step.norms[-1].bias)
         return x_t + step.dt * v_t.view(*x.shape[:2], -1)[:, -x_t.shape[1] :]
 
     def sample_actions(self, inputs: Inputs, num_steps: int) -> Tensor:
         """See `Pi0.sample_actions`."""
-        cache = self.prefill(self.prefix(inputs), inputs.valid)
-        turns, state, x_t = self.suffix_turns(inputs.valid), self.state(inputs.state), inputs.noise
+        past, x_t = self.prefill(self.prefix(inputs), inputs.valid, inputs.state), inputs.noise
         for step in self.steps(num_steps):
-            x_t = self.step(step, cache, turns, state, x_t)
+            x_t = self.step(step, past, x_t)
         return x_t

@@ -15,11 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from openpi_port.pi_torch.fast import tiles
-from openpi_port.pi_torch.fast.ops import EPS, Residual, Seen
+from openpi_port.pi_torch.fast.ops import EPS, MASKED, Residual, Seen
 
 ROWS = 64  # of a tile of the streaming kernels; the smallest that Hopper's matrix units take
 LOG2E = 1.4426950408889634
-MASKED = -1e30
 _EPS: tl.constexpr = tl.constexpr(EPS)
 _LOG2E: tl.constexpr = tl.constexpr(LOG2E)
 _MASKED: tl.constexpr = tl.constexpr(MASKED)
@@ -107,19 +106,19 @@ def _gelu(x):
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
-def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: int) -> Tensor:
+def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: Tensor | None = None) -> Tensor:
     """One program per row, all its heads."""
     rows, (size, _, dim) = qkv.shape[0], k.shape
     heads = qkv.shape[1] // dim - 2
     q = torch.empty((rows, heads * dim), dtype=qkv.dtype, device=qkv.device)
     blocks = {"PADDED": triton.next_power_of_2(heads + 2), "PAIRS": triton.next_power_of_2(dim // 2)}
-    _split_qkv[(rows,)](qkv, turns, q, k, v, rows // size, at, k.stride(0), HEADS=heads, H=dim, **blocks)
+    _split_qkv[(rows,)](qkv, turns, at, q, k, v, rows // size, k.stride(0), HEADS=heads, H=dim, **blocks)
     return q
 
 
 @triton.jit
 def _split_qkv(
-    qkv, turns, q, k, v, T, at, stride, HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PAIRS: tl.constexpr
+    qkv, turns, at, q, k, v, T, stride, HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PAIRS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     head, pair = tl.arange(0, PADDED)[:, None], tl.arange(0, PAIRS)[None]
@@ -134,11 +133,17 @@ def _split_qkv(
     to_q = q + row * HEADS * H + head * H + 2 * pair
     tl.store(to_q, first, inside & (head < HEADS))
     tl.store(to_q + 1, second, inside & (head < HEADS))
-    offset = row // T * stride + (at + row % T) * H + 2 * pair + head * 0
+    offset = row // T * stride + (_place(at) + row % T) * H + 2 * pair + head * 0
     tl.store(k + offset, first, inside & (head == HEADS))
     tl.store(k + offset + 1, second, inside & (head == HEADS))
     tl.store(v + offset, first, inside & (head == HEADS + 1))
     tl.store(v + offset + 1, second, inside & (head == HEADS + 1))
+
+
+@triton.jit
+def _place(at):
+    """The number that lies there; 0 for None."""
+    return 0 if at is None else tl.load(at)
 
 
 # ---- attention
@@ -160,9 +165,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
         part = torch.empty((tile.splits, size * rows, dim), dtype=torch.float32, device=q.device)
         weight = torch.empty((tile.splits, size * rows), dtype=torch.float32, device=q.device)
     _attend[grid](
-        q, k, v, seen.valid, part, weight, rows, keys, k.stride(0), span, seen.limit,
+        q, k, v, seen.valid, seen.limits, part, weight, rows, keys, k.stride(0), span,
         HEADS=q.shape[1] // dim, H=dim, PADDED=triton.next_power_of_2(dim), BM=tile.rows, BN=tile.keys,
-        SPLIT=tile.splits > 1, LIMITED=seen.limit < keys, num_warps=tile.warps, num_stages=tile.stages,
+        SPLIT=tile.splits > 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if tile.splits > 1:
         padded = {"PADDED": triton.next_power_of_2(dim), "PARTS": triton.next_power_of_2(tile.splits)}
@@ -172,14 +177,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 
 @triton.jit
 def _attend(
-    q, k, v, valid, out, weight, R, S, stride, span, limit,
+    q, k, v, valid, limits, out, weight, R, S, stride, span,
     HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLIT: tl.constexpr, LIMITED: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     sample, split = tl.program_id(2).to(tl.int64), tl.program_id(1)
     row, dim = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, PADDED)
     place = (sample * R + row)[:, None] * H + dim[None]
     queries = tl.load(q + place, (row < R)[:, None] & (dim < H)[None], 0.0)
+    if limits is not None:
+        limit = tl.load(limits + row // HEADS, row < R, 0)
     top = tl.full((BM,), _MASKED, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, PADDED), tl.float32)
@@ -188,8 +195,8 @@ def _attend(
         there = (key < S)[:, None] & (dim < H)[None]
         source = sample * stride + key[:, None] * H + dim[None]
         see = tl.load(valid + sample * S + key, key < S, 0)[None] != 0
-        if LIMITED:
-            see = see & ((row >= HEADS)[:, None] | (key < limit)[None])
+        if limits is not None:
+            see = see & (key[None] < limit[:, None])
         scores = tl.dot(queries, tl.trans(tl.load(k + source, there, 0.0))) * _LOG2E
         scores = tl.where(see, scores, _MASKED)
         highest = tl.maximum(top, tl.max(scores, 1))
@@ -234,7 +241,7 @@ def _norm(squares, row, M, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.cons
 
 
 def normed_qkv(
-    stream: Residual, w: Tensor, bias: Tensor | None, turns: Tensor, k: Tensor, v: Tensor, at: int
+    stream: Residual, w: Tensor, bias: Tensor | None, turns: Tensor, k: Tensor, v: Tensor, at: Tensor
 ) -> Tensor:
     """A program makes some channels of one head, rotates them and puts them where they belong."""
     (rows, width), (size, _, dim) = stream.x.shape, k.shape
@@ -242,8 +249,8 @@ def normed_qkv(
     tile = tiles.streaming("qkv", dim, width)
     q = torch.empty((rows, heads * dim), dtype=w.dtype, device=w.device)
     _normed_qkv[(w.shape[0] // tile.columns, triton.cdiv(rows, ROWS))](
-        stream.scaled, stream.squares, w, bias, turns, q, k, v, rows, rows // size, at, k.stride(0),
-        HEADS=heads, H=dim, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts), BIAS=bias is not None,
+        stream.scaled, stream.squares, w, bias, turns, at, q, k, v, rows, rows // size, k.stride(0),
+        HEADS=heads, H=dim, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
         BM=ROWS, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return q
@@ -251,9 +258,9 @@ def normed_qkv(
 
 @triton.jit
 def _normed_qkv(
-    x, squares, w, bias, turns, q, k, v, M, T, at, stride,
+    x, squares, w, bias, turns, at, q, k, v, M, T, stride,
     HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
-    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
@@ -263,7 +270,7 @@ def _normed_qkv(
         left = tl.load(x + row[:, None] * D + deep[None], inside, 0.0)
         acc = tl.dot(left, tl.load(w + col[None] * D + deep[:, None]), acc)
     acc = acc * _norm(squares, row, M, D, PARTS, PADDED)[:, None]
-    if BIAS:
+    if bias is not None:
         acc += tl.load(bias + col)[None]
     head = tl.program_id(0) * BN // H
     channel = col % H
@@ -274,7 +281,7 @@ def _normed_qkv(
         even, odd = tl.split(tl.reshape(acc, (BM, BN // 2, 2)))
         acc = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (BM, BN))
     value = acc.to(q.dtype.element_ty)
-    offset = row // T * stride + (at + row % T) * H
+    offset = row // T * stride + (_place(at) + row % T) * H
     if head < HEADS:
         tl.store(q + row[:, None] * (HEADS * H) + col[None], value, inside)
     elif head == HEADS:
@@ -291,7 +298,7 @@ def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty((rows, out), dtype=w.dtype, device=w.device)
     _normed_geglu[(out // tile.columns, triton.cdiv(rows, ROWS))](
         stream.scaled, stream.squares, w, bias, y, rows,
-        F=out, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts), BIAS=bias is not None,
+        F=out, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
         BM=ROWS, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
@@ -301,7 +308,7 @@ def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
 def _normed_geglu(
     x, squares, w, bias, y, M,
     F: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
-    BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
@@ -314,7 +321,7 @@ def _normed_geglu(
         up = tl.dot(left, tl.load(source + F * D), up)
     norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
     gate, up = gate * norm, up * norm
-    if BIAS:
+    if bias is not None:
         gate, up = gate + tl.load(bias + col)[None], up + tl.load(bias + F + col)[None]
     tl.store(y + row[:, None] * F + col[None], (_gelu(gate) * up).to(y.dtype.element_ty), inside)
 
@@ -329,7 +336,7 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
     part = torch.empty((tile.splits, rows, width), dtype=torch.float32, device=w.device)
     _add_projected[(columns, tile.splits, triton.cdiv(rows, ROWS))](
         a, w, stream.x, gate, scale, part, stream.arrived, x, scaled, squares, rows,
-        D=width, F=deep, GATE=gate is not None, SPLITS=tile.splits,
+        D=width, F=deep, SPLITS=tile.splits,
         BM=ROWS, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return Residual(x, scaled, squares, stream.arrived)
@@ -338,7 +345,7 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
 @triton.jit
 def _add_projected(
     a, w, before, gate, scale, part, arrived, x, scaled, squares, M,
-    D: tl.constexpr, F: tl.constexpr, GATE: tl.constexpr, SPLITS: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, SPLITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     split, columns = tl.program_id(1), tl.num_programs(0)
@@ -362,7 +369,7 @@ def _add_projected(
             for i in range(SPLITS):  # in this order whoever came last: the sum is the same every time
                 acc += tl.load(part + i * M * D + place, inside, 0.0, cache_modifier=".cg")
             tl.store(counter, 0)
-        if GATE:
+        if gate is not None:
             acc = acc * tl.load(gate + col)[None]
         after = (tl.load(before + place, inside, 0.0).to(tl.float32) + acc).to(x.dtype.element_ty)
         tl.store(x + place, after, inside)

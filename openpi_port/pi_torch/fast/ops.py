@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6  # of all norms
+MASKED = -1e30  # a forbidden logit
 
 
 class Residual(NamedTuple):
@@ -42,17 +43,29 @@ class Seen(NamedTuple):
 
     Attributes:
       valid: bool [B, S].
-      limit: rows of the first token (the robot's state) see only the keys before this one; S where there is no such
-        token.
+      limits: int32 [T], a query sees only keys before this one; None where all are seen.
+      bias: both, as plain torch adds it to the logits, [B, 1, 1 or T * N, S]; None where kernels run.
     """
 
     valid: Tensor
-    limit: int
+    limits: Tensor | None
+    bias: Tensor | None
 
 
 def on_gpu(x: Tensor) -> bool:
     """Whether there is a kernel for this tensor."""
     return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def see(valid: Tensor, limits: Tensor | None, heads: int, like: Tensor) -> Seen:
+    """Makes a mask once for all layers: valid bool [B, S], limits int32 [T], for activations `like`."""
+    if on_gpu(like):
+        return Seen(valid, limits, None)
+    mask = valid[:, None]
+    if limits is not None:
+        below = torch.arange(valid.shape[1], device=valid.device) < limits.repeat_interleave(heads)[:, None]
+        mask = mask & below
+    return Seen(valid, limits, torch.where(mask, 0.0, MASKED).to(like.dtype)[:, None])
 
 
 def add_linear_(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
@@ -102,14 +115,14 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.view_as_complex(turns)[:, None]).flatten(-2).to(x.dtype)
 
 
-def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: int) -> Tensor:
+def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: Tensor | None = None) -> Tensor:
     """Rotates queries and keys and puts keys and values where they belong.
 
     Args:
       qkv: [M, (N + 2) * H], or [M, 2 * H] without queries.
       turns: float32 [M, H/2, 2], cos and sin of every row's angles.
       k, v: [B, S, H], written from key `at` on.
-      at: see there.
+      at: int32 [1]; None for 0.
 
     Returns:
       Queries [M, N * H].
@@ -121,9 +134,9 @@ def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: int) -> Tens
     size, _, dim = k.shape
     heads = qkv.shape[1] // dim - 2
     rotated = rotate(qkv[:, :-dim].unflatten(1, (-1, dim)), turns)  # queries and key
-    span = slice(at, at + len(qkv) // size)
-    k[:, span] = rotated[:, -1].unflatten(0, (size, -1))
-    v[:, span] = qkv[:, -dim:].unflatten(0, (size, -1))
+    keys = torch.arange(len(qkv) // size, device=qkv.device) + (0 if at is None else at)
+    k.index_copy_(1, keys, rotated[:, -1].unflatten(0, (size, -1)))
+    v.index_copy_(1, keys, qkv[:, -dim:].unflatten(0, (size, -1)))
     return rotated[:, :heads].flatten(1)
 
 
@@ -142,15 +155,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
         from openpi_port.pi_torch.fast import kernels
 
         return kernels.attend(q, k, v, seen)
-    size, keys, dim = k.shape
-    heads = q.shape[1] // dim
-    rows = q.reshape(size, 1, -1, dim)  # heads share keys, so they are rows
-    mask = seen.valid[:, None, None, :]
-    if seen.limit < keys:
-        mask = mask.expand(size, 1, rows.shape[2], keys).clone()
-        mask[:, :, :heads, seen.limit :] = False
-    out = F.scaled_dot_product_attention(rows, k[:, None], v[:, None], attn_mask=mask, scale=1.0)
-    return out.reshape(q.shape)
+    rows = q.reshape(len(k), 1, -1, k.shape[2])  # heads share keys, so they are rows
+    return F.scaled_dot_product_attention(rows, k[:, None], v[:, None], attn_mask=seen.bias, scale=1.0).reshape(q.shape)
 
 
 def start(x: Tensor, scale: Tensor) -> Residual:
@@ -170,7 +176,7 @@ def normed_linear(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def normed_qkv(
-    stream: Residual, w: Tensor, bias: Tensor | None, turns: Tensor, k: Tensor, v: Tensor, at: int
+    stream: Residual, w: Tensor, bias: Tensor | None, turns: Tensor, k: Tensor, v: Tensor, at: Tensor
 ) -> Tensor:
     """`split_qkv` of `normed_linear`."""
     if on_gpu(stream.x):

@@ -100,15 +100,13 @@ class Step(NamedTuple):
     Attributes:
       dt: by how much the flow time changes.
       entry: float32 [D], the time's part of the action MLP (pi0) or the bias of the action projection.
-      attn, mlp: a norm per layer.
-      out: the last norm; its bias includes that of the action projection.
+      norms: before the attention and the MLP of every layer in turn, and the last, whose bias includes that of the
+        action projection.
     """
 
     dt: float
     entry: Tensor
-    attn: list[Norm]
-    mlp: list[Norm]
-    out: Norm
+    norms: list[Norm]
 
 
 def pack_vision(module: siglip.Siglip) -> Vision:
@@ -167,10 +165,11 @@ def pack_blocks(module: gemma.Gemma, index: int) -> list[Block]:
     return blocks
 
 
-def pack_norms(module: gemma.Gemma) -> tuple[list[Norm], list[Norm]]:
-    """The language model's norms before attention and before the MLP."""
-    experts = [layer.experts[0] for layer in module.layers]
-    return [_static(e.norm_attn) for e in experts], [_static(e.norm_mlp) for e in experts]
+def pack_norms(module: gemma.Gemma, index: int = 0) -> list[Norm]:
+    """The norms of an expert without conditions: before attention and MLP of every layer in turn, and the last."""
+    experts = [layer.experts[index] for layer in module.layers]
+    norms = [norm for expert in experts for norm in (expert.norm_attn, expert.norm_mlp)]
+    return [Norm(1 + norm.scale.float(), None, None) for norm in (*norms, module.norms[index])]
 
 
 def pack_steps(module: Pi0, blocks: list[Block], num_steps: int) -> list[Step]:
@@ -178,23 +177,22 @@ def pack_steps(module: Pi0, blocks: list[Block], num_steps: int) -> list[Step]:
     times, dt = euler_times(num_steps)
     device = module.gemma.embedding.device
     emb = embed_time(torch.from_numpy(times).to(device), module.config.expert.width)  # [steps, D]
-    experts = [layer.experts[1] for layer in module.gemma.layers]
-    last, out = module.gemma.norms[1], module.action_out_proj
+    out = module.action_out_proj
     if module.config.time_in == "mlp":
         to_actions, to_time = module.action_time_mlp_in.weight.float().chunk(2, 1)
         entry = to_actions @ module.action_in_proj.bias.float() + module.action_time_mlp_in.bias.float()
-        norms = ([_static(e.norm_attn) for e in experts], [_static(e.norm_mlp) for e in experts])
-        readout = _static(last)._replace(bias=out.bias.float())
-        return [Step(float(dt), row, *norms, readout) for row in entry + emb @ to_time.t()]
+        norms = pack_norms(module.gemma, 1)
+        norms[-1] = norms[-1]._replace(bias=out.bias.float())
+        return [Step(float(dt), row, norms) for row in entry + emb @ to_time.t()]
 
     cond = F.silu(module.time_mlp_out(F.silu(module.time_mlp_in(emb))))
-    attn = [_modulated(e.norm_attn, cond, b.qkv) for e, b in zip(experts, blocks, strict=True)]
-    mlp = [_modulated(e.norm_mlp, cond, b.gate_up) for e, b in zip(experts, blocks, strict=True)]
-    outs = [n._replace(bias=n.bias + out.bias.float()) for n in _modulated(last, cond, out.weight)]
-    entry = module.action_in_proj.bias.float()
-    return [
-        Step(float(dt), entry, [n[i] for n in attn], [n[i] for n in mlp], outs[i]) for i in range(len(times))
-    ]  # fmt: skip
+    rows = []  # a list per norm, of that norm at every step
+    for layer, block in zip(module.gemma.layers, blocks, strict=True):
+        rows.append(_modulated(layer.experts[1].norm_attn, cond, block.qkv))
+        rows.append(_modulated(layer.experts[1].norm_mlp, cond, block.gate_up))
+    last = _modulated(module.gemma.norms[1], cond, out.weight)
+    rows.append([norm._replace(bias=norm.bias + out.bias.float()) for norm in last])
+    return [Step(float(dt), module.action_in_proj.bias.float(), list(norms)) for norms in zip(*rows, strict=True)]
 
 
 def pack_entry(module: Pi0) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -221,10 +219,6 @@ def turns(length: int, dim: int, device: torch.device, max_wavelength: float = 1
 def embedding_scale(width: int, dtype: torch.dtype) -> float:
     """What token embeddings are multiplied by, rounded as the reference rounds it."""
     return torch.tensor(math.sqrt(width), dtype=dtype).item()
-
-
-def _static(norm: torch.nn.Module) -> Norm:
-    return Norm(1 + norm.scale.float(), None, None)
 
 
 def _modulated(norm: torch.nn.Module, cond: Tensor, after: Tensor) -> list[Norm]:

@@ -88,13 +88,12 @@ class Prepared:
         flow, inputs = self._flow, Inputs(*devices.put(tuple(arrays), self._device))
         with devices.precision(self.module.compute):
             tokens = flow.prefix(inputs)
-            cache = flow.prefill(tokens.clone(), inputs.valid)
-            turns, state = flow.suffix_turns(inputs.valid), flow.state(inputs.state)
+            past = flow.prefill(tokens.clone(), inputs.valid, inputs.state)
             first = flow.steps(num_steps)[0]
             calls = {
                 "vision": lambda: flow.prefix(inputs),
-                "prefix": lambda: flow.prefill(tokens.clone(), inputs.valid),
-                "step": lambda: flow.step(first, cache, turns, state, inputs.noise),
+                "prefix": lambda: flow.prefill(tokens.clone(), inputs.valid, inputs.state),
+                "step": lambda: flow.step(first, past, inputs.noise),
             }
             if self._device.type == "cuda":
                 return {name: recorded(call, self._device) for name, call in calls.items()}
