@@ -178,6 +178,27 @@ class Compute:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How a run is spread over devices; what it computes doesn't depend on it.
+
+    Every device takes its own part of each batch.
+
+    Attributes:
+      data: copies of the state of training; -1 for as many as there are devices.
+      fsdp: devices that share one copy among them.
+      min_size: parameters with fewer elements are whole on every device.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    min_size: int = 2**18
+
+    def __post_init__(self) -> None:
+        if self.fsdp < 1 or self.data < -1 or self.data == 0:
+            raise UserError(f"config.mesh: data={self.data}, fsdp={self.fsdp}: give counts of devices, or data=-1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
     """A data set and the way from its names and units to the model's.
 
@@ -275,6 +296,7 @@ class Train:
     data: Data
     optimizer: Optimizer = Optimizer()
     compute: Compute = Compute()
+    mesh: Mesh = Mesh()
     backend: Literal["flax", "torch"] = "flax"
     tokenizer: str = "paligemma"
     fast_tokenizer: str = "physical-intelligence/fast"

@@ -12,13 +12,23 @@ from openpi_port.config import Compute
 
 
 def find(name: str | None) -> jax.Device:
-    """The device of that name ("cpu", "gpu", "tpu"), or the default one."""
-    return jax.devices(name)[0]
+    """This process's first device of that name ("cpu", "gpu", "tpu"), or of the default one."""
+    return jax.local_devices(backend=name)[0]
+
+
+def count() -> int:
+    """The devices of all processes of a run."""
+    return jax.device_count()
 
 
 def put(tree: Any, device: jax.Device) -> Any:
     """Nested numpy arrays to arrays on a device."""
     return jax.device_put(tree, device)
+
+
+def get(tree: Any) -> Any:
+    """Arrays on devices to numpy arrays on the host."""
+    return jax.device_get(tree)
 
 
 def describe(device: jax.Device) -> tuple[str, int]:

@@ -22,9 +22,9 @@ from openpi_port.batch import Batch
 from openpi_port.config import Train as Config
 from openpi_port.pi_flax import attention, insulated
 from openpi_port.pi_flax import device as devices
-from openpi_port.pi_flax import weights as weights_io
 from openpi_port.pi_flax.infer import build
 from openpi_port.pi_flax.pi0_fast import Pi0Fast
+from openpi_port.pi_flax.sharding import Layout
 from openpi_port.schedule import learning_rate
 
 
@@ -48,25 +48,26 @@ class Trainer:
         """Fills a model with `weights` (by Flax path, all of them) and makes a fresh optimizer state."""
         self.config = config
         self.step = 0
-        self._device = devices.find(device)
-        compute = attention.resolve(config.compute, self._device)
+        self._layout = Layout(config, device)
+        compute = attention.resolve(config.compute, self._layout.device)
         self._keys = batches.training(config.model, insulate=config.insulate)
-        module = weights_io.load(build(config.model, compute), weights, self._device)
+        module = self._layout.fill(build(config.model, compute), weights)
         self._graph, trained, frozen = nnx.split(module, partial(is_trained, config), ...)
         self._optimizer = optax.chain(
             optax.clip_by_global_norm(config.optimizer.clip_norm),
             optax.scale_by_adam(config.optimizer.b1, config.optimizer.b2, config.optimizer.eps),
             optax.add_decayed_weights(config.optimizer.weight_decay),
         )
-        average = jax.tree.map(jnp.copy, trained) if config.optimizer.ema else None
-        state = State(trained, frozen, self._optimizer.init(trained), average)
-        self._state = devices.put(state, self._device)
-        self._update = jax.jit(self._update_fn, donate_argnums=0)
-        self._evaluate = jax.jit(self._evaluate_fn)
+        where, whole = {leaf.shape: leaf.sharding for leaf in jax.tree.leaves(trained)}, self._layout.whole
+        likewise = jax.tree.map(lambda leaf: where.get(leaf.shape, whole), jax.eval_shape(self._fresh, trained))
+        self._state = State(trained, frozen, *jax.jit(self._fresh, out_shardings=likewise)(trained))
+        stay = jax.tree.map(lambda leaf: leaf.sharding, self._state)
+        self._update = jax.jit(self._update_fn, donate_argnums=0, out_shardings=(stay, whole))
+        self._evaluate = jax.jit(self._evaluate_fn, out_shardings=whole)
 
     def update(self, batch: Batch) -> dict[str, Any]:
-        """One optimizer step on a numpy batch; returns scalars that are still being computed."""
-        batch = devices.put(batches.select(batch, self._keys), self._device)
+        """One optimizer step on this process's part of a batch; returns scalars that are still being computed."""
+        batch = self._layout.put(batches.select(batch, self._keys))
         rate = np.float32(learning_rate(self.step, self.config.optimizer))
         with devices.precision(self.config.compute):
             self._state, metrics = self._update(self._state, batch, rate)
@@ -74,15 +75,15 @@ class Trainer:
         return metrics
 
     def evaluate(self, batch: Batch) -> float:
-        """The loss of the averaged weights on a numpy batch."""
-        batch = devices.put(batches.select(batch, self._keys), self._device)
+        """The loss of the averaged weights on a batch, of which this process gives its part."""
+        batch = self._layout.put(batches.select(batch, self._keys))
         trained = self._deployed()
         with devices.precision(self.config.compute):
             return float(self._evaluate(trained, self._state.frozen, batch))
 
     def weights(self) -> dict[str, np.ndarray]:
-        """What is deployed, by Flax path: averaged where an average is kept."""
-        return _named(nnx.merge_state(self._deployed(), self._state.frozen))
+        """What is deployed, by Flax path: averaged where an average is kept; see `Layout.gather`."""
+        return self._layout.gather(_named(nnx.merge_state(self._deployed(), self._state.frozen)))
 
     def train_state(self) -> dict[str, np.ndarray]:
         """What else a resume needs: Adam's moments, and the raw weights where `weights` are averaged."""
@@ -90,21 +91,31 @@ class Trainer:
         parts = {"mu": adam.mu, "nu": adam.nu}
         if self._state.average is not None:
             parts["raw"] = self._state.trained
-        return {f"{name}/{path}": value for name, part in parts.items() for path, value in _named(part).items()}
+        named = {f"{name}/{path}": value for name, part in parts.items() for path, value in _named(part).items()}
+        return self._layout.gather(named)
 
     def restore(self, step: int, train_state: Mapping[str, np.ndarray]) -> None:
         """Continues after `step` steps; the trainer was built from what `weights` gave at that step."""
         parts = ["mu", "nu", *([] if self._state.average is None else ["raw"])]
         names = [f"{part}/{name}" for part in parts for name in _names(self._state.trained)]
         strict.check(dict.fromkeys(train_state, ()), dict.fromkeys(names, ()), "train_state")
-        mu, nu, *raw = (_filled(self._state.trained, train_state, f"{part}/") for part in parts)
+        mu, nu, *raw = (self._filled(train_state, f"{part}/") for part in parts)
         clip, adam, decay = self._state.optimizer
-        adam = adam._replace(count=jnp.full_like(adam.count, step), mu=mu, nu=nu)
+        adam = adam._replace(count=self._layout.place(np.asarray(step, adam.count.dtype)), mu=mu, nu=nu)
         average = self._state.trained if raw else None  # what was deployed, and so loaded, is the average
         trained = raw[0] if raw else self._state.trained
-        state = State(trained, self._state.frozen, (clip, adam, decay), average)
-        self._state = devices.put(state, self._device)
+        self._state = State(trained, self._state.frozen, (clip, adam, decay), average)
         self.step = step
+
+    def _fresh(self, trained: nnx.State) -> tuple[optax.OptState, nnx.State | None]:
+        """The optimizer's state, and the average, before the first step."""
+        return self._optimizer.init(trained), jax.tree.map(jnp.copy, trained) if self.config.optimizer.ema else None
+
+    def _filled(self, arrays: Mapping[str, np.ndarray], prefix: str) -> nnx.State:
+        """The arrays of that prefix in the structure of the trained weights."""
+        flat = zip(_names(self._state.trained), nnx.to_flat_state(self._state.trained), strict=True)
+        place = self._layout.place
+        return nnx.from_flat_state([(path, leaf.replace(place(arrays[prefix + name]))) for name, (path, leaf) in flat])
 
     def _deployed(self) -> nnx.State:
         return self._state.trained if self._state.average is None else self._state.average
@@ -117,7 +128,7 @@ class Trainer:
         if average is not None:
             decay = self.config.optimizer.ema
             average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
-        metrics = {"loss": loss, **parts, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
+        metrics = {"loss": loss, **parts, "grad_norm": self._layout.complete(grads), "learning_rate": rate}
         return State(trained, state.frozen, optimizer, average), metrics
 
     def _evaluate_fn(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> jax.Array:
@@ -150,15 +161,6 @@ def _names(state: nnx.State) -> list[str]:
     return ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
 
 
-def _named(state: nnx.State) -> dict[str, np.ndarray]:
-    """Arrays on the host by path."""
-    leaves = jax.device_get([leaf.get_value() for _, leaf in nnx.to_flat_state(state)])
-    return dict(zip(_names(state), leaves, strict=True))
-
-
-def _filled(like: nnx.State, arrays: Mapping[str, np.ndarray], prefix: str) -> nnx.State:
-    """A state of the same structure with the arrays of that prefix."""
-    flat = zip(_names(like), nnx.to_flat_state(like), strict=True)
-    return nnx.from_flat_state(
-        [(path, leaf.replace(jnp.asarray(arrays[prefix + name]))) for name, (path, leaf) in flat]
-    )
+def _named(state: nnx.State) -> dict[str, jax.Array]:
+    """Arrays by path."""
+    return dict(zip(_names(state), (leaf.get_value() for _, leaf in nnx.to_flat_state(state)), strict=True))

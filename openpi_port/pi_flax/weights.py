@@ -5,7 +5,8 @@ Names are the paths in the model, joined by "/": `gemma/layers/experts/0/q/kerne
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,17 @@ def arrays(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def load(
-    model: nnx.Module, mapping: Mapping[str, Any], device: jax.Device | None = None, dtype: Dtype | None = None
+    model: nnx.Module,
+    mapping: Mapping[str, Any],
+    device: jax.Device | Callable[[np.ndarray], jax.Array] | None = None,
+    dtype: Dtype | None = None,
 ) -> nnx.Module:
     """Fills every parameter of a model, strictly.
 
     Args:
       model: built under `nnx.eval_shape` (nothing is allocated twice) or in earnest.
       mapping: canonical name -> array; each is asked for once.
-      device: where the parameters go, one by one; None takes the default device.
+      device: where the parameters go, one by one, or what takes them there; None takes the default device.
       dtype: what they are rounded to, there; None keeps the arrays' dtype.
 
     Returns:
@@ -48,10 +52,11 @@ def load(
     """
     found = mapping.shapes if hasattr(mapping, "shapes") else {k: tuple(v.shape) for k, v in mapping.items()}
     strict.check(found, shapes(model), "weights")
+    place = device if callable(device) else partial(jax.device_put, device=device)
     graph, state = nnx.split(model)
     filled = []
     for path, leaf in _flat_state(state):
-        value = jax.device_put(np.asarray(mapping[_name(path)]), device)
+        value = place(np.asarray(mapping[_name(path)]))
         filled.append((path, leaf.replace(value if dtype is None else value.astype(dtype))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 

@@ -7,15 +7,23 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from openpi_port.config import Compute
 
 
 def find(name: str | None) -> torch.device:
-    """The device of that name ("cpu", "cuda:1"), or the first GPU, or the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """The device of that name ("cpu", "cuda:1"), or this process's GPU (the first, without torchrun), or the CPU."""
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return torch.device(name or own)
+
+
+def count() -> int:
+    """The devices of all processes of a run: one each."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def put(tree: Any, device: torch.device) -> Any:
@@ -25,6 +33,14 @@ def put(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, tuple | list):
         return [put(value, device) for value in tree]
     return torch.from_numpy(np.require(tree, requirements=["C", "W"])).to(device, non_blocking=True)
+
+
+def get(tensor: torch.Tensor) -> np.ndarray:
+    """A copy on the host; bfloat16 stays bfloat16."""
+    tensor = tensor.detach().to("cpu", copy=True).contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 def describe(device: torch.device) -> tuple[str, int]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from openpi_port import safetensors_io, strict
 from openpi_port.config import Dtype
+from openpi_port.pi_torch import device as devices
 
 PARAMS = "model.safetensors"  # where the weights lie in a checkpoint
 
@@ -27,7 +28,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def arrays(model: nn.Module) -> dict[str, np.ndarray]:
     """Name -> array on the host of every parameter."""
-    return {name: _to_numpy(p.detach()) for name, p in model.named_parameters()}
+    return {name: devices.get(p) for name, p in model.named_parameters()}
 
 
 def load(
@@ -52,7 +53,8 @@ def load(
     for name in shapes(model):
         owner, _, leaf = name.rpartition(".")
         value = _from_numpy(mapping[name]).to(device).to(None if dtype is None else getattr(torch, dtype))
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+        module = model.get_submodule(owner)
+        setattr(module, leaf, nn.Parameter(value, requires_grad=getattr(module, leaf).requires_grad))
     return model
 
 
@@ -76,13 +78,6 @@ def _from_numpy(array: Any) -> torch.Tensor:
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    tensor = tensor.cpu()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def _file(path: str | Path) -> Path:

@@ -1,0 +1,153 @@
+"""How training spreads over devices and processes; the model knows nothing of it.
+
+One program runs over a mesh of all devices with the axes `data` and `fsdp`. Batches are split over both; parameters,
+moments and averages over `fsdp`, by a rule over their shapes (`meshes.axis`). XLA derives from that what each device
+computes and what they tell one another.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from openpi_port import meshes
+from openpi_port.config import Train
+from openpi_port.errors import UserError
+from openpi_port.pi_flax import device as devices
+from openpi_port.pi_flax import weights as weights_io
+
+
+def join() -> tuple[int, int]:
+    """Joins the processes of a run, if its surroundings say that there are several, before any device is touched.
+
+    That is so under `srun`, on a TPU, and where JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set.
+
+    Returns:
+      This process's number, and how many there are.
+
+    Raises:
+      UserError: it can't be known which processes belong together.
+    """
+    if not jax.distributed.is_initialized() and (options := _surroundings()) is not None:
+        try:
+            # A process that is gone is noticed after these seconds at the latest.
+            jax.distributed.initialize(**options, heartbeat_timeout_seconds=30)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"the processes of the run don't find each other: {' '.join(str(error).split())}") from None
+    return jax.process_index(), jax.process_count()
+
+
+def _surroundings() -> dict[str, Any] | None:
+    """What tells the processes of each other; None if there is only this one."""
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        try:
+            return {"num_processes": int(env["JAX_NUM_PROCESSES"]), "process_id": int(env["JAX_PROCESS_ID"])}
+        except (KeyError, ValueError):
+            raise UserError(
+                "JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be too, to numbers"
+            ) from None
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return {}
+    if importlib.util.find_spec("libtpu") and env.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
+        return {}
+    if int(env.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            "torchrun started several processes, but Flax takes all GPUs of a machine in one: start it without "
+            "torchrun, or see docs/launch.md for several machines"
+        )
+    return None
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here.
+
+    Args:
+      name: of the place, the same in all.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+class Vote:
+    """Whether any process wants something, without waiting for the answer."""
+
+    def __init__(self) -> None:
+        self._mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,), devices=jax.devices())
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        self._any = jax.jit(lambda votes: votes.any(), out_shardings=whole)
+        self._asked: jax.Array | None = None
+
+    def __call__(self, vote: bool) -> bool:
+        """Votes; returns what the vote before came to."""
+        if jax.process_count() == 1:
+            return vote
+        before, here = self._asked, np.full(jax.local_device_count(), vote)
+        split = NamedSharding(self._mesh, PartitionSpec("all"))
+        self._asked = self._any(jax.make_array_from_process_local_data(split, here))
+        return False if before is None else bool(before)
+
+
+class Layout:
+    """Where a run's tensors lie.
+
+    Attributes:
+      shape: devices along `data` and `fsdp`.
+      device: one of this process's.
+      whole: the sharding of what lies whole on every device.
+    """
+
+    def __init__(self, config: Train, device: str | None) -> None:
+        """Takes the devices of a platform (None: of the default one) as the config says."""
+        found = jax.devices(device)
+        self.shape = meshes.shape(config.mesh, len(found), jax.process_count(), config.batch_size)
+        self._min_size = config.mesh.min_size
+        taken = found[: self.shape[0] * self.shape[1]]
+        self._mesh = jax.make_mesh(self.shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=taken)
+        self.device = devices.find(device)
+        self.whole = NamedSharding(self._mesh, PartitionSpec())
+
+    def fill(self, module: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.Module:
+        """Fills a model, strictly, with every device's part of the weights (by Flax path)."""
+        return weights_io.load(module, weights, self.place)
+
+    def place(self, array: np.ndarray) -> jax.Array:
+        """An array of the host on the devices, each of which takes its part."""
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, self._sharding(array.shape), lambda index: array[index])
+
+    def put(self, batch: Any) -> Any:
+        """This process's part of a batch, as part of the whole one."""
+        split = NamedSharding(self._mesh, PartitionSpec(("data", "fsdp")))
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(split, leaf), batch)
+
+    def complete(self, grads: Any) -> jax.Array:
+        """The norm of a gradient over all devices; XLA has seen to everything else."""
+        return optax.tree.norm(grads)
+
+    def gather(self, arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+        """Whole arrays on the host: all of them, or of several processes each gets its share."""
+        mine = meshes.owners({name: array.nbytes for name, array in arrays.items()}, jax.process_count())
+        found: dict[str, Any] = {}
+        together: Callable[[jax.Array], jax.Array] = jax.jit(lambda array: array, out_shardings=self.whole)
+        for name, array in arrays.items():  # one at a time, so that no device needs room for more
+            if not array.is_fully_addressable and not array.is_fully_replicated:
+                array = together(array)
+                array = devices.get(array) if mine[name] == jax.process_index() else None
+            if mine[name] == jax.process_index():
+                found[name] = array
+        return devices.get(found)
+
+    def _sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        axis = meshes.axis(shape, self.shape[1], self._min_size)
+        spec = () if axis is None else (None,) * axis + ("fsdp",)
+        return NamedSharding(self._mesh, PartitionSpec(*spec))

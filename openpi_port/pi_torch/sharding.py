@@ -1,0 +1,200 @@
+"""How training spreads over devices and processes; the model knows nothing of it.
+
+torchrun starts one process per device. With `fsdp` of one, every process holds the whole state and DDP averages the
+gradients while they are computed. Else FSDP2 splits each layer's matrices along axis 0 (which can be sent without being
+rearranged) and gathers a layer when it is needed, in the dtype in which it computes; `data` copies of that average
+their gradients among them. Small parameters stay whole: they are used in float32, and their gradients are averaged
+together once the others are done.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from openpi_port import meshes
+from openpi_port.config import Train
+from openpi_port.errors import UserError
+from openpi_port.pi_torch import device as devices
+from openpi_port.pi_torch import weights as weights_io
+
+PATIENCE = datetime.timedelta(hours=2)  # with one another; what one process fetches, the others wait for
+
+
+def join() -> tuple[int, int]:
+    """Joins the processes of a run, if its surroundings say that there are several.
+
+    That is so under `torchrun`, which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Returns:
+      This process's number, and how many there are.
+
+    Raises:
+      UserError: it can't be known which processes belong together.
+    """
+    env = os.environ
+    if int(env.get("WORLD_SIZE", 1)) == 1:
+        if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+            raise UserError(
+                f"srun started {env['SLURM_NTASKS']} processes that don't know of each other: let srun start one "
+                "torchrun per machine (docs/launch.md)"
+            )
+        return 0, 1
+    if not dist.is_initialized():
+        device = devices.find(None)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        try:
+            dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"the processes of the run don't find each other: {' '.join(str(error).split())}") from None
+    return dist.get_rank(), dist.get_world_size()
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes are here.
+
+    Args:
+      name: of the place, the same in all.
+    """
+    del name  # which only JAX wants to know
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+
+
+class Vote:
+    """Whether any process wants something, without waiting for the answer."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def __call__(self, vote: bool) -> bool:
+        """Votes; returns what the vote before came to."""
+        if not dist.is_initialized():
+            return vote
+        before, here = self._asked, torch.tensor(float(vote))
+        self._asked = dist.all_reduce(here, dist.ReduceOp.MAX, async_op=True), here
+        if before is None:
+            return False
+        before[0].wait()
+        return bool(before[1])
+
+
+class Layout:
+    """Where a run's tensors lie.
+
+    Attributes:
+      shape: devices along `data` and `fsdp`.
+      device: this process's.
+      parameters: of the model, by name, once it is filled.
+      parts: what this device holds of each, sharing its memory.
+    """
+
+    def __init__(self, config: Train, device: str | None) -> None:
+        """Takes the devices of all processes (each the one of that name, None: its own) as the config says."""
+        self.device = devices.find(device)
+        self._count = dist.get_world_size() if dist.is_initialized() else 1
+        self.shape = meshes.shape(config.mesh, self._count, self._count, config.batch_size)
+        self._min_size = config.mesh.min_size
+        self._dtype = torch.bfloat16 if config.compute.dtype == "bfloat16" else None
+        self._mesh: DeviceMesh | None = None
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.parts: dict[str, Tensor] = {}
+
+    def fill(self, loss: nn.Module, weights: Mapping[str, np.ndarray]) -> nn.Module:
+        """Fills a model, strictly, and has its gradients averaged over the devices.
+
+        Args:
+          loss: a module with the model as its `model`, that computes a loss from this process's part of a batch.
+          weights: by torch name.
+
+        Returns:
+          What to call instead of `loss`.
+        """
+        weights_io.load(loss.model, weights, self.device)
+        if self.shape[1] > 1:
+            self._split(loss)
+        self.parameters = dict(loss.model.named_parameters())
+        self.parts = {n: p.detach().to_local() if isinstance(p, DTensor) else p for n, p in self.parameters.items()}
+        if self._count == 1 or self.shape[1] > 1:
+            return loss
+        on = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(loss, on, static_graph=True, gradient_as_bucket_view=True)
+
+    def place(self, array: np.ndarray, name: str) -> Tensor:
+        """This device's part of an array of the host that belongs to the parameter of that name."""
+        if isinstance(self.parameters[name], DTensor):
+            rows = -(-array.shape[0] // self.shape[1])  # the last device may get fewer
+            first = rows * self._mesh["fsdp"].get_local_rank()
+            array = array[first : first + rows]
+        return torch.tensor(np.asarray(array), device=self.device)
+
+    def put(self, batch: Any) -> Any:
+        """This process's part of a batch on its device."""
+        return devices.put(batch, self.device)
+
+    def complete(self, names: Iterable[str]) -> Tensor:
+        """Averages those gradients over the devices that are not yet, and gives them to the `parts`.
+
+        Args:
+          names: of the parameters that have gradients.
+
+        Returns:
+          Their norm over all devices.
+        """
+        split, whole = [], []
+        for name in names:
+            parameter, part = self.parameters[name], self.parts[name]
+            if isinstance(parameter, DTensor):
+                part.grad, parameter.grad = parameter.grad.to_local(), None
+            (split if isinstance(parameter, DTensor) else whole).append(part.grad)
+        if self._mesh is None:
+            return torch.nn.utils.get_total_norm(whole)
+        if whole:
+            flat = torch.cat([grad.flatten() for grad in whole])
+            dist.all_reduce(flat)
+            flat /= self._count
+            for grad, mean in zip(whole, flat.split([grad.numel() for grad in whole]), strict=True):
+                grad.copy_(mean.view_as(grad))
+        square = torch.nn.utils.get_total_norm(split).to(self.device).square()
+        dist.all_reduce(square, group=self._mesh["fsdp"].get_group())
+        return (square + torch.nn.utils.get_total_norm(whole).to(self.device).square()).sqrt()
+
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Whole arrays on the host: all of them, or of several processes each gets its share.
+
+        Args:
+          parts: this device's; each belongs to the parameter whose name comes after the last "/" of its own.
+        """
+        likes = {name: self.parameters[name.rpartition("/")[2]] for name in parts}
+        mine = meshes.owners({name: like.nbytes for name, like in likes.items()}, self._count)
+        rank, found = dist.get_rank() if self._count > 1 else 0, {}
+        for name, (part, like) in zip(parts, zip(parts.values(), likes.values(), strict=True), strict=True):
+            if isinstance(like, DTensor):
+                options = {"run_check": False, "shape": like.shape, "stride": like.stride()}
+                part = DTensor.from_local(part, like.device_mesh, like.placements, **options).full_tensor()
+            if mine[name] == rank:
+                found[name] = devices.get(part)
+        return found
+
+    def _split(self, loss: nn.Module) -> None:
+        """Splits every layer, and the rest together, in place."""
+        mesh = init_device_mesh(self.device.type, self.shape, mesh_dim_names=("data", "fsdp"))
+        self._mesh = mesh
+        small = {p for p in loss.parameters() if p.numel() < self._min_size}
+        options = {"mesh": mesh if self.shape[0] > 1 else mesh["fsdp"], "ignored_params": small}
+        layers = [*loss.model.vision.blocks, *loss.model.gemma.layers]
+        for module, dtype in [*((layer, self._dtype) for layer in layers), (loss, None)]:
+            policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+            fully_shard(module, mp_policy=policy, **options)

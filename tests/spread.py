@@ -1,0 +1,61 @@
+"""A run for `test_sharding.py`, in one of several processes: a few steps, and a checkpoint of each.
+
+python tests/spread.py BACKEND DIRECTORY data=2,fsdp=4 data=8,fsdp=1
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from test_train_step import batches, run_config
+
+from convert import tables
+from openpi_port import init
+from openpi_port.backends import Backend
+from openpi_port.config import Mesh, Train
+
+STEPS = 3
+
+
+def config(mesh: Mesh) -> Train:
+    """A small run in which every parameter with a suitable axis is split."""
+    return dataclasses.replace(run_config(), batch_size=8, mesh=mesh)
+
+
+def part(tree, index: int, count: int):
+    """A process's part of a batch."""
+    if isinstance(tree, dict):
+        return {key: part(value, index, count) for key, value in tree.items()}
+    size = len(tree) // count
+    return tree[index * size : (index + 1) * size]
+
+
+def train(backend: str, mesh: Mesh, index: int = 0, count: int = 1):
+    """Losses of a few steps and of an evaluation, and the trainer."""
+    run = config(mesh)
+    weights = tables.translate(init.Fresh(run.model, 0), run.model, "flax", backend)
+    trainer = Backend(backend).train.Trainer(run, weights, "cpu")
+    data = [part(batch, index, count) for batch in batches(run, STEPS)]
+    metrics = [trainer.update(batch) for batch in data]
+    losses = [float(m["loss"]) for m in metrics] + [float(m["grad_norm"]) for m in metrics]
+    return [*losses, trainer.evaluate(data[0])], trainer
+
+
+def main() -> None:
+    """Runs every mesh that the command line names."""
+    backend, directory, *meshes = sys.argv[1:]
+    index, count = Backend(backend).sharding.join()
+    for i, words in enumerate(meshes):
+        sizes = {key: int(value) for key, value in (word.split("=") for word in words.split(","))}
+        losses, trainer = train(backend, Mesh(**sizes, min_size=2**10), index, count)
+        state = trainer.weights() | trainer.train_state()
+        np.savez(Path(directory) / f"{i}.{index}.npz", **{k.replace("/", "|"): v for k, v in state.items()})
+        (Path(directory) / f"{i}.{index}.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main()
