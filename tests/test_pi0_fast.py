@@ -491,6 +491,15 @@ def test_batches(job):
         assert np.sqrt(np.square(chunk - actions).mean(0)).max() < 0.05
 
 
+def test_state_noise_reaches_the_prompt(job):
+    """The model sees the state as text only."""
+    noisy = dataclasses.replace(job, data=dataclasses.replace(job.data, state_noise=0.1))
+    plain, changed = (next(material.load(config).batches(0)) for config in (job, noisy))
+    prompt = plain["token_ar_mask"] == 0
+    assert (np.where(prompt, plain["tokenized_prompt"] != changed["tokenized_prompt"], False)).any(1).all()
+    np.testing.assert_array_equal(plain["actions"], changed["actions"])
+
+
 def test_sequences_that_do_not_fit(job):
     short = dataclasses.replace(job, model=dataclasses.replace(job.model, max_token_len=80))
     with pytest.raises(UserError, match="max_token_len=80"):

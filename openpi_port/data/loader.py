@@ -56,19 +56,20 @@ class _MakeSample:
     state_noise: np.ndarray | None = None
 
     def __call__(self, index: int, row: int) -> dict[str, Any]:
-        sample = transforms.forward(self.steps, self.dataset[int(row)])
         index = int(index)
+        cut = next((i + 1 for i, s in enumerate(self.steps) if isinstance(s, transforms.Normalize)), len(self.steps))
+        sample = transforms.forward(self.steps[:cut], self.dataset[int(row)])
+        if self.state_noise is not None:  # before the state may be written into the prompt
+            state = sample["state"]
+            noise = generator(self.seed, index, "state").standard_normal(state.shape, np.float32)
+            sample = {**sample, "state": state + self.state_noise[: len(state)] * noise}
+        sample = transforms.forward(self.steps[cut:], sample)
         # Cameras that the robot lacks stay black.
         mask = sample.get("image_mask", {})
         seen = {camera: image for camera, image in sample["image"].items() if mask.get(camera, True)}
         changed = augment(seen, self.augment, generator(self.seed, index, "augment"))
-        state = sample["state"]
-        if self.state_noise is not None:
-            noise = generator(self.seed, index, "state").standard_normal(state.shape, np.float32)
-            state = state + self.state_noise * noise
         return {
             **sample,
-            "state": state,
             "image": {camera: changed.get(camera, image) for camera, image in sample["image"].items()},
             "noise": draw_noise(self.seed, index, self.noise_shape),
             "time": draw_time(self.seed, index, self.noise_shape[:-2]),
@@ -138,7 +139,8 @@ def train_batches(
       action_dim, action_horizon: J and A of the noise.
       draws: R; above 1, every sample brings R draws of noise and time.
       augment: see `openpi_port.augment`.
-      state_noise: f32 [J], standard deviation of noise added to the normalised state; None for none.
+      state_noise: f32 [J], standard deviation of noise added to the normalised state, also where that is written into
+        the prompt; None for none.
       start_step: the first batch's number; where a resumed run goes on.
       num_workers: processes of this process that load; 0 loads in threads. A program that uses workers must
         guard its start with `if __name__ == "__main__"`, because workers import its main module.
