@@ -1,15 +1,19 @@
 """pi0-FAST on ALOHA: by default the simulated cube transfer that ships with the project.
 
 `base` (where the device can train it) writes actions with the published universal tokenizer; `mini` and `debug` with
-one that was fitted to this data set, which ships as `fast_aloha`:
+one that was fitted to this data set, which ships as `fast_transfer_cube`:
 
-    python -m experiments.fit_fast --config=pi0_fast_aloha:mini --vocab_size=512 \\
-        --out=openpi_port/assets/tokenizers/fast_aloha
+    python -m experiments.fit_fast --config=pi0_fast_aloha:mini --scale=20 --vocab_size=1024 \\
+        --out=openpi_port/assets/tokenizers/fast_transfer_cube
 
-`--config.fast_tokenizer=` takes another: a directory, or a name on the Hugging Face hub.
+It rounds finely (0.0024 rad RMS on the joints; the cube's grasp forgives about 0.02) and its chunks last half a second,
+as long as evaluation plays one: 39 tokens on average. `--config.fast_tokenizer=` takes another: a directory, or a
+name on the Hugging Face hub.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 from ml_collections import ConfigDict
 
@@ -31,17 +35,19 @@ def get_config(size: str = "base") -> ConfigDict:
             compute=Compute(dtype="bfloat16", remat="full"),
         )
     else:
-        steps = 300 if size == "mini" else 20
+        steps = 360 if size == "mini" else 20
+        if size == "mini":  # all of the model writes actions, so it has what pi0 gives its expert
+            sizes["language"] = dataclasses.replace(LANGUAGE[size], depth=6, mlp_dim=768)
         config = Train(
             name=f"pi0_fast_aloha_{size}",
             model=Pi0Fast(
-                **sizes, vocab_size=1152, action_dim=14, action_horizon=50, max_token_len=200, cameras=tuple(CAMERAS)
+                **sizes, vocab_size=1664, action_dim=14, action_horizon=25, max_token_len=144, cameras=tuple(CAMERAS)
             ),
             data=data,
             optimizer=Optimizer(peak_lr=1e-3, end_lr=1e-5, warmup_steps=steps // 10, decay_steps=steps),
             tokenizer="small",
-            fast_tokenizer="fast_aloha",
-            batch_size=32 if size == "mini" else 4,
+            fast_tokenizer="fast_transfer_cube",
+            batch_size=8 if size == "mini" else 4,
             num_steps=steps,
             log_every=10,
             eval_every=steps // 4,

@@ -301,6 +301,45 @@ def test_a_thousand_decodes(framework, sequence):
     assert bound == 0 < free
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_step_is_one_graph(sequence, temperature):
+    """The torch step works in place in fixed shapes, without a look from the host: traced once, it does all steps."""
+    import torch
+
+    framework = Framework("torch")
+    model = framework.load(TINY, init.Fresh(TINY, 1))
+    grammar = grammars.build(sequence, TINY.action_horizon, TINY.action_dim)
+    want = model.decode(tiny_batch(3), 40, temperature, 5, grammar)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def prepare(decoding, rules):
+        return decoding, partial(torch.compile(model.module.step, backend=backend, fullgraph=True), decoding, rules)
+
+    draws = framework.array(grammars.check(grammar, 40, temperature, 5, 3)) if temperature else None
+    tables = Grammar(*framework.array(grammar))
+    tokens = model.module.decode(framework.array(tiny_batch(3)), 40, temperature or 1.0, draws, tables, prepare)
+    np.testing.assert_array_equal(tokens, want)
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="a CUDA graph needs a GPU")
+def test_captured_steps(sequence):
+    """On a GPU, tokens are those of the steps one by one, in the first call and in later ones."""
+    weights = tables.translate(init.Fresh(TINY, 1), TINY, "flax", "torch")
+    model = Framework("torch").backend.infer.load(TINY, weights, Compute())
+    grammar = grammars.build(sequence, TINY.action_horizon, TINY.action_dim)
+    calls = [(temperature, seed, g) for g in (grammar, None) for temperature in (0.0, 1.0) for seed in (1, 2)]
+    captured = [model.decode(tiny_batch(3), 40, *call) for call in calls]
+    assert len(model._captured) == 4
+    model._capture = None
+    for call, tokens in zip(calls, captured, strict=True):
+        np.testing.assert_array_equal(model.decode(tiny_batch(3), 40, *call), tokens)
+
+
 def test_head_of_the_tokens_that_occur(framework, sequence):
     """Scoring only the tokens of the grammar gives the tokens that scoring the whole vocabulary gives."""
     model = framework.load(TINY, init.Fresh(TINY, 1))
@@ -476,7 +515,7 @@ def test_move_between_frameworks(job, tmp_path):
     np.testing.assert_allclose(moved, want, atol=1e-4, rtol=0)
     assert checkpoint.read_policy(path / "4").train.model == job.model
     assert (path / "4" / "tokenizer.model").exists()
-    assert fast.load(str(path / "4" / "fast_tokenizer")).token_bytes == fast.load("fast_aloha").token_bytes
+    assert fast.load(str(path / "4" / "fast_tokenizer")).token_bytes == fast.load(job.fast_tokenizer).token_bytes
     model = openpi_port.load_model(path / "4", "torch", device="cpu")
     batch = next(material.load(job).batches(0))
     assert np.isfinite(model.loss(batch)).all()
@@ -501,8 +540,8 @@ def test_state_noise_reaches_the_prompt(job):
 
 
 def test_sequences_that_do_not_fit(job):
-    short = dataclasses.replace(job, model=dataclasses.replace(job.model, max_token_len=80))
-    with pytest.raises(UserError, match="max_token_len=80"):
+    short = dataclasses.replace(job, model=dataclasses.replace(job.model, max_token_len=60))
+    with pytest.raises(UserError, match="max_token_len=60"):
         next(material.load(short).batches(0))
 
 

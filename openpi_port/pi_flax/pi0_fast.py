@@ -47,6 +47,44 @@ class Prompt(NamedTuple):
     length: jax.Array
 
 
+class Rules(NamedTuple):
+    """How tokens are chosen.
+
+    Attributes:
+      table: [K, D], rows of the embedding that score.
+      temperature: [], > 0.
+      uniforms: float [B, G], see `Pi0Fast.decode`.
+      grammar: see `Pi0Fast.decode`.
+    """
+
+    table: jax.Array
+    temperature: jax.Array
+    uniforms: jax.Array | None
+    grammar: Grammar | None
+
+
+class Decoding(NamedTuple):
+    """Where decoding stands.
+
+    Attributes:
+      prompt: what came before.
+      cache: keys and values of prompt and generated tokens.
+      tokens: int32 [B, G], 0 where nothing is generated yet.
+      done: bool [B], who has ended.
+      left: int [B], coefficients to come, of the grammar.
+      at: int [B], its states.
+      step: int [], the number of the last token.
+    """
+
+    prompt: Prompt | None
+    cache: KVCache
+    tokens: jax.Array
+    done: jax.Array
+    left: jax.Array
+    at: jax.Array
+    step: jax.Array
+
+
 class Pi0Fast(nnx.Module):
     """Images and text to the next text token."""
 
@@ -123,6 +161,36 @@ class Pi0Fast(nnx.Module):
         (out,), cache = self.gemma([x], [None], pos, mask[:, None], cache, write_at=start + step)
         return out[:, 0], cache
 
+    def begin(self, batch: Batch, max_steps: int, rules: Rules) -> Decoding:
+        """Runs the prompt and chooses the first token.
+
+        Args:
+          batch: observation.
+          max_steps: G, how many tokens at most.
+          rules: how tokens are chosen.
+        """
+        grammar = rules.grammar
+        lead = jnp.zeros(0, jnp.int32) if grammar is None else jnp.asarray(grammar.lead)
+        prompt = self.prefill(batch, lead, max_steps)
+        size, first = prompt.hidden.shape[0], lead.shape[0]
+        decoding = Decoding(
+            prompt,
+            prompt.cache,
+            jnp.zeros((size, max_steps), jnp.int32).at[:, :first].set(lead),
+            done=jnp.zeros(size, bool),
+            left=jnp.full(size, 0 if grammar is None else grammar.to_go.shape[0] - 1),
+            at=jnp.zeros(size, jnp.int32),
+            step=jnp.asarray(first),
+        )
+        return _write(decoding, rules, self.gemma.logits(prompt.hidden, rules.table))
+
+    def step(self, decoding: Decoding, rules: Rules) -> Decoding:
+        """Feeds the last token and chooses the next."""
+        token = decoding.tokens[:, decoding.step]
+        hidden, cache = self.advance(decoding.prompt, decoding.cache, token, decoding.step)
+        decoding = decoding._replace(cache=cache, step=decoding.step + 1)
+        return _write(decoding, rules, self.gemma.logits(hidden, rules.table))
+
     def decode(
         self,
         batch: Batch,
@@ -143,41 +211,26 @@ class Pi0Fast(nnx.Module):
         Returns:
           int32 [B, G], 0 after the end of sequence.
         """
-        lead = jnp.zeros(0, jnp.int32) if grammar is None else jnp.asarray(grammar.lead)
-        table = self.gemma.embedding[...] if grammar is None else self.gemma.embedding[...][grammar.ids]
-        prompt = self.prefill(batch, lead, max_steps)
-        size, first = prompt.hidden.shape[0], lead.shape[0]
-        tokens = jnp.zeros((size, max_steps), jnp.int32).at[:, :first].set(lead)
-        left = jnp.full(size, 0 if grammar is None else grammar.to_go.shape[0] - 1)
+        rules = make_rules(self.gemma, temperature, uniforms, grammar)
+        decoding = self.begin(batch, max_steps, rules)
+        prompt = decoding.prompt._replace(cache=None)  # what changes goes around the loop, the rest stays outside
 
-        def write(
-            step: jax.Array, hidden: jax.Array, tokens: jax.Array, done: jax.Array, left: jax.Array, at: jax.Array
-        ):
-            """Chooses token number `step` from the hidden state."""
-            scores = self.gemma.logits(hidden, table)
-            allowed = jnp.ones_like(scores, bool)
-            if grammar is not None:
-                allowed = may_follow(grammar, left, at, max_steps - step)
-            draw = None if uniforms is None else uniforms[:, step]
-            column = choose(scores, allowed, temperature, draw)
-            token = column if grammar is None else jnp.asarray(grammar.ids)[column]
-            if grammar is not None:
-                left, at = left - jnp.asarray(grammar.count)[at, column], jnp.asarray(grammar.after)[at, column]
-            token = jnp.where(done, 0, token)
-            return tokens.at[:, step].set(token), done | (token == EOS), left, at
+        def going(decoding: Decoding) -> jax.Array:
+            return (decoding.step + 1 < max_steps) & ~decoding.done.all()
 
-        def body(carry: tuple) -> tuple:
-            step, cache, *state = carry
-            hidden, cache = self.advance(prompt, cache, state[0][:, step], step)
-            return step + 1, cache, *write(step + 1, hidden, *state)
+        def body(decoding: Decoding) -> Decoding:
+            return self.step(decoding._replace(prompt=prompt), rules)._replace(prompt=None)
 
-        def going(carry: tuple) -> jax.Array:
-            step, _, _, done, *_ = carry
-            return (step + 1 < max_steps) & ~done.all()
+        return jax.lax.while_loop(going, body, decoding._replace(prompt=None)).tokens
 
-        begin = (tokens, jnp.zeros(size, bool), left, jnp.zeros(size, jnp.int32))
-        state = write(jnp.asarray(first), prompt.hidden, *begin)
-        return jax.lax.while_loop(going, body, (jnp.asarray(first), prompt.cache, *state))[2]
+
+def make_rules(
+    gemma: Gemma, temperature: jax.Array | float, uniforms: jax.Array | None, grammar: Grammar | None
+) -> Rules:
+    """See `Pi0Fast.decode`; looks up the rows that score."""
+    table = gemma.embedding[...] if grammar is None else gemma.embedding[...][grammar.ids]
+    grammar = None if grammar is None else Grammar(*(jnp.asarray(x) for x in grammar))
+    return Rules(table, jnp.asarray(temperature), uniforms, grammar)
 
 
 def token_loss(gemma: Gemma, hidden: jax.Array, tokens: jax.Array, scored: jax.Array) -> jax.Array:
@@ -203,14 +256,13 @@ def may_follow(grammar: Grammar, left: jax.Array, at: jax.Array, steps: jax.Arra
       grammar: the tables.
       left: int [B], coefficients to come.
       at: int [B], states.
-      steps: tokens that may still be generated.
+      steps: int [], tokens that may still be generated.
 
     Returns:
       bool [B, K].
     """
-    count, after, to_go = (jnp.asarray(x) for x in (grammar.count, grammar.after, grammar.to_go))
-    rest = left[:, None] - count[at]
-    return (rest >= 0) & (to_go[jnp.maximum(rest, 0), after[at]] < steps)
+    rest = left[:, None] - grammar.count[at]
+    return (rest >= 0) & (grammar.to_go[jnp.maximum(rest, 0), grammar.after[at]] < steps)
 
 
 def choose(scores: jax.Array, allowed: jax.Array, temperature: jax.Array | float, draw: jax.Array | None) -> jax.Array:
@@ -231,6 +283,21 @@ def choose(scores: jax.Array, allowed: jax.Array, temperature: jax.Array | float
     total = jnp.cumsum(jax.nn.softmax(scores / temperature, axis=-1), axis=-1)
     total = jnp.where(allowed, total, -1)  # rounding must not pick what is forbidden
     return jnp.argmax(total > draw[:, None] * total.max(-1, keepdims=True), axis=-1).astype(jnp.int32)
+
+
+def _write(decoding: Decoding, rules: Rules, scores: jax.Array) -> Decoding:
+    """Chooses token number `step` by its scores [B, K]."""
+    tokens, step, grammar, left, at = decoding.tokens, decoding.step, rules.grammar, decoding.left, decoding.at
+    allowed = jnp.ones_like(scores, bool)
+    if grammar is not None:
+        allowed = may_follow(grammar, left, at, tokens.shape[1] - step)
+    draw = None if rules.uniforms is None else rules.uniforms[:, step]
+    token = column = choose(scores, allowed, rules.temperature, draw)
+    if grammar is not None:
+        token, left, at = grammar.ids[column], left - grammar.count[at, column], grammar.after[at, column]
+    token = jnp.where(decoding.done, 0, token)
+    done = decoding.done | (token == EOS)
+    return decoding._replace(tokens=tokens.at[:, step].set(token), done=done, left=left, at=at)
 
 
 def _cross_entropy(gemma: Gemma, x: jax.Array, targets: jax.Array) -> jax.Array:

@@ -116,7 +116,7 @@ class Gemma(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeds token ids [B, T], scaled by sqrt(D): [B, T, D] in the working dtype."""
         x = F.embedding(tokens, self.embedding).to(getattr(torch, self.compute.dtype))
-        return x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device)
+        return x * x.new_full((), x.shape[-1] ** 0.5)  # rounded to the working dtype, as the reference
 
     def forward(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from openpi_port.pi_torch import attention, realtime
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import weights as weights_io
 from openpi_port.pi_torch.pi0 import Pi0
-from openpi_port.pi_torch.pi0_fast import Pi0Fast
+from openpi_port.pi_torch.pi0_fast import Decoding, Pi0Fast, Rules
 from openpi_port.realtime import MAX_GUIDANCE, check
 
 
@@ -86,6 +87,9 @@ class Model:
 class FastModel:
     """The public methods of `Pi0Fast` on numpy batches.
 
+    On a GPU a step of decoding is captured as a CUDA graph, once for every shape of batch and options: its hundreds of
+    small kernels take longer to launch than to run.
+
     Attributes:
       config: the architecture.
       module: the torch module, for whoever wants to go inside.
@@ -95,6 +99,7 @@ class FastModel:
         self.config: configs.Pi0Fast = module.config
         self._device = devices.find(device)
         self.module = module.to(self._device).eval()
+        self._captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Decoding, Rules]] = {}
 
     @torch.inference_mode()
     def loss(self, batch: Batch) -> np.ndarray:
@@ -130,7 +135,40 @@ class FastModel:
             batch = devices.put(batch, self._device)
             draws = None if uniforms is None else devices.put(uniforms, self._device)
             tables = None if grammar is None else Grammar(*devices.put(grammar, self._device))
-            return self.module.decode(batch, max_steps, temperature or 1.0, draws, tables).cpu().numpy()
+            prepare = self._capture if self._device.type == "cuda" else None
+            tokens = self.module.decode(batch, max_steps, temperature or 1.0, draws, tables, prepare)
+            return tokens.cpu().numpy()
+
+    def _capture(self, decoding: Decoding, rules: Rules) -> tuple[Decoding, Callable[[], None]]:
+        """A step on these arguments as one graph, and where it finds them: where those of the first such call lie."""
+        given = _tensors((decoding, rules))
+        key = tuple((tuple(x.shape), x.dtype) for x in given), rules.uniforms is None, rules.grammar is None
+        if key in self._captured:
+            graph, kept, kept_rules = self._captured[key]
+            for old, new in zip(_tensors((kept, kept_rules)), given, strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+            return kept, graph.replay
+        changes = [decoding.tokens, decoding.done, decoding.left, decoding.at, decoding.step]
+        before = [x.clone() for x in changes]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once for real, as capturing asks for
+            self.module.step(decoding, rules)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch._foreach_copy_(changes, before)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.module.step(decoding, rules)
+        self._captured[key] = graph, decoding, rules
+        return decoding, graph.replay
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    """The tensors in nested tuples, which may hold None."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [] if tree is None else [tensor for part in tree for tensor in _tensors(part)]
 
 
 def build(config: configs.Pi0 | configs.Pi0Fast, compute: Compute) -> Pi0 | Pi0Fast:

@@ -13,6 +13,8 @@ every step adds one token. Time has no part in it, and neither have noise and fl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ from openpi_port.pi_torch.pi0 import Pi0, Tokens
 from openpi_port.pi_torch.siglip import Siglip
 
 BLOCK = 6272  # rows of the vocabulary whose scores exist at a time in training; PaliGemma's has 41 of them
+LOOK = 4  # on a GPU, steps between two looks at whether all have ended, each of which makes the host wait
 
 
 class Prompt(NamedTuple):
@@ -45,6 +48,44 @@ class Prompt(NamedTuple):
     cache: KVCache
     valid: Tensor
     length: Tensor
+
+
+class Rules(NamedTuple):
+    """How tokens are chosen.
+
+    Attributes:
+      table: [K, D], rows of the embedding that score.
+      temperature: [], > 0.
+      uniforms: float [B, G], see `Pi0Fast.decode`.
+      grammar: see `Pi0Fast.decode`.
+    """
+
+    table: Tensor
+    temperature: Tensor
+    uniforms: Tensor | None
+    grammar: Grammar | None
+
+
+class Decoding(NamedTuple):
+    """Where decoding stands.
+
+    Attributes:
+      prompt: what came before.
+      cache: keys and values of prompt and generated tokens.
+      tokens: int32 [B, G], 0 where nothing is generated yet.
+      done: bool [B], who has ended.
+      left: int [B], coefficients to come, of the grammar.
+      at: int [B], its states.
+      step: int [], the number of the last token.
+    """
+
+    prompt: Prompt
+    cache: KVCache
+    tokens: Tensor
+    done: Tensor
+    left: Tensor
+    at: Tensor
+    step: Tensor
 
 
 class Pi0Fast(nn.Module):
@@ -126,6 +167,39 @@ class Pi0Fast(nn.Module):
         (out,), cache = self.gemma([x], [None], pos, mask[:, None], cache, write_at=start + step[None])
         return out[:, 0], cache
 
+    def begin(self, batch: Batch, max_steps: int, rules: Rules) -> Decoding:
+        """Runs the prompt and chooses the first token.
+
+        Args:
+          batch: observation.
+          max_steps: G, how many tokens at most.
+          rules: how tokens are chosen.
+        """
+        grammar, device = rules.grammar, self.gemma.embedding.device
+        lead = torch.zeros(0, dtype=torch.int32, device=device) if grammar is None else grammar.lead
+        prompt = self.prefill(batch, lead, max_steps)
+        size, first = prompt.hidden.shape[0], lead.shape[0]
+        tokens = torch.zeros((size, max_steps), dtype=torch.int32, device=device)
+        tokens[:, :first] = lead
+        decoding = Decoding(
+            prompt,
+            prompt.cache,
+            tokens,
+            done=torch.zeros(size, dtype=torch.bool, device=device),
+            left=torch.full((size,), 0 if grammar is None else grammar.to_go.shape[0] - 1, device=device),
+            at=torch.zeros(size, dtype=torch.int64, device=device),
+            step=torch.full((), first, device=device),
+        )
+        return _write(decoding, rules, self.gemma.logits(prompt.hidden, rules.table))
+
+    def step(self, decoding: Decoding, rules: Rules) -> Decoding:
+        """Feeds the last token and chooses the next. Writes in place, in fixed shapes and without a look from the host,
+        so that it can be compiled or captured once and repeated."""
+        token = decoding.tokens.index_select(1, decoding.step[None])[:, 0]
+        hidden, _ = self.advance(decoding.prompt, decoding.cache, token, decoding.step)
+        decoding.step.add_(1)
+        return _write(decoding, rules, self.gemma.logits(hidden, rules.table))
+
     @torch.no_grad()
     def decode(
         self,
@@ -134,6 +208,7 @@ class Pi0Fast(nn.Module):
         temperature: float = 1.0,
         uniforms: Tensor | None = None,
         grammar: Grammar | None = None,
+        prepare: Callable[[Decoding, Rules], tuple[Decoding, Callable[[], Any]]] | None = None,
     ) -> Tensor:
         """Generates tokens until every sample has ended.
 
@@ -143,39 +218,29 @@ class Pi0Fast(nn.Module):
           temperature: of the sampling, > 0.
           uniforms: float [B, G], the draws (`grammar.draws`); None takes the likeliest token at every step.
           grammar: what may be generated; None allows everything and looks at the whole vocabulary.
+          prepare: for `step` on these arguments, what that works on and a call that does it; None takes `step` itself.
 
         Returns:
           int32 [B, G], 0 after the end of sequence.
         """
-        device = self.gemma.embedding.device
-        lead = torch.zeros(0, dtype=torch.int32, device=device) if grammar is None else grammar.lead
-        table = self.gemma.embedding if grammar is None else self.gemma.embedding[grammar.ids]
-        prompt = self.prefill(batch, lead, max_steps)
-        size, first = prompt.hidden.shape[0], lead.shape[0]
-        tokens = torch.zeros((size, max_steps), dtype=torch.int32, device=device)
-        tokens[:, :first] = lead
-        left = torch.full((size,), 0 if grammar is None else grammar.to_go.shape[0] - 1, device=device)
-        at = torch.zeros(size, dtype=torch.int64, device=device)
-        done = torch.zeros(size, dtype=torch.bool, device=device)
-
-        hidden, cache = prompt.hidden, prompt.cache
-        for step in range(first, max_steps):
-            scores = self.gemma.logits(hidden, table)
-            allowed = torch.ones_like(scores, dtype=torch.bool)
-            if grammar is not None:
-                allowed = may_follow(grammar, left, at, max_steps - step)
-            draw = None if uniforms is None else uniforms[:, step]
-            column = choose(scores, allowed, temperature, draw)
-            token = column if grammar is None else grammar.ids[column]
-            if grammar is not None:
-                left, at = left - grammar.count[at, column], grammar.after[at, column]
-            token = torch.where(done, 0, token.int())
-            tokens[:, step] = token
-            done = done | (token == EOS)
-            if step + 1 == max_steps or done.all():
+        rules = make_rules(self.gemma, temperature, uniforms, grammar)
+        decoding = self.begin(batch, max_steps, rules)
+        count = max_steps - 1 - (0 if grammar is None else len(grammar.lead))
+        step = partial(self.step, decoding, rules)
+        if prepare is not None and count:
+            decoding, step = prepare(decoding, rules)
+        every = LOOK if decoding.tokens.is_cuda else 1
+        for i in range(count):
+            if i % every == 0 and decoding.done.all():
                 break
-            hidden, cache = self.advance(prompt, cache, token, torch.tensor(step, device=device))
-        return tokens
+            step()
+        return decoding.tokens
+
+
+def make_rules(gemma: Gemma, temperature: float, uniforms: Tensor | None, grammar: Grammar | None) -> Rules:
+    """See `Pi0Fast.decode`; looks up the rows that score."""
+    table = gemma.embedding if grammar is None else gemma.embedding[grammar.ids]
+    return Rules(table, torch.full((), temperature, device=table.device), uniforms, grammar)
 
 
 def token_loss(gemma: Gemma, hidden: Tensor, tokens: Tensor, scored: Tensor) -> Tensor:
@@ -195,14 +260,14 @@ def token_loss(gemma: Gemma, hidden: Tensor, tokens: Tensor, scored: Tensor) -> 
     return entropy.sum(-1) / scored.sum(-1).clamp(min=1)
 
 
-def may_follow(grammar: Grammar, left: Tensor, at: Tensor, steps: int) -> Tensor:
+def may_follow(grammar: Grammar, left: Tensor, at: Tensor, steps: Tensor) -> Tensor:
     """Which tokens lead to a whole chunk.
 
     Args:
       grammar: the tables.
       left: int [B], coefficients to come.
       at: int [B], states.
-      steps: tokens that may still be generated.
+      steps: int [], tokens that may still be generated.
 
     Returns:
       bool [B, K].
@@ -211,7 +276,7 @@ def may_follow(grammar: Grammar, left: Tensor, at: Tensor, steps: int) -> Tensor
     return (rest >= 0) & (grammar.to_go[rest.clamp(min=0), grammar.after[at]] < steps)
 
 
-def choose(scores: Tensor, allowed: Tensor, temperature: float, draw: Tensor | None) -> Tensor:
+def choose(scores: Tensor, allowed: Tensor, temperature: Tensor | float, draw: Tensor | None) -> Tensor:
     """One of K tokens by its score.
 
     Args:
@@ -229,6 +294,24 @@ def choose(scores: Tensor, allowed: Tensor, temperature: float, draw: Tensor | N
     total = torch.softmax(scores / temperature, dim=-1).cumsum(-1)
     total = torch.where(allowed, total, -1)  # rounding must not pick what is forbidden
     return (total > draw[:, None] * total.amax(-1, keepdim=True)).int().argmax(-1)
+
+
+def _write(decoding: Decoding, rules: Rules, scores: Tensor) -> Decoding:
+    """Chooses token number `step` by its scores [B, K], in place."""
+    tokens, step, grammar = decoding.tokens, decoding.step[None], rules.grammar
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    if grammar is not None:
+        allowed = may_follow(grammar, decoding.left, decoding.at, tokens.shape[1] - decoding.step)
+    draw = None if rules.uniforms is None else rules.uniforms.index_select(1, step)[:, 0]
+    token = column = choose(scores, allowed, rules.temperature, draw)
+    if grammar is not None:
+        token, at = grammar.ids[column], decoding.at
+        decoding.left.sub_(grammar.count[at, column])
+        decoding.at.copy_(grammar.after[at, column])
+    token = torch.where(decoding.done, 0, token.int())
+    tokens.index_copy_(1, step, token[:, None])
+    decoding.done.logical_or_(token == EOS)
+    return decoding
 
 
 class _CrossEntropy(torch.autograd.Function):
