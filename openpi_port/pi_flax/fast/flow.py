@@ -39,10 +39,8 @@ ALIGN = 64  # the cache's length is a multiple: rows that start aligned, product
 class Options(NamedTuple):
     """How, never what. Chosen by measurement; see docs/performance.md."""
 
-    cudnn_vision: bool = False
-    cudnn_prefix: bool = False
+    fused: bool = False  # attention of images and prefix by cuDNN
     unroll: int = 1  # Euler steps per turn of the loop
-    state_in_steps: bool = False  # the state's token goes through every step instead of once with the prefix
 
 
 class Weights(NamedTuple):
@@ -76,12 +74,16 @@ class Times(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """An observation and the noise, on the device."""
+    """An observation and the noise.
+
+    The prefix is ordered so that valid tokens come first: then its positions count from 0, and a number per sample says
+    what may be seen. Nothing else depends on the order.
+    """
 
     images: jax.Array  # [B, C, H, W, 3]
-    seen: jax.Array  # bool [B, C], which images are there
     prompt: jax.Array  # int [B, T]
-    valid: jax.Array  # bool [B, T]
+    order: jax.Array | None  # int [B, S], which token comes when; None where they are in order
+    length: jax.Array  # int [B], how many are valid
     state: jax.Array  # [B, J]
     noise: jax.Array  # [B, A, J]
 
@@ -146,23 +148,25 @@ def see(w: fold.Vision, config: configs.Siglip, images: jax.Array, dtype: str, o
     patches = to_unit(images).reshape(B * C, side, patch, side, patch, 3).swapaxes(2, 3)
     x = (patches.reshape(B * C, side * side, -1) @ w.patch + w.position).astype(dtype)
     for layer in w.blocks:
-        x = block(x, layer, config.num_heads, cudnn=options.cudnn_vision)
+        x = block(x, layer, config.num_heads, fused=options.fused)
     x = layer_norm(x) @ w.head + w.head_bias
     return x.reshape(B, -1, x.shape[-1])
 
 
 def read(w: Weights, config: configs.Pi0, image_tokens: jax.Array, inputs: Inputs, options: Options) -> list[Keys]:
     """The prefix: what every step attends to, layer by layer, with room for the suffix."""
-    valid = prefix_valid(config, inputs)
     x = w.embedding[inputs.prompt].astype(image_tokens.dtype)
     x = jnp.concatenate([image_tokens, x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)], axis=1)
-    cache = run_language(w.language, config.language, x, valid, cudnn=options.cudnn_prefix)
-    room = -(-(x.shape[1] + config.suffix_len) // ALIGN) * ALIGN - x.shape[1]
+    if inputs.order is not None:
+        x = jnp.take_along_axis(x, inputs.order[..., None], axis=1, mode="promise_in_bounds")
+    cache = run_language(w.language, config.language, x, inputs.length, fused=options.fused)
+    S = x.shape[1]
+    room = -(-(S + config.suffix_len) // ALIGN) * ALIGN - S
     cache = [Keys(*(jnp.pad(c, ((0, 0), (0, room), (0, 0), (0, 0))) for c in keys)) for keys in cache]
-    if w.state is None or options.state_in_steps:
+    if w.state is None:
         return cache
     x = embed_state(w, inputs.state)[:, None].astype(x.dtype)
-    return run_expert(w.expert, config.expert, x, cache, valid, valid.shape[1])[1]
+    return run_expert(w.expert, config.expert, x, cache, inputs.length, S, S)[1]
 
 
 def embed_state(w: Weights, state: jax.Array) -> jax.Array:
@@ -172,15 +176,15 @@ def embed_state(w: Weights, state: jax.Array) -> jax.Array:
 
 
 def run_language(
-    layers: tuple[Layer, ...], config: configs.Gemma, x: jax.Array, valid: jax.Array, *, cudnn: bool
+    layers: tuple[Layer, ...], config: configs.Gemma, x: jax.Array, length: jax.Array, *, fused: bool
 ) -> list[Keys]:
-    """Keys and values of all layers of tokens x [B, S, D] that see one another, as far as they are valid [B, S]."""
+    """Keys and values of all layers of tokens x [B, S, D] that see one another; the first `length` [B] are valid."""
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    by, mask, cache = rotation(valid.cumsum(1) - 1, config.head_dim), valid[:, None], []
+    by, cache = rotation(jnp.arange(x.shape[1])[None], config.head_dim), []
     for w in layers[:-1]:
         q, keys = qkv(rms(x), w.qkv, heads, kv_heads, by)
         cache.append(keys)
-        x = x + attend(q, keys, mask, cudnn=cudnn) @ w.o
+        x = x + attend(q, keys, length, fused=fused) @ w.o
         x = x + mlp(rms(x), w)
     last = layers[-1].qkv[:, heads * config.head_dim :]
     return [*cache, qkv(rms(x), last, 0, kv_heads, by)[1]]
@@ -191,31 +195,36 @@ def run_expert(
     config: configs.Gemma,
     x: jax.Array,
     cache: list[Keys],
-    valid: jax.Array,
+    length: jax.Array,
+    start: int,
     at: int,
     modulation: Modulation | None = None,
-    state_first: bool = False,
 ) -> tuple[jax.Array, list[Keys]]:
-    """Tokens x [B, T, D] that see one another and what is valid [B, S] of the cache.
+    """Tokens of the suffix, x [B, T, D], through all layers; they see the prefix, the suffix so far and one another.
 
-    Their keys and values are written to the cache from place `at` on. With `state_first`, the first token is the
-    state's, which does not see the others.
+    Args:
+      layers: the expert's.
+      config: its sizes.
+      x: their embedding.
+      cache: keys and values of the prefix, of which `length` [B] are valid, and from place `start` on of the suffix.
+      length: see there.
+      start: see there.
+      at: where in the cache these tokens go.
+      modulation: of AdaRMS, [L, 2, ...] each.
+
+    Returns:
+      Their last layer's output, and the cache with their keys and values.
     """
-    T = x.shape[1]
-    by = rotation(valid.sum(1, keepdims=True) + jnp.arange(T), config.head_dim)
-    room = cache[0].k.shape[1]
-    own = (jnp.arange(room) >= at) & (jnp.arange(room) < at + T)
-    mask = (jnp.pad(valid, ((0, 0), (0, room - valid.shape[1]))) | own)[:, None]
-    if state_first:
-        mask = mask & ((jnp.arange(room) <= at) | (jnp.arange(T)[:, None] > 0))
+    T, room = x.shape[1], jnp.arange(cache[0].k.shape[1])
+    by = rotation(length[:, None] + jnp.arange(at - start, at - start + T), config.head_dim)
+    seen = ((room < length[:, None]) | ((room >= start) & (room < at + T)))[:, None]
     grown = []
     for i, w in enumerate(layers):
         attn, ffw = (None if modulation is None else Modulation(*(m[i, n] for m in modulation)) for n in (0, 1))
         q, new = qkv(rms(x, attn), w.qkv, config.num_heads, config.num_kv_heads, by)
-        grown.append(
-            Keys(*(jax.lax.dynamic_update_slice_in_dim(c, n, at, 1) for c, n in zip(cache[i], new, strict=True)))
-        )
-        x = add(x, attend(q, grown[-1], mask, cudnn=False) @ w.o, attn)
+        written = (jax.lax.dynamic_update_slice_in_dim(c, n, at, 1) for c, n in zip(cache[i], new, strict=True))
+        grown.append(Keys(*written))
+        x = add(x, attend(q, grown[-1], seen) @ w.o, attn)
         x = add(x, mlp(rms(x, ffw), w), ffw)
     return x, grown
 
@@ -225,32 +234,23 @@ def add(x: jax.Array, y: jax.Array, by: Modulation | None) -> jax.Array:
     return x + y if by is None else (x + y * by.gate).astype(x.dtype)
 
 
-def prefix_valid(config: configs.Pi0, inputs: Inputs) -> jax.Array:
-    """bool [B, S] of images and prompt."""
-    return jnp.concatenate([jnp.repeat(inputs.seen, config.vision.num_tokens, 1), inputs.valid], 1)
-
-
 def denoise(
     w: Weights,
     config: configs.Pi0,
     dtype: str,
     cache: list[Keys],
-    valid: jax.Array,
+    length: jax.Array,
+    start: int,
     x_t: jax.Array,
     time: Times,
-    state: jax.Array | None = None,
 ) -> tuple[jax.Array, list[Keys]]:
-    """The velocity [B, A, J] at one flow time, of which `time` has no axis E; and the cache that was written to."""
+    """The velocity [B, A, J] at one flow time, of which `time` has no axis E; and the cache, which was written to."""
     x = x_t @ w.actions_in + time.bias
     if w.mix_out is not None:
         kernel, bias = w.mix_out
         x = jax.nn.swish(x).astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
-    x = x.astype(dtype)
-    if state is not None:
-        x = jnp.concatenate([state[:, None].astype(dtype), x], 1)
-    at = valid.shape[1]
-    x, cache = run_expert(w.expert, config.expert, x, cache, valid, at, time.layers, state_first=state is not None)
-    x = x[:, -x_t.shape[1] :]
+    at = start + (w.state is not None)
+    x, cache = run_expert(w.expert, config.expert, x.astype(dtype), cache, length, start, at, time.layers)
     return rms(x, time.last).astype(jnp.float32) @ w.actions_out + w.out_bias, cache
 
 
@@ -273,16 +273,11 @@ def integrate(
     options: Options,
 ) -> jax.Array:
     """Euler steps from noise to actions."""
-    valid, state = prefix_valid(config, inputs), None
-    if w.state is not None:
-        if options.state_in_steps:
-            state = embed_state(w, inputs.state)
-        else:
-            valid = jnp.pad(valid, ((0, 0), (0, 1)), constant_values=True)
+    start = inputs.images.shape[1] * config.vision.num_tokens + inputs.prompt.shape[1]
 
     def step(carry: tuple, time: Times) -> tuple[tuple, None]:
         x_t, cache = carry
-        velocity, cache = denoise(w, config, dtype, cache, valid, x_t, time, state)
+        velocity, cache = denoise(w, config, dtype, cache, inputs.length, start, x_t, time)
         return (x_t + time.dt * velocity, cache), None
 
     return jax.lax.scan(step, (inputs.noise, cache), all_times, unroll=options.unroll)[0][0]

@@ -90,39 +90,40 @@ def layer_norm(x: jax.Array) -> jax.Array:
     return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
-def attend(q: jax.Array, keys: Keys, mask: jax.Array | None, *, cudnn: bool) -> jax.Array:
+def attend(q: jax.Array, keys: Keys, seen: jax.Array | None, *, fused: bool = False) -> jax.Array:
     """Softmax attention with grouped, scaled queries.
 
     Args:
       q: [B, T, N, H].
       keys: [B, S, K, H] both.
-      mask: bool [B, 1 or T, S], or None where every key is seen.
-      cudnn: by cuDNN's fused kernel, which holds no logits; else by two matrix products.
+      seen: int [B], how many keys are, counted from the front; or bool [B, 1 or T, S]; or None for all.
+      fused: by cuDNN's kernel, which holds no logits, in place of two matrix products; not for a bool `seen`.
 
     Returns:
       [B, T, N H].
     """
     B, T, N, H = q.shape
     K = keys.k.shape[2]
-    if cudnn:
-        full = None if mask is None else jnp.broadcast_to(mask[:, None], (B, 1, T, mask.shape[-1]))
-        out = jax.nn.dot_product_attention(q, *keys, mask=full, scale=1.0, implementation="cudnn")
+    if fused:
+        out = jax.nn.dot_product_attention(q, *keys, scale=1.0, key_value_seq_lengths=seen, implementation="cudnn")
         return out.reshape(B, T, N * H)
+    if seen is not None and seen.ndim == 1:
+        seen = (jnp.arange(keys.k.shape[1]) < seen[:, None])[:, None]
     # Heads that share keys are rows of one product; this order of axes needs no transposition.
     grouped = q.reshape(B, T, K, N // K, H)
     logits = jnp.einsum("BTKGH,BSKH->BKTGS", grouped, keys.k, preferred_element_type=jnp.float32)
-    if mask is not None:
-        logits = jnp.where(mask[:, None, :, None], logits, MASKED)
+    if seen is not None:
+        logits = jnp.where(seen[:, None, :, None], logits, MASKED)
     probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
     return jnp.einsum("BKTGS,BSKH->BTKGH", probs, keys.v).reshape(B, T, N * H)
 
 
-def block(x: jax.Array, w: Block, heads: int, *, cudnn: bool) -> jax.Array:
+def block(x: jax.Array, w: Block, heads: int, *, fused: bool) -> jax.Array:
     """One layer of the vision transformer, x [B, T, D]."""
     B, T, D = x.shape
     qkv = (layer_norm(x) @ w.qkv + w.qkv_bias).reshape(B, T, 3 * heads, D // heads)
     q, k, v = jnp.split(qkv, 3, axis=2)
-    x = x + (attend(q, Keys(k, v), None, cudnn=cudnn) @ w.o + w.o_bias)
+    x = x + (attend(q, Keys(k, v), None, fused=fused) @ w.o + w.o_bias)
     return x + (jax.nn.gelu(layer_norm(x) @ w.up + w.up_bias, approximate=True) @ w.down + w.down_bias)
 
 

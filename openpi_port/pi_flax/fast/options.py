@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from openpi_port.config import Compute
 from openpi_port.pi_flax.fast import flow as flows
 
 GPU = {
@@ -27,7 +28,6 @@ def compiler(device: jax.Device) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if name not in theirs}
 
 
-def flow(device: jax.Device, dtype: str) -> flows.Options:
-    """The choices of `flow.Options` for a device."""
-    fused = device.platform == "gpu" and dtype == "bfloat16"  # cuDNN has no float32 attention
-    return flows.Options(cudnn_vision=fused, cudnn_prefix=fused)
+def flow(compute: Compute) -> flows.Options:
+    """The choices of `flow.Options`; the attention is the plain model's."""
+    return flows.Options(fused=compute.attention == "cudnn")

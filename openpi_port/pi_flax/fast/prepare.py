@@ -48,7 +48,7 @@ class Prepared:
         self._plain = model
         (self._device,) = model.module.gemma.embedding[...].devices()
         self._dtype = self.module.compute.dtype
-        how = options.flow(self._device, self._dtype) if how is None else how
+        how = options.flow(self.module.compute) if how is None else how
         compiler = options.compiler(self._device) if compiler is None else compiler
         with devices.precision(self.module.compute):
             self._weights = flow.weights(self.module)
@@ -118,12 +118,15 @@ def _inputs(batch: Batch, noise: np.ndarray, config: configs.Pi0) -> flow.Inputs
     """The trimmed observation in few pieces, still on the host."""
     batch = batches.trim(batches.select(batch, batches.OBSERVATION), config)
     size, pixels = len(noise), config.vision.image_size
-    images, seen = ([np.asarray(x) for x in batch[name].values()] for name in ("image", "image_mask"))
+    images = [np.asarray(image) for image in batch["image"].values()]
+    seen = [np.repeat(np.asarray(m, bool)[:, None], config.vision.num_tokens, 1) for m in batch["image_mask"].values()]
+    valid = np.concatenate([*seen, batch["tokenized_prompt_mask"]], 1)
+    in_order = (valid[:, :-1] >= valid[:, 1:]).all()
     return flow.Inputs(
         images=np.stack(images, 1) if images else np.zeros((size, 0, pixels, pixels, 3), np.uint8),
-        seen=np.stack(seen, 1).astype(bool) if seen else np.zeros((size, 0), bool),
         prompt=batch["tokenized_prompt"],
-        valid=batch["tokenized_prompt_mask"],
+        order=None if in_order else np.argsort(~valid, axis=1, kind="stable").astype(np.int32),
+        length=valid.sum(1, dtype=np.int32),
         state=np.asarray(batch["state"], np.float32),
         noise=np.asarray(noise, np.float32),
     )
