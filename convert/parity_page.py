@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from convert.parity import Report, conclusion
 from convert.parity_rows import STAGES, Row
+from openpi_port import webpage
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1f }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
-th, td { text-align: right; padding: .1rem .7rem; border-bottom: 1px solid #e4e4ea }
-th:first-child, td:first-child { text-align: left; font-family: ui-monospace, monospace }
 tr.beyond { color: #b3261e } tr.first { font-weight: bold; background: #fde7e5 }
 .verdict { padding: .6rem 1rem; border-radius: .4rem; background: #e3f4e6 } .verdict.bad { background: #fde7e5 }
-img { max-width: 100% } summary { cursor: pointer } figcaption { color: #55555f; max-width: 60rem }
 """
 
 
@@ -42,15 +30,14 @@ def page(report: Report) -> str:
     figures += [("Actions", actions(report), ACTIONS), ("Way from noise to actions", paths(report), PATHS)]
     figures += [("Scores of the tokens", scores(report), SCORES)]
     body = [
-        f"<h1>{_e(title)}</h1>",
-        f"<p>A: {_e(report.a)}<br>B: {_e(report.b)}<br>{report.dtype}, batch {report.batch}, tolerance "
-        f"{report.tolerance:.0e} of each tensor's largest value</p>",
-        f"<p class='verdict{'' if first is None else ' bad'}'>{_e(conclusion(report))}</p>",
-        *(_figure(name, picture, caption) for name, picture, caption in figures if picture),
+        f"<h1>{webpage.escape(title)}</h1>",
+        f"<p>A: {webpage.escape(report.a)}<br>B: {webpage.escape(report.b)}<br>{report.dtype}, batch {report.batch}, "
+        f"tolerance {report.tolerance:.0e} of each tensor's largest value</p>",
+        f"<p class='verdict{'' if first is None else ' bad'}'>{webpage.escape(conclusion(report))}</p>",
+        *(webpage.figure(name, drawn, caption) for name, drawn, caption in figures if drawn is not None),
         *(_stage(stage, [row for row in report.rows if row.stage == stage], first) for stage in STAGES),
     ]
-    head = f"<meta charset='utf-8'><title>{_e(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(body)}</body></html>\n"
+    return webpage.page(title, body, STYLE)
 
 
 ERRORS = (
@@ -69,11 +56,12 @@ SCORES = (
 PATHS = "The first action of the chunk, first sample, after every Euler step. Colours as above."
 
 
-def errors(report: Report) -> str:
+def errors(report: Report) -> Figure:
     """A point per tensor on a logarithmic axis, coloured by stage."""
     rows = report.rows
     floor, tolerance = 1e-9, report.tolerance
-    fig, ax = plt.subplots(figsize=(13, 4.6), layout="constrained")
+    fig = Figure(figsize=(13, 4.6), layout="constrained")
+    ax = fig.subplots()
     ticks: dict[str, int] = {}
     for i, row in enumerate(rows):
         parts = row.name.split("/")
@@ -102,7 +90,7 @@ def errors(report: Report) -> str:
     ax.margins(x=0.01)
     ax.grid(axis="y", lw=0.3)
     ax.legend(ncols=len(STAGES), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
-    return _png(fig)
+    return fig
 
 
 def measure(row: Row, tolerance: float) -> float:
@@ -110,13 +98,14 @@ def measure(row: Row, tolerance: float) -> float:
     return row.relative if row.allowed == 0 else row.error / row.allowed * tolerance
 
 
-def masks(report: Report) -> str:
+def masks(report: Report) -> Figure | None:
     """The attention masks of every sample, A's and B's and what differs."""
     if "masks/attention" not in report.pictures:
-        return ""
+        return None
     a, b = report.pictures["masks/attention"]
     count = min(len(a), 4)
-    fig, axes = plt.subplots(count, 3, figsize=(13, 4.2 * count), layout="constrained", squeeze=False)
+    fig = Figure(figsize=(13, 4.2 * count), layout="constrained")
+    axes = fig.subplots(count, 3, squeeze=False)
     for i in range(count):
         starts = runs(a[i], b[i])
         ends = [*starts[1:], len(a[i])]
@@ -132,7 +121,7 @@ def masks(report: Report) -> str:
             ax.set_yticks(np.arange(len(names)) - 0.5, minor=True)
             ax.grid(which="minor", color="#9a9aa5", lw=0.4)
             ax.tick_params(which="minor", length=0)
-    return _png(fig)
+    return fig
 
 
 def runs(a: np.ndarray, b: np.ndarray) -> list[int]:
@@ -141,24 +130,24 @@ def runs(a: np.ndarray, b: np.ndarray) -> list[int]:
     return [0, *(np.flatnonzero((both[1:] != both[:-1]).any(axis=1)) + 1).tolist()]
 
 
-def actions(report: Report) -> str:
+def actions(report: Report) -> Figure | None:
     """Chunks over time, a panel per action dimension."""
     if "trajectory/actions" not in report.pictures:
-        return ""
+        return None
     a, b = (chunk[0] for chunk in report.pictures["trajectory/actions"])
     return _panels(a, b, "step of the chunk")
 
 
-def paths(report: Report) -> str:
+def paths(report: Report) -> Figure | None:
     """The first action on its way from noise, a panel per action dimension."""
     names = [name for name in report.pictures if name.endswith("/x_t")]
     if not names:
-        return ""
+        return None
     a, b = (np.stack([report.pictures[name][side][0, 0] for name in names]) for side in (0, 1))
     return _panels(a, b, "Euler step (0 is the first)")
 
 
-def scores(report: Report) -> str:
+def scores(report: Report) -> Figure | None:
     """The error of the logits over the places of the text, and over the steps of decoding."""
     worst: dict[str, np.ndarray] = {}  # "output" -> [B, T - 1], "decode/03" -> [B]
     for name, (a, b) in report.pictures.items():
@@ -170,8 +159,9 @@ def scores(report: Report) -> str:
     curves = {"place in the text": worst["output"]} if "output" in worst else {}
     curves |= {"step of decoding": np.stack(steps, axis=1)} if steps else {}
     if not curves:
-        return ""
-    fig, axes = plt.subplots(1, len(curves), figsize=(13, 3.2), layout="constrained", squeeze=False, sharey=True)
+        return None
+    fig = Figure(figsize=(13, 3.2), layout="constrained")
+    axes = fig.subplots(1, len(curves), squeeze=False, sharey=True)
     for ax, (label, curve) in zip(axes[0], curves.items(), strict=True):
         for i, line in enumerate(curve[:4]):
             ax.plot(np.where(line > 0, line, np.nan), ".-", lw=0.8, label=f"sample {i}")
@@ -180,14 +170,15 @@ def scores(report: Report) -> str:
         ax.grid(axis="y", lw=0.3)
     axes[0, 0].set_ylabel("largest |A - B|")
     axes[0, 0].legend(fontsize=8)
-    return _png(fig)
+    return fig
 
 
-def _panels(a: np.ndarray, b: np.ndarray, label: str) -> str:
+def _panels(a: np.ndarray, b: np.ndarray, label: str) -> Figure:
     """[steps, J] of both sides."""
     columns = min(8, a.shape[1])
     rows = -(-a.shape[1] // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(13, 1.9 * rows + 0.4), layout="constrained", squeeze=False)
+    fig = Figure(figsize=(13, 1.9 * rows + 0.4), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False)
     for j, ax in enumerate(axes.flat):
         if j >= a.shape[1]:
             ax.axis("off")
@@ -197,7 +188,7 @@ def _panels(a: np.ndarray, b: np.ndarray, label: str) -> str:
         ax.set_title(f"dim {j}", fontsize=8)
         ax.tick_params(labelsize=7)
     fig.supxlabel(label, fontsize=9)
-    return _png(fig)
+    return fig
 
 
 def _stage(stage: str, rows: list[Row], first: Row | None) -> str:
@@ -205,34 +196,12 @@ def _stage(stage: str, rows: list[Row], first: Row | None) -> str:
         return ""
     beyond = sum(not row.ok for row in rows)
     verdict = f"{beyond} of {len(rows)} beyond tolerance" if beyond else f"{len(rows)} tensors agree"
-    head = "".join(
-        f"<th>{name}</th>"
-        for name in ("tensor", "shape", "max |A|", "max error", "relative", "allowed", "norm A", "norm B")
-    )
-    lines = []
+    head = ("tensor", "shape", "max |A|", "max error", "relative", "allowed", "norm A", "norm B")
+    lines, kinds = [], []
     for row in rows:
-        kind = "first" if row is first else ""
-        kind += "" if row.ok else " beyond"
         numbers = (row.magnitude, row.error, row.relative, row.allowed, *row.norms)
-        cells = "".join(f"<td>{number:.3g}</td>" for number in numbers)
-        shape = "×".join(map(str, row.shape))
-        lines.append(f"<tr class='{kind.strip()}'><td>{_e(row.name)}</td><td>{shape}</td>{cells}</tr>")
+        lines.append((row.name, "×".join(map(str, row.shape)), *(f"{number:.3g}" for number in numbers)))
+        kinds.append(" ".join(["first"] * (row is first) + ["beyond"] * (not row.ok)))
     is_open = " open" if beyond else ""
-    table = f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+    table = webpage.table(head, lines, kinds)
     return f"<details{is_open}><summary><b>{stage}</b>: {verdict}</summary>{table}</details>"
-
-
-def _figure(name: str, picture: str, caption: str) -> str:
-    image = f"<img alt='{_e(name)}' src='data:image/png;base64,{picture}'>"
-    return f"<h2>{_e(name)}</h2><figure style='margin:0'>{image}<figcaption>{_e(caption)}</figcaption></figure>"
-
-
-def _png(fig: plt.Figure) -> str:
-    data = io.BytesIO()
-    fig.savefig(data, format="png", dpi=110)
-    plt.close(fig)
-    return base64.b64encode(data.getvalue()).decode()
-
-
-def _e(text: str) -> str:
-    return html.escape(text, quote=True)

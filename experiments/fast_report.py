@@ -5,20 +5,14 @@ Axis letters: B chunks, A actions, J dimensions, F frequencies.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import html
-import io
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from openpi_port import normalize
+from openpi_port import normalize, webpage
 from openpi_port.tokenizers.fast import FastTokenizer
-
-matplotlib.use("Agg")
 
 GOOD = 0.02  # RMS error of the worst dimension, normalised: 1 % of the range between the quantiles
 
@@ -133,34 +127,20 @@ def page(
     ]  # fmt: skip
     dims = [(str(j), *(f"{r.rms[j]:.3g} / {r.worst[j]:.3g}" for r in results)) for j in range(len(kept.rms))]
     _, horizon, dim = measured.shape
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>FAST: {html.escape(name)}</title>
-<style>body{{font:15px/1.5 sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#222}}
-table{{border-collapse:collapse}}td,th{{border-bottom:1px solid #ccc;padding:.2em .7em;text-align:right}}
-img{{max-width:100%}}</style>
-<h1>FAST tokenizer for {html.escape(name)}</h1>
+    title, e = f"FAST tokenizer for {name}", webpage.escape
+    body = f"""<h1>{e(title)}</h1>
 <p>Chunks of {horizon} actions x {dim} dimensions, normalised by quantiles. Fitted on {len(fitted)} chunks,
-measured on {len(measured)} of the {html.escape(where)}.
+measured on {len(measured)} of the {e(where)}.
 Kept: scale {kept.scale:g}, {len(kept.tokenizer.token_bytes)} tokens.</p>
-<p><b>{html.escape(recommendation(results, limit))}</b></p>
-<h2>Length and fidelity by scale</h2>{_table(head, rows)}
+<p><b>{e(recommendation(results, limit))}</b></p>
+<h2>Length and fidelity by scale</h2>{webpage.table(head, rows)}
 <p>Compression counts numbers per token. Truncated: prompt, state and actions together exceed {limit} tokens.
-Clipped: coefficients beyond what the training episodes had.</p>{_image(_by_scale(results))}
+Clipped: coefficients beyond what the training episodes had.</p>{webpage.picture(_by_scale(results))}
 <h2>Error by dimension</h2><p>RMS / largest, in the robot's units.</p>
-{_table(("dimension", *(f"scale {r.scale:g}" for r in results)), dims)}
-<h2>Tokens per chunk</h2>{_image(_lengths(kept, limit))}
-<h2>One chunk on its way</h2>{_image(_one_chunk(kept, measured))}</html>
-"""
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{html.escape(cell)}" for cell in head)
-    return f"<table><tr>{top}" + "".join("<tr>" + "".join(f"<td>{c}" for c in row) for row in rows) + "</table>"
-
-
-def _image(figure: Figure) -> str:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=90)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
+{webpage.table(("dimension", *(f"scale {r.scale:g}" for r in results)), dims)}
+<h2>Tokens per chunk</h2>{webpage.picture(_lengths(kept, limit))}
+<h2>One chunk on its way</h2>{webpage.picture(_one_chunk(kept, measured))}"""
+    return webpage.page(title, [body])
 
 
 def _by_scale(results: Sequence[Result]) -> Figure:
