@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -133,20 +133,11 @@ class Policy:
         Raises:
           UserError: no checkpoint there, one that doesn't fit, or statistics, tokenizer or robot are not known.
         """
-        from convert import formats, tables
+        from convert import tables
 
         if backend not in NAMES:
             raise UserError(f"backend={backend!r}; {near(str(backend), NAMES)}")
-        source = formats.open_checkpoint(os.fspath(path), **overrides)
-        if not isinstance(source.model, Pi0 | Pi0Fast):
-            raise UserError(f"{path}: a {type(source.model).__name__} is no policy; those are pi0, pi0.5 and pi0-FAST")
-        if source.norm_stats is None:
-            raise UserError(
-                f"{path}: no statistics of state and actions; put norm_stats.json into the directory, or choose one "
-                f"of openpi's assets/ with asset="
-            )
-        settings = _data(source, robot, data, default_prompt)
-        pieces = _tokenizer(source, tokenizer)
+        source, settings, pieces = open_parts(path, default_prompt, robot, data, tokenizer, **overrides)
         _check_device(backend, device)
         weights = tables.translate(source.tensors, source.model, source.side, backend)
         model = Backend(backend).infer.load(source.model, weights, Compute(dtype=dtype), device)
@@ -269,6 +260,36 @@ class Policy:
         if noise.shape != shape or noise.dtype.kind != "f" or not np.isfinite(noise).all():
             raise UserError(f"noise is finite floats of shape {list(shape)}, got {noise.dtype} {list(noise.shape)}")
         return noise.astype(np.float32)
+
+
+class Parts(NamedTuple):
+    """What belongs to a policy, without a framework: the opened checkpoint, the way to its robot, the tokenizer."""
+
+    source: Source
+    data: Data
+    tokenizer: paligemma.PromptTokenizer | FastSequence
+
+
+def open_parts(
+    path: str | os.PathLike[str],
+    default_prompt: str | None = None,
+    robot: str | None = None,
+    data: Mapping[str, Any] | None = None,
+    tokenizer: str | None = None,
+    **overrides: Any,
+) -> Parts:
+    """All that `Policy.from_pretrained` opens but the model; its arguments and errors."""
+    from convert import formats
+
+    source = formats.open_checkpoint(os.fspath(path), **overrides)
+    if not isinstance(source.model, Pi0 | Pi0Fast):
+        raise UserError(f"{path}: a {type(source.model).__name__} is no policy; those are pi0, pi0.5 and pi0-FAST")
+    if source.norm_stats is None:
+        raise UserError(
+            f"{path}: no statistics of state and actions; put norm_stats.json into the directory, or choose one "
+            f"of openpi's assets/ with asset="
+        )
+    return Parts(source, _data(source, robot, data, default_prompt), _tokenizer(source, tokenizer))
 
 
 def _data(source: Source, robot: str | None, given: Mapping[str, Any] | None, prompt: str | None) -> Data:

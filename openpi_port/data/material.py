@@ -62,12 +62,13 @@ class Material:
         }  # fmt: skip
 
 
-def load(config: Train, norm_stats: NormStats | None = None) -> Material:
+def load(config: Train, norm_stats: NormStats | None = None, *, refuse: bool = True) -> Material:
     """Opens the data of a run.
 
     Args:
       config: the run.
       norm_stats: those of the run that is continued; None takes `config.data.norm_stats`, else computes them.
+      refuse: statistics with which training can't work; False opens the data anyway, for looking at them.
 
     Raises:
       UserError: anything wrong with data set, tokenizer or statistics.
@@ -88,7 +89,7 @@ def load(config: Train, norm_stats: NormStats | None = None) -> Material:
         norm_stats, source = normalize.load_norm_stats(data.norm_stats), data.norm_stats
     if norm_stats is None:
         norm_stats, source = stats.compute(train, transforms.before_normalize(data, images=False)), data.repo_id
-    if warning := normalize.before_training(norm_stats, data.norm, source):
+    if refuse and (warning := normalize.before_training(norm_stats, data.norm, source)):
         print(f"warning: {warning}", file=sys.stderr)
     if not isinstance(model, Pi0Fast) and not config.insulate:
         steps = transforms.pipeline(data, model, norm_stats, tokenizer)
