@@ -26,7 +26,8 @@ def open_checkpoint(
     Args:
       path: a directory or file, or a URL (`hf://user/name`, `gs://...`), which is fetched first.
       merge_lora: whether to add LoRA weights to those that they adapt; without it they stay what they are.
-      asset: which of several data sets' statistics in openpi's `assets/`; None takes the only one.
+      asset: which of several data sets' statistics in `assets/`; None takes the only one of openpi's, and those of
+        the deployed robot of ours.
       **overrides: fields of the model that the weights don't determine: `action_horizon`, `max_token_len`,
         `cameras`, `vision={"num_heads": 4}`.
 
@@ -45,14 +46,14 @@ def _open(path: Path, asset: str | None, overrides: Mapping[str, Any]) -> Source
     if orbax is not None:
         arrays = orbax_io.Arrays(orbax)
         if any(name.startswith("gemma/") for name in arrays):
-            return ours.open_(orbax.parent, dict(arrays), "flax", overrides)
+            return ours.open_(orbax.parent, dict(arrays), "flax", asset, overrides)
         return openpi.open_(path, asset=asset, **overrides)
     if path.suffix == ".npz":
         return big_vision.open_(path, **overrides)
     if path.is_file() or any((path / name).exists() for name in (huggingface.WEIGHTS, huggingface.INDEX)):
         tensors, _ = huggingface.load(path)
         if huggingface.kind(tensors) == "torch":
-            return ours.open_(path if path.is_dir() else path.parent, tensors, "torch", overrides)
+            return ours.open_(path if path.is_dir() else path.parent, tensors, "torch", asset, overrides)
         return huggingface.open_(path, asset=asset, **overrides)
     raise UserError(f"{path}: no checkpoint here ({_guess(path)})")
 

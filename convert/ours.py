@@ -9,30 +9,41 @@ from typing import Any
 from convert import infer, settings
 from convert.source import Source
 from openpi_port import orbax_io, safetensors_io
-from openpi_port.checkpoint import NORM_STATS, TRAIN_STATE
-from openpi_port.errors import UserError
+from openpi_port.checkpoint import TRAIN_STATE, norm_stats_file
+from openpi_port.errors import UserError, near
 from openpi_port.normalize import load_norm_stats
 
 
-def open_(path: Path, tensors: Mapping[str, Any], side: str, overrides: Mapping[str, Any]) -> Source:
+def open_(path: Path, tensors: Mapping[str, Any], side: str, asset: str | None, overrides: Mapping[str, Any]) -> Source:
     """Opens a checkpoint of ours.
 
     Args:
       path: the directory.
       tensors: its weights.
       side: "flax" or "torch", whose names they have.
+      asset: a data set of the mixture that it was trained on, whose robot is to be deployed; None for `config.data`.
       overrides: fields of the model, as everywhere.
+
+    Raises:
+      UserError: no description, or no such data set.
     """
     if not (path / settings.POLICY).exists():
         raise UserError(f"{path}: weights of this project, but no {settings.POLICY} beside them that describes it")
     stated = settings.read(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     model = infer.config(shapes, side, stated.model, overrides)
-    stats = load_norm_stats(path / NORM_STATS) if (path / NORM_STATS).exists() else None
+    policy, state = dict(stated.policy), _train_state(path, side)
+    if asset is not None and asset != policy.get("asset_id"):
+        mixture = policy.get("train", {}).get("mixture", {})
+        if asset not in mixture:
+            raise UserError(f"{path / settings.POLICY}: no data set {asset!r} in the mixture; {near(asset, mixture)}")
+        policy |= {"data": mixture[asset], "asset_id": asset}
+        state = {}  # a run goes on with the robot that it began with
+    stats = path / norm_stats_file("" if asset is None else asset)
     return Source(
-        side, path, side, tensors, model, unused=settings.read_unused(path), norm_stats=stats,
-        asset_id=stated.policy.get("asset_id"), settings=stated.policy, files=settings.read_files(path),
-        train_state=_train_state(path, side),
+        side, path, side, tensors, model, unused=settings.read_unused(path),
+        norm_stats=load_norm_stats(stats) if stats.exists() else None, asset_id=policy.get("asset_id"),
+        settings=policy, files=settings.read_files(path), train_state=state,
     )  # fmt: skip
 
 

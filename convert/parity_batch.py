@@ -124,8 +124,8 @@ def dataset(source: Source, size: int) -> dict[str, Any]:
         config, batch_size=size, eval_batches=1, data=dataclasses.replace(config.data, augment="none"),
         tokenizer=str(tokenizer) if tokenizer.exists() else config.tokenizer,
     )  # fmt: skip
-    loaded = material.load(config, source.norm_stats)
-    stream = loaded.batches(0) if loaded.validation is None else loaded.validation_batches()
+    loaded = material.load(config, checkpoint.read_norm_stats(source.path, config))
+    stream = loaded.validation_batches() if loaded.has_validation else loaded.batches(0)
     try:
         batch = batches.select(next(stream), [k for k in batches.training(source.model) if k != "action_is_pad"])
     finally:

@@ -13,6 +13,7 @@ from absl import flags
 
 from experiments.flags import config, run
 from openpi_port import normalize, transforms
+from openpi_port.checkpoint import norm_stats_file
 from openpi_port.data.datasets import open_datasets
 from openpi_port.data.stats import compute
 
@@ -22,19 +23,23 @@ OUT = flags.DEFINE_string("out", "norm_stats.json", "where to: a file, or a dire
 def main() -> int:
     """Computes, prints and saves; then the same check as before training, which may refuse the data."""
     train = config()
-    data = train.data
-    dataset, _ = open_datasets(data, horizon=train.model.action_horizon)
-    stats = compute(dataset, transforms.before_normalize(data, images=False))
-    print(f"{data.repo_id}: {len(dataset.episodes)} training episodes, {len(dataset)} frames")
-    for key, group in stats.items():
-        print(f"{key:8} {'mean':>10} {'std':>10} {'q01':>10} {'q99':>10} {'min':>10} {'max':>10}")
-        for dim, row in enumerate(zip(group.mean, group.std, group.q01, group.q99, group.min, group.max, strict=True)):
-            print(f"{dim:8} " + " ".join(f"{value:10.4g}" for value in row))
-    path = Path(OUT.value)
-    normalize.save_norm_stats(path, stats)
-    print(f"saved {path}; use it with --config.data.norm_stats={path}")
-    if warning := normalize.before_training(stats, data.norm, data.repo_id):
-        print(f"warning: {warning}")
+    for name, data in train.datasets.items():
+        dataset, _ = open_datasets(data, horizon=train.model.action_horizon)
+        stats = compute(dataset, transforms.before_normalize(data, images=False))
+        print(f"{data.repo_id}: {len(dataset.episodes)} training episodes, {len(dataset)} frames")
+        for key, group in stats.items():
+            print(f"{key:8} {'mean':>10} {'std':>10} {'q01':>10} {'q99':>10} {'min':>10} {'max':>10}")
+            for dim, row in enumerate(
+                zip(group.mean, group.std, group.q01, group.q99, group.min, group.max, strict=True)
+            ):
+                print(f"{dim:8} " + " ".join(f"{value:10.4g}" for value in row))
+        path = Path(OUT.value)
+        if name:  # as in a checkpoint
+            path = (path.parent if path.suffix else path) / norm_stats_file(name)
+        normalize.save_norm_stats(path, stats)
+        print(f"saved {path}; use it with --config.{f'mixture.{name}' if name else 'data'}.norm_stats={path}")
+        if warning := normalize.before_training(stats, data.norm, data.repo_id):
+            print(f"warning: {warning}")
     return 0
 
 

@@ -51,7 +51,7 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
     """
     backend = Backend(config.backend)
     data = material.load(config, start.norm_stats)
-    print(f"{len(data.train.episodes)} training episodes, {len(data.train)} frames of {config.data.repo_id}")
+    print(data.describe())
     trainer = backend.train.Trainer(config, start.weights)
     if start.train_state is not None:
         trainer.restore(start.step, start.train_state)
@@ -71,7 +71,7 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
             if step == start.step + 1:
                 window.first(step)
                 bar.write(f"first step done {time.perf_counter() - START:.1f} s after the start")
-            evaluating = data.validation is not None and (step % config.eval_every == 0 or last)
+            evaluating = data.has_validation and (step % config.eval_every == 0 or last)
             if step % config.log_every == 0 or evaluating or last or stop.asked:
                 numbers = window.numbers(step)
                 metrics.write(step, **numbers)
@@ -118,7 +118,7 @@ def save(saver: checkpoint.Saver, config: Train, data: material.Material, traine
         if data.sequence is not None:
             data.sequence.fast.save(directory / checkpoint.FAST_TOKENIZER)
         checkpoint.write(
-            directory, policy, data.norm_stats, data.tokenizer.content,
+            directory, policy, {name: m.norm_stats for name, m in data.members.items()}, data.tokenizer.content,
             lambda path: backend.weights.write_params(path / backend.weights.PARAMS, weights),
             lambda path: backend.weights.write_params(path / backend.weights.PARAMS, train_state),
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 RUN/STEP/policy.json         what the policy is: model, data and transform settings, tokenizer, framework, step
          norm_stats.json     statistics of state and actions, in openpi's format
+         assets/NAME/norm_stats.json   of the other data sets of a mixture
          tokenizer.model     the SentencePiece model of the prompt
          fast_tokenizer/     of actions (pi0-FAST, knowledge insulation), as a Hugging Face processor
          params/             weights (orbax) in Flax
@@ -23,7 +24,7 @@ from typing import Any
 
 from openpi_port.config import Train, build, to_dict
 from openpi_port.errors import UserError
-from openpi_port.normalize import NormStats, save_norm_stats
+from openpi_port.normalize import NormStats, load_norm_stats, save_norm_stats
 
 FORMAT = 1
 POLICY, NORM_STATS, TOKENIZER, TRAIN_STATE = "policy.json", "norm_stats.json", "tokenizer.model", "train_state"
@@ -90,18 +91,37 @@ def steps(run: Path) -> list[int]:
 def write(
     directory: Path,
     policy: Policy,
-    stats: NormStats,
+    stats: Mapping[str, NormStats],
     tokenizer: bytes,
     write_weights: Callable[[Path], None],
     write_train_state: Callable[[Path], None],
 ) -> None:
-    """Writes a checkpoint into a directory that exists and is empty; `policy.json` comes last."""
-    save_norm_stats(directory / NORM_STATS, stats)
+    """Writes a checkpoint into a directory that exists and is empty; `policy.json` comes last.
+
+    Args:
+      directory: where.
+      policy: what it is.
+      stats: of every data set, "" for the deployed robot's.
+      tokenizer: its file's content.
+      write_weights, write_train_state: are given the directory to write into.
+    """
+    for name, group in stats.items():
+        save_norm_stats(directory / norm_stats_file(name), group)
     (directory / TOKENIZER).write_bytes(tokenizer)
     write_weights(directory)
     (directory / TRAIN_STATE).mkdir()
     write_train_state(directory / TRAIN_STATE)
     (directory / POLICY).write_text(json.dumps(policy.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def norm_stats_file(name: str) -> Path:
+    """Where in a checkpoint the statistics of a data set of the run lie: "" for the deployed robot's, else its name."""
+    return Path("assets", name, NORM_STATS) if name else Path(NORM_STATS)
+
+
+def read_norm_stats(path: Path, train: Train) -> dict[str, NormStats]:
+    """Statistics of all data sets of the run that wrote a checkpoint, by name."""
+    return {name: load_norm_stats(path / norm_stats_file(name)) for name in train.datasets}
 
 
 class Saver:
@@ -190,7 +210,9 @@ def describe_difference(saved: Train, wanted: Train) -> str | None:
     """The first field in which a run cannot be continued because it would be another run; None if there is none."""
     free = {"num_steps", "out", "log_every", "save_every", "keep_every", "eval_every", "eval_batches", "init"}
     free |= {"backend", "compute.remat"}
-    free |= {"data.repo_id", "data.root", "data.cache_gb", "data.num_workers", "data.norm_stats"}
+    of_data = ("repo_id", "root", "cache_gb", "num_workers", "norm_stats")
+    places = ("data", *(f"mixture.{name}" for name in wanted.mixture))
+    free |= {f"{place}.{field}" for place in places for field in of_data}
     a, b = _flat(to_dict(saved)), _flat(to_dict(wanted))
     for key in {**a, **b}:
         if key not in free and a.get(key) != b.get(key):

@@ -6,6 +6,7 @@ Sizes are named: `base` is the published pi0, `mini` trains on a laptop, `debug`
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -226,6 +227,7 @@ class Data:
       cache_gb: room on disk for decoded, resized frames; 0 decodes every time.
       num_workers: processes that load; 0 loads in threads of the main process.
       norm_stats: an openpi norm_stats.json to use; None computes them from the training episodes.
+      weight: in a mixture, the share of the samples relative to the other data sets'.
     """
 
     repo_id: str
@@ -247,9 +249,12 @@ class Data:
     cache_gb: float = 8.0
     num_workers: int = 0
     norm_stats: str | None = None
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cameras", {k: v for k, v in self.cameras.items() if v})
+        if not 0 < self.weight < float("inf"):
+            raise UserError(f"config.data.weight={self.weight} must be above 0; leave out a data set that has none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,6 +279,9 @@ class Train:
 
     Attributes:
       name: names the run's directory.
+      data: the data set of the robot that the policy is for.
+      mixture: further data sets that are learned along with it, by name; each with its own robot, cameras, transforms
+        and statistics. `cache_gb` and `num_workers` of `data` count for all.
       backend: "flax" or "torch".
       tokenizer: "paligemma", "small" (ships with the project) or a path to a SentencePiece model.
       fast_tokenizer: of pi0-FAST's actions: a processor's directory, a name on the Hugging Face hub, or one that ships
@@ -294,6 +302,7 @@ class Train:
     name: str
     model: Pi0 | Pi0Fast
     data: Data
+    mixture: Mapping[str, Data] = dataclasses.field(default_factory=dict)
     optimizer: Optimizer = Optimizer()
     compute: Compute = Compute()
     mesh: Mesh = Mesh()
@@ -325,6 +334,19 @@ class Train:
                 "config.insulate=True is for pi0.5 (model.state_in='prompt'): its language model must see the state to "
                 "write the actions"
             )
+        for name, data in self.mixture.items():
+            if not re.fullmatch(r"[\w-][\w.-]*", name):
+                raise UserError(f"config.mixture.{name}: names a directory of statistics; use letters, digits and _.-")
+            for field in dataclasses.fields(Data):
+                if field.name in ("cache_gb", "num_workers") and getattr(data, field.name) != field.default:
+                    raise UserError(
+                        f"config.mixture.{name}.{field.name}: set config.data.{field.name}, for all data sets"
+                    )
+
+    @property
+    def datasets(self) -> Mapping[str, Data]:
+        """All data sets by name; that of the deployed robot comes first and is called ""."""
+        return {"": self.data, **self.mixture}
 
 
 # What openpi freezes when it trains LoRA: all of the language stack but the adapters. The vision tower and the

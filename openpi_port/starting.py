@@ -15,7 +15,7 @@ from openpi_port import checkpoint, init
 from openpi_port.backends import Backend
 from openpi_port.config import Train, to_dict
 from openpi_port.errors import UserError
-from openpi_port.normalize import NormStats, load_norm_stats
+from openpi_port.normalize import NormStats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Point:
     step: int
     weights: Mapping[str, np.ndarray]
     train_state: Mapping[str, np.ndarray] | None = None
-    norm_stats: NormStats | None = None
+    norm_stats: Mapping[str, NormStats] | None = None  # by data set
 
 
 def point(run: Path, config: Train, *, resume: bool) -> Point:
@@ -98,5 +98,5 @@ def _continued(path: Path, config: Train) -> Point:
         policy.step,
         tables.translate(weights, config.model, policy.framework, config.backend),
         state,
-        load_norm_stats(path / checkpoint.NORM_STATS),
+        checkpoint.read_norm_stats(path, policy.train),
     )

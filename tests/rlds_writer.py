@@ -16,6 +16,9 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from openpi_port.data.tfrecord import _masked_crc
 
+DROID_ACTIONS = "action_dict/joint_velocity,action_dict/gripper_position"
+LENGTHS = ((3, 5), (4,))  # of the episodes of DROID's two files here
+
 Episode = Mapping[str, Sequence[Any]]  # feature of a step -> its values, pictures as arrays
 
 
@@ -74,3 +77,50 @@ def write(root: Path, steps: Any, shards: Sequence[Sequence[Episode]], split: st
         name = f"toy-{split}.tfrecord-{i:05d}-of-{len(shards):05d}"
         (root / name).write_bytes(b"".join(frame(example(e)) for e in episodes))
     return root
+
+
+def droid_steps() -> dict[str, Any]:
+    """The features that matter of DROID's, under its own names."""
+    features, f64 = tfds.features, np.float64
+    return {
+        "is_first": features.Scalar(np.bool_),
+        "language_instruction": features.Text(),
+        "language_instruction_2": features.Text(),
+        "observation": {
+            "exterior_image_1_left": features.Image(shape=(18, 32, 3)),
+            "wrist_image_left": features.Image(shape=(18, 32, 3)),
+            "joint_position": features.Tensor(shape=(7,), dtype=f64),
+            "gripper_position": features.Tensor(shape=(1,), dtype=f64),
+        },
+        "action_dict": {
+            "joint_velocity": features.Tensor(shape=(7,), dtype=f64),
+            "gripper_position": features.Tensor(shape=(1,), dtype=f64),
+        },
+        "embedding": features.Tensor(shape=(512,), dtype=np.float32),
+    }
+
+
+def droid_episode(number: int, length: int) -> dict[str, Any]:
+    """Random numbers and pictures; the second has no instruction of its own."""
+    rng = np.random.default_rng(number)
+    pictures = rng.integers(0, 256, (2, length, 18, 32, 3), np.uint8)
+    return {
+        "is_first": np.arange(length) == 0,
+        "language_instruction": ["" if number == 1 else f"task {number}"] * length,
+        "language_instruction_2": ["in other words"] * length,
+        "observation/exterior_image_1_left": pictures[0],
+        "observation/wrist_image_left": pictures[1],
+        "observation/joint_position": rng.normal(size=(length, 7)),
+        "observation/gripper_position": rng.uniform(size=(length, 1)),
+        "action_dict/joint_velocity": rng.normal(size=(length, 7)),
+        "action_dict/gripper_position": rng.uniform(size=(length, 1)),
+        "embedding": rng.normal(size=(length, 512)),
+    }
+
+
+EPISODES = [[droid_episode(3 * i + j, length) for j, length in enumerate(part)] for i, part in enumerate(LENGTHS)]
+
+
+def write_droid(root: Path, shards: Sequence[Sequence[Episode]] = EPISODES) -> Path:
+    """Three short episodes in two files, under `root`."""
+    return write(root / "toy" / "1.0.0", droid_steps(), shards)

@@ -52,7 +52,7 @@ def make_checkpoint(path: Path, model: Pi0 | Pi0Fast = MODEL, **data: Any) -> Pa
     def write_weights(directory: Path) -> None:
         Backend("torch").weights.write_params(directory / "model.safetensors", dict(weights))
 
-    checkpoint.write(path, policy, stats, tokenizer.content, write_weights, lambda directory: None)
+    checkpoint.write(path, policy, {"": stats}, tokenizer.content, write_weights, lambda directory: None)
     (path / "train_state").rmdir()
     return path
 

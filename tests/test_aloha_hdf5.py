@@ -16,7 +16,8 @@ from openpi_port import transforms
 from openpi_port.config import Data
 from openpi_port.data.aloha_hdf5 import AlohaHdf5Dataset
 from openpi_port.data.datasets import find, open_datasets
-from openpi_port.data.loader import train_batches
+from openpi_port.data.frame_cache import FrameCache
+from openpi_port.data.loader import Part, train_batches
 from openpi_port.errors import UserError
 from openpi_port.robots import aloha
 
@@ -119,11 +120,14 @@ def settings(root: Path, **changes) -> Data:
 def test_through_cache_transforms_and_loader(root):
     batches = {}
     for cache_gb in (0.0, 1.0, 1.0):
-        train, validation = open_datasets(settings(root, cache_gb=cache_gb), horizon=3, image_size=16)
+        cache = FrameCache(16, cache_gb) if cache_gb else None
+        train, validation = open_datasets(settings(root), horizon=3, image_size=16, cache=cache)
         assert len(train.episodes) == 2 and len(validation.episodes) == 1
         steps = (*transforms.before_normalize(settings(root)), transforms.FillCameras(tuple(aloha.HDF5_CAMERAS)))
         steps = (*steps, DropPrompt())
-        stream = train_batches(train, steps, batch_size=4, seed=0, action_dim=14, action_horizon=3, augment="none")
+        stream = train_batches(
+            [Part(train, steps, augment="none")], batch_size=4, seed=0, action_dim=14, action_horizon=3
+        )
         batches.setdefault(cache_gb, []).append(next(stream))
         stream.close()
     for batch in batches[1.0]:

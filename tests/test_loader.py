@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from openpi_port.augment import augment
-from openpi_port.data.loader import eval_batches, train_batches
+from openpi_port.data.loader import Part, eval_batches, train_batches
 from openpi_port.errors import UserError
 from openpi_port.rng import draw_noise, draw_time, generator
 
@@ -61,8 +61,9 @@ def image(row: int) -> np.ndarray:
 
 
 def batches(count: int, dataset: Any = None, **changes: Any) -> list[dict[str, Any]]:
+    part = {key: changes.pop(key) for key in ("augment", "state_noise") if key in changes}
     arguments = {"batch_size": 4, "seed": 3, "action_dim": DIM, "action_horizon": ACTIONS} | changes
-    loader = train_batches(dataset or Rows(), (Twice(),), **arguments)
+    loader = train_batches([Part(dataset or Rows(), (Twice(),), **part)], **arguments)
     try:
         return [next(loader) for _ in range(count)]
     finally:
@@ -154,7 +155,7 @@ def test_batch_must_divide_among_processes():
 def test_validation_is_always_the_same():
     def read(**changes: Any) -> list[dict[str, Any]]:
         arguments = {"batch_size": 4, "seed": 0, "action_dim": DIM, "action_horizon": ACTIONS, "num_batches": 5}
-        return list(eval_batches(Rows(), (), **(arguments | changes)))
+        return list(eval_batches([Part(Rows(), ())], **(arguments | changes)))
 
     one, other = read(), read()
     assert len(one) == 2, "eleven rows have two batches of four"
@@ -181,7 +182,7 @@ def test_bad_data_is_the_same_line_from_a_worker(num_workers):
 
 def test_a_killed_worker_is_reported():
     loader = train_batches(
-        Rows(slow=0.005), (), batch_size=4, seed=0, action_dim=DIM, action_horizon=ACTIONS, num_workers=1
+        [Part(Rows(slow=0.005), ())], batch_size=4, seed=0, action_dim=DIM, action_horizon=ACTIONS, num_workers=1
     )
     os.kill(int(next(loader)["pid"][0]), signal.SIGKILL)
     start = time.monotonic()
@@ -195,11 +196,12 @@ def test_a_killed_worker_is_reported():
 SCRIPT = """
     import os, signal, sys, time
     sys.path.insert(0, {tests!r})
-    from openpi_port.data.loader import train_batches
+    from openpi_port.data.loader import Part, train_batches
     from test_loader import Rows
 
     def main():
-        loader = train_batches(Rows(slow=0.01), (), batch_size=2, seed=0, action_dim=1, action_horizon=1, num_workers=1)
+        parts = [Part(Rows(slow=0.01), ())]
+        loader = train_batches(parts, batch_size=2, seed=0, action_dim=1, action_horizon=1, num_workers=1)
         pids = {{int(next(loader)["pid"][0]) for _ in range(4)}}
         print(*pids, flush=True)
         {end}

@@ -14,6 +14,7 @@ import pytest
 import rlds_writer
 import tensorflow_datasets as tfds
 from PIL import Image
+from rlds_writer import DROID_ACTIONS, EPISODES, LENGTHS, droid_episode, write_droid
 
 from configs import pi0_lerobot
 from experiments import train
@@ -21,64 +22,18 @@ from openpi_port import starting
 from openpi_port.config import Data, Train, build
 from openpi_port.data import material, rlds_index
 from openpi_port.data.datasets import find, open_datasets
+from openpi_port.data.frame_cache import FrameCache
 from openpi_port.data.rlds import RldsDataset
 from openpi_port.errors import UserError
 from openpi_port.images import resize_with_pad
 from openpi_port.robots import droid
 
 BRIDGE = {"base_0_rgb": "observation/image_0", "left_wrist_0_rgb": "observation/image_1"}
-LENGTHS = ((3, 5), (4,))  # of the episodes of two files
-DROID_ACTIONS = "action_dict/joint_velocity,action_dict/gripper_position"
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def droid_steps() -> dict:
-    """The features that matter of DROID's, under its own names."""
-    features, f64 = tfds.features, np.float64
-    return {
-        "is_first": features.Scalar(np.bool_),
-        "language_instruction": features.Text(),
-        "language_instruction_2": features.Text(),
-        "observation": {
-            "exterior_image_1_left": features.Image(shape=(18, 32, 3)),
-            "wrist_image_left": features.Image(shape=(18, 32, 3)),
-            "joint_position": features.Tensor(shape=(7,), dtype=f64),
-            "gripper_position": features.Tensor(shape=(1,), dtype=f64),
-        },
-        "action_dict": {
-            "joint_velocity": features.Tensor(shape=(7,), dtype=f64),
-            "gripper_position": features.Tensor(shape=(1,), dtype=f64),
-        },
-        "embedding": features.Tensor(shape=(512,), dtype=np.float32),
-    }
-
-
-def droid_episode(number: int, length: int) -> dict:
-    rng = np.random.default_rng(number)
-    pictures = rng.integers(0, 256, (2, length, 18, 32, 3), np.uint8)
-    return {
-        "is_first": np.arange(length) == 0,
-        "language_instruction": ["" if number == 1 else f"task {number}"] * length,
-        "language_instruction_2": ["in other words"] * length,
-        "observation/exterior_image_1_left": pictures[0],
-        "observation/wrist_image_left": pictures[1],
-        "observation/joint_position": rng.normal(size=(length, 7)),
-        "observation/gripper_position": rng.uniform(size=(length, 1)),
-        "action_dict/joint_velocity": rng.normal(size=(length, 7)),
-        "action_dict/gripper_position": rng.uniform(size=(length, 1)),
-        "embedding": rng.normal(size=(length, 512)),
-    }
-
-
-EPISODES = [[droid_episode(3 * i + j, length) for j, length in enumerate(part)] for i, part in enumerate(LENGTHS)]
-
-
-def write_droid(root: Path, shards=EPISODES) -> Path:
-    return rlds_writer.write(root / "toy" / "1.0.0", droid_steps(), shards)
 
 
 def open_droid(root: Path, **changes) -> RldsDataset:
@@ -145,8 +100,8 @@ def test_frame_cache_changes_nothing(tmp_path):
         repo_id=str(write_droid(tmp_path)), robot="droid", cameras=droid.CAMERAS, state=droid.STATE,
         actions=DROID_ACTIONS, prompt="x", validation=0.3,
     )  # fmt: skip
-    cached, validation = open_datasets(settings, horizon=2, image_size=16)
-    plain, _ = open_datasets(dataclasses.replace(settings, cache_gb=0), horizon=2, image_size=16)
+    cached, validation = open_datasets(settings, horizon=2, image_size=16, cache=FrameCache(16, 1.0))
+    plain, _ = open_datasets(settings, horizon=2, image_size=16)
     assert len(cached.episodes) == 2 and len(validation.episodes) == 1
     for _ in range(2):
         for row in range(len(plain)):

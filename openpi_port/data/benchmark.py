@@ -19,7 +19,7 @@ from typing import Any
 from openpi_port.config import Data
 from openpi_port.data.datasets import find
 from openpi_port.data.frame_cache import FrameCache
-from openpi_port.data.loader import train_batches
+from openpi_port.data.loader import Part, train_batches
 from openpi_port.errors import UserError
 from openpi_port.transforms import FillCameras, PadDims, Repack, Resize
 
@@ -86,7 +86,7 @@ def _rate(data: Data, cache: FrameCache | None, samples: int, batch_size: int = 
         _NoPrompt(),
     )
     batches = train_batches(
-        dataset, steps, batch_size=batch_size, seed=0, action_dim=ACTION_DIM, action_horizon=HORIZON
+        [Part(dataset, steps)], batch_size=batch_size, seed=0, action_dim=ACTION_DIM, action_horizon=HORIZON
     )
     count = samples // batch_size
     start = time.perf_counter()

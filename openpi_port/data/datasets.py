@@ -38,7 +38,7 @@ def open_datasets(
       horizon: actions per chunk.
       image_size: of the model, pixels; None opens the data set without its images, for norm statistics.
       seed: of the split; not the run's, so that runs with different seeds validate on the same episodes.
-      cache: of decoded frames; None makes one as `data` says.
+      cache: of decoded frames.
 
     Returns:
       (training, validation); validation is None where `data.validation` is 0 or there is only one episode.
@@ -53,8 +53,6 @@ def open_datasets(
         )
     numbers = [number for number in metadata.numbers if not data.episodes or number in data.episodes]
     training, validation = split_episodes(len(numbers), data.validation, seed)
-    if cache is None and image_size is not None and data.cache_gb:
-        cache = FrameCache(image_size, data.cache_gb)
 
     def choose(part: tuple[int, ...]) -> Frames:
         return open_(

@@ -1,9 +1,10 @@
-"""Batches for training and validation: a data set's samples, transformed, augmented, stacked, in a fixed random order.
+"""Batches for training and validation: data sets' samples, transformed, augmented, stacked, in a fixed random order.
 
 Batch k of a run is a pure function of (seed, k). Sample i of the run (k * batch_size + its place in the batch) is row
-`shuffle(i)` of the data set; its noise, time and augmentation are keyed by i. So nothing has to be saved for a resume
-but the step, and the number of workers or processes changes nothing. grain does the shuffling (an index permutation
-that needs no memory), the worker processes and the order of their results.
+`shuffle(i)` of the data set, or of several that are mixed, sample j of one of them (mixture.py says which) is its row
+`shuffle(j)`; noise, time and augmentation are keyed by i. So nothing has to be saved for a resume but the step, and the
+number of workers or processes changes nothing. grain does the shuffling (an index permutation that needs no memory),
+the worker processes and the order of their results.
 
 B batch, A actions, J action dim, H W pixels.
 """
@@ -29,6 +30,7 @@ from absl import flags
 
 from openpi_port import transforms
 from openpi_port.augment import Kind, augment
+from openpi_port.data.mixture import Shares
 from openpi_port.errors import UserError
 from openpi_port.rng import draw_noise, draw_time, generator
 
@@ -42,6 +44,26 @@ class RandomAccess(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A data set of a run, and how its samples are made.
+
+    Attributes:
+      dataset: raw samples; must pickle if there are workers.
+      steps: raw sample to the model's, without randomness.
+      weight: its share of the samples, relative to the other parts'.
+      augment: see `openpi_port.augment`.
+      state_noise: f32 [J], standard deviation of noise added to the normalised state, also where that is written into
+        the prompt; None for none.
+    """
+
+    dataset: RandomAccess
+    steps: Sequence[transforms.Transform]
+    weight: float = 1.0
+    augment: Kind = "default"
+    state_noise: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +96,29 @@ class _MakeSample:
             "noise": draw_noise(self.seed, index, self.noise_shape),
             "time": draw_time(self.seed, index, self.noise_shape[:-2]),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeAny:
+    """The same for several data sets: (which, row) instead of the row."""
+
+    makers: tuple[_MakeSample, ...]
+
+    def __call__(self, index: int, place: tuple[int, int]) -> dict[str, Any]:
+        number, row = place
+        return self.makers[number](index, row)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mix:
+    """Index in the run to (which data set, row)."""
+
+    shares: Shares
+    rows: tuple[grain.MapDataset[int], ...]
+
+    def __call__(self, index: int) -> tuple[int, int]:
+        number, index = self.shares.place(int(index))
+        return number, self.rows[number][index]
 
 
 class Batches:
@@ -114,33 +159,26 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 
 
 def train_batches(
-    dataset: RandomAccess,
-    steps: Sequence[transforms.Transform],
+    parts: Sequence[Part],
     *,
     batch_size: int,
     seed: int,
     action_dim: int,
     action_horizon: int,
     draws: int = 1,
-    augment: Kind = "default",
-    state_noise: np.ndarray | None = None,
     start_step: int = 0,
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Endless batches, each epoch in its own order.
+    """Endless batches, each epoch of a data set in its own order.
 
     Args:
-      dataset: raw samples; must pickle if there are workers.
-      steps: raw sample to the model's, without randomness.
+      parts: one data set, or several to mix; samples of all have leaves of the same shapes.
       batch_size: B, of all processes together.
       seed: of order, noise, time and augmentation.
       action_dim, action_horizon: J and A of the noise.
       draws: R; above 1, every sample brings R draws of noise and time.
-      augment: see `openpi_port.augment`.
-      state_noise: f32 [J], standard deviation of noise added to the normalised state, also where that is written into
-        the prompt; None for none.
       start_step: the first batch's number; where a resumed run goes on.
       num_workers: processes of this process that load; 0 loads in threads. A program that uses workers must
         guard its start with `if __name__ == "__main__"`, because workers import its main module.
@@ -155,17 +193,22 @@ def train_batches(
       UserError: B does not divide among the processes; while iterating, anything wrong with the data, or a worker
         that died.
     """
-    # As good as endless. grain's own endless length overflows once it is divided by the size of a batch of one.
-    epochs = max(1, ENDLESS // max(1, len(dataset)))
-    rows = grain.MapDataset.range(len(dataset)).shuffle(seed=seed % 2**32).repeat(epochs)
+    rows = []
+    for number, part in enumerate(parts):
+        # As good as endless. grain's own endless length overflows once it is divided by the size of a batch of one.
+        epochs = max(1, ENDLESS // max(1, len(part.dataset)))
+        # The first is shuffled as it would be alone; the others not alike, should they be equally long.
+        own = seed if number == 0 else generator(seed, number, "mixture").integers(2**32)
+        rows.append(grain.MapDataset.range(len(part.dataset)).shuffle(seed=int(own) % 2**32).repeat(epochs))
     shape = _noise_shape(draws, action_horizon, action_dim)
-    make = _MakeSample(dataset, tuple(steps), seed, augment, shape, state_noise)
-    return _batches(rows, make, batch_size, start_step, num_workers, process_index, process_count)
+    mix = _Mix(Shares([part.weight for part in parts]), tuple(rows))
+    makers = [_MakeSample(p.dataset, tuple(p.steps), seed, p.augment, shape, p.state_noise) for p in parts]
+    places = grain.MapDataset.range(ENDLESS).map(mix)
+    return _batches(places, makers, batch_size, start_step, num_workers, process_index, process_count)
 
 
 def eval_batches(
-    dataset: RandomAccess,
-    steps: Sequence[transforms.Transform],
+    parts: Sequence[Part],
     *,
     batch_size: int,
     seed: int,
@@ -178,21 +221,26 @@ def eval_batches(
 ) -> Batches:
     """A fixed set of batches for validation: the same samples, noise and times whenever it is called.
 
-    Samples are spread evenly over the data set, without augmentation; a data set of fewer than one batch is
-    repeated to fill it. Loads in threads.
+    Samples are spread evenly over each data set, without augmentation and noise on the state; data sets of fewer than
+    one batch are repeated to fill it. Loads in threads.
 
     Args:
-      num_batches: at most; less where the data set has not that many.
-      dataset, steps, batch_size, seed, action_dim, action_horizon, draws, process_index, process_count: see
-        `train_batches`.
+      num_batches: at most; less where the data sets have not that many.
+      parts, batch_size, seed, action_dim, action_horizon, draws, process_index, process_count: see `train_batches`.
 
     Returns:
-      min(num_batches, len(dataset) // batch_size) batches, at least one.
+      min(num_batches, samples // batch_size) batches, at least one.
     """
-    count = max(1, min(num_batches, len(dataset) // batch_size)) * batch_size
-    rows = grain.MapDataset.source([i * len(dataset) // count for i in range(count)])
-    make = _MakeSample(dataset, tuple(steps), seed, "none", _noise_shape(draws, action_horizon, action_dim))
-    return _batches(rows, make, batch_size, 0, 0, process_index, process_count)
+    count = max(1, min(num_batches, sum(len(part.dataset) for part in parts) // batch_size)) * batch_size
+    shares = Shares([part.weight for part in parts])
+    rows = [
+        grain.MapDataset.source([i * len(part.dataset) // n for i in range(n)])
+        for part, n in zip(parts, shares.counts(count), strict=True)
+    ]
+    shape = _noise_shape(draws, action_horizon, action_dim)
+    makers = [_MakeSample(part.dataset, tuple(part.steps), seed, "none", shape) for part in parts]
+    places = grain.MapDataset.range(count).map(_Mix(shares, tuple(rows)))
+    return _batches(places, makers, batch_size, 0, 0, process_index, process_count)
 
 
 def _noise_shape(draws: int, horizon: int, dim: int) -> tuple[int, ...]:
@@ -200,8 +248,8 @@ def _noise_shape(draws: int, horizon: int, dim: int) -> tuple[int, ...]:
 
 
 def _batches(
-    rows: grain.MapDataset[int],
-    make: _MakeSample,
+    places: grain.MapDataset[tuple[int, int]],
+    makers: Sequence[_MakeSample],
     batch_size: int,
     start_step: int,
     num_workers: int,
@@ -213,7 +261,7 @@ def _batches(
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its own flags and refuses to if nobody called absl.app.run
     cv2.setNumThreads(1)  # images are small and samples many: parallel by sample
-    samples = rows.map_with_index(make)
+    samples = places.map_with_index(_MakeAny(tuple(makers)))
     # Local batch j = k * process_count + p is the p-th part of global batch k.
     local = samples.batch(batch_size // process_count, batch_fn=_stack)
     mine = local[process_index::process_count][start_step:]

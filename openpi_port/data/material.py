@@ -1,16 +1,18 @@
-"""What a run trains on: data sets split by episode, statistics, tokenizer, and the steps between them."""
+"""What a run trains on: data sets split by episode, their statistics, tokenizer, and the steps between them."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 
 import numpy as np
 
 from openpi_port import normalize, transforms
-from openpi_port.config import Pi0Fast, Train
+from openpi_port.config import Data, Pi0Fast, Train
 from openpi_port.data import loader, stats
 from openpi_port.data.datasets import open_datasets
+from openpi_port.data.frame_cache import FrameCache
 from openpi_port.data.frames import Frames
 from openpi_port.errors import UserError
 from openpi_port.normalize import NormStats
@@ -20,39 +22,76 @@ from openpi_port.tokenizers.paligemma import PromptTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
+class Member:
+    """One data set of a run.
+
+    Attributes:
+      data: its settings.
+      train, validation: frames of the training and of the validation episodes; no validation if its share is 0.
+      steps: raw sample to the model's, and back.
+      norm_stats: of the training episodes, or those that were given.
+    """
+
+    data: Data
+    train: Frames
+    validation: Frames | None
+    steps: tuple[transforms.Transform, ...]
+    norm_stats: NormStats
+
+    def describe(self) -> str:
+        """One line."""
+        return f"{len(self.train.episodes)} training episodes, {len(self.train)} frames of {self.data.repo_id}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Material:
     """Everything between the files and the batches.
 
     Attributes:
-      train, validation: frames of the training and of the validation episodes; no validation if its share is 0.
-      steps: raw sample to the model's, and back.
-      norm_stats: of the training episodes, or those that were given.
+      members: by name; `config.data` comes first and is called "", then `config.mixture`.
       tokenizer: of the prompt.
       sequence: of prompt and actions, for pi0-FAST and for knowledge insulation.
     """
 
     config: Train
-    train: Frames
-    validation: Frames | None
-    steps: tuple[transforms.Transform, ...]
-    norm_stats: NormStats
+    members: Mapping[str, Member]
     tokenizer: PromptTokenizer
     sequence: FastSequence | None = None
 
+    @property
+    def deployed(self) -> Member:
+        """The data set of the robot that the policy is for."""
+        return self.members[""]
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether any data set keeps episodes for validation."""
+        return any(member.validation is not None for member in self.members.values())
+
+    def describe(self) -> str:
+        """A line for each data set."""
+        if len(self.members) == 1:
+            return self.deployed.describe()
+        total = sum(member.data.weight for member in self.members.values())
+        return "\n".join(f"{m.data.weight / total:.1%} of samples: {m.describe()}" for m in self.members.values())
+
     def batches(self, start_step: int) -> loader.Batches:
         """Training batches from that step on."""
-        data, state_noise = self.config.data, None
-        if data.state_noise:  # on what the robot has; the padding up to the model's dims stays zero
-            state_noise = np.zeros(self.config.model.action_dim, np.float32)
-            state_noise[: len(self.norm_stats["state"].mean)] = data.state_noise
-        return loader.train_batches(
-            self.train, self.steps, **self._shape(), augment=data.augment, state_noise=state_noise,
-            start_step=start_step, num_workers=data.num_workers,
-        )  # fmt: skip
+        parts = []
+        for member in self.members.values():
+            data, state_noise = member.data, None
+            if data.state_noise:  # on what the robot has; the padding up to the model's dims stays zero
+                state_noise = np.zeros(self.config.model.action_dim, np.float32)
+                state_noise[: len(member.norm_stats["state"].mean)] = data.state_noise
+            parts.append(loader.Part(member.train, member.steps, data.weight, data.augment, state_noise))
+        num_workers = self.config.data.num_workers
+        return loader.train_batches(parts, **self._shape(), start_step=start_step, num_workers=num_workers)
 
     def validation_batches(self) -> loader.Batches:
-        """The same few validation batches at every call."""
-        return loader.eval_batches(self.validation, self.steps, **self._shape(), num_batches=self.config.eval_batches)
+        """The same few validation batches at every call, mixed like those of training."""
+        members = [member for member in self.members.values() if member.validation is not None]
+        parts = [loader.Part(member.validation, member.steps, member.data.weight) for member in members]
+        return loader.eval_batches(parts, **self._shape(), num_batches=self.config.eval_batches)
 
     def _shape(self) -> dict[str, int]:
         model = self.config.model
@@ -62,42 +101,67 @@ class Material:
         }  # fmt: skip
 
 
-def load(config: Train, norm_stats: NormStats | None = None, *, refuse: bool = True) -> Material:
+def load(config: Train, norm_stats: Mapping[str, NormStats] | None = None, *, refuse: bool = True) -> Material:
     """Opens the data of a run.
 
     Args:
       config: the run.
-      norm_stats: those of the run that is continued; None takes `config.data.norm_stats`, else computes them.
+      norm_stats: those of the run that is continued, by name of the data set ("" for `config.data`); None takes those
+        that `norm_stats` of a data set's settings names, else computes them.
       refuse: statistics with which training can't work; False opens the data anyway, for looking at them.
 
     Raises:
       UserError: anything wrong with data set, tokenizer or statistics.
     """
-    data, model = config.data, config.model
-    if not data.repo_id:
-        raise UserError("--config.data.repo_id= names no data set: give a directory, user/name or hf://user/name")
+    model = config.model
+    for name, data in config.datasets.items():
+        if not data.repo_id:
+            field = f"mixture.{name}" if name else "data"
+            raise UserError(
+                f"--config.{field}.repo_id= names no data set: give a directory, user/name or hf://user/name"
+            )
     tokenizer = paligemma.load(config.tokenizer)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"--config.tokenizer={config.tokenizer} has {tokenizer.vocab_size} tokens, "
             f"config.model.vocab_size is {model.vocab_size}"
         )
-    train, validation = open_datasets(data, horizon=model.action_horizon, image_size=model.vision.image_size)
+    sequence = None
+    if isinstance(model, Pi0Fast) or config.insulate:
+        action_tokens = fast.load(config.fast_tokenizer)
+        sequence = FastSequence(tokenizer, action_tokens, model.vocab_size, out_of_range="clip")
+    cache = FrameCache(model.vision.image_size, config.data.cache_gb) if config.data.cache_gb else None
+    members = {}
+    for name, data in config.datasets.items():
+        size = model.vision.image_size
+        train, validation = open_datasets(data, horizon=model.action_horizon, image_size=size, cache=cache)
+        found, source = _statistics(data, train, None if norm_stats is None else norm_stats[name])
+        if refuse and (warning := normalize.before_training(found, data.norm, source)):
+            print(f"warning: {warning}", file=sys.stderr)
+        members[name] = Member(data, train, validation, _steps(config, data, found, tokenizer, sequence), found)
+    return Material(config, members, tokenizer, sequence)
 
-    source = "the run that is continued"
-    if norm_stats is None and data.norm_stats is not None:
-        norm_stats, source = normalize.load_norm_stats(data.norm_stats), data.norm_stats
-    if norm_stats is None:
-        norm_stats, source = stats.compute(train, transforms.before_normalize(data, images=False)), data.repo_id
-    if refuse and (warning := normalize.before_training(norm_stats, data.norm, source)):
-        print(f"warning: {warning}", file=sys.stderr)
-    if not isinstance(model, Pi0Fast) and not config.insulate:
-        steps = transforms.pipeline(data, model, norm_stats, tokenizer)
-        return Material(config, train, validation, steps, norm_stats, tokenizer)
-    sequence = FastSequence(tokenizer, fast.load(config.fast_tokenizer), model.vocab_size, out_of_range="clip")
-    if config.insulate:
-        action_tokens = transforms.TokenizeActions(sequence, config.max_action_tokens)
-        steps = transforms.pipeline(data, model, norm_stats, tokenizer, action_tokens=action_tokens)
-        return Material(config, train, validation, steps, norm_stats, tokenizer, sequence)
-    steps = transforms.pipeline(data, model, norm_stats, sequence, missing_visible=model.missing_cameras == "visible")
-    return Material(config, train, validation, steps, norm_stats, tokenizer, sequence)
+
+def _statistics(data: Data, train: Frames, continued: NormStats | None) -> tuple[NormStats, str]:
+    """Statistics, and where they are from."""
+    if continued is not None:
+        return continued, "the run that is continued"
+    if data.norm_stats is not None:
+        return normalize.load_norm_stats(data.norm_stats), data.norm_stats
+    return stats.compute(train, transforms.before_normalize(data, images=False)), data.repo_id
+
+
+def _steps(
+    config: Train, data: Data, found: NormStats, tokenizer: PromptTokenizer, sequence: FastSequence | None
+) -> tuple[transforms.Transform, ...]:
+    model = config.model
+    if isinstance(model, Pi0Fast):
+        visible = model.missing_cameras == "visible"
+        steps = transforms.pipeline(data, model, found, sequence, missing_visible=visible)
+        if not config.mixture:
+            return steps
+        # The model reads tokens, but a batch of several robots has to be stacked.
+        dims = [len(found[key].mean) for key in ("state", "actions")]
+        return (*steps, transforms.PadDims(model.action_dim, *dims))
+    action_tokens = transforms.TokenizeActions(sequence, config.max_action_tokens) if config.insulate else None
+    return transforms.pipeline(data, model, found, tokenizer, action_tokens=action_tokens)
