@@ -19,6 +19,7 @@ from openpi_port.pi_torch.fast import ops, pack
 from openpi_port.pi_torch.fast.ops import Residual, Seen
 from openpi_port.pi_torch.fast.pack import Block, Norm, Step, Vision
 from openpi_port.pi_torch.pi0 import Pi0
+from openpi_port.pi_torch.pi0_fast import Pi0Fast
 
 
 class Inputs(NamedTuple):
@@ -47,7 +48,7 @@ class Past(NamedTuple):
       seen: which of them.
       turns: float32 [M, H/2, 2], cos and sin of the new tokens' angles.
       at: int32 [1], where their keys go.
-      state: the state's token [B, 1, D] of the expert; None where there is none.
+      state: the state's token [B, D] of the expert; None where there is none.
     """
 
     k: Tensor
@@ -72,10 +73,11 @@ def run(blocks: Sequence[Block], norms: Sequence[Norm], stream: Residual, past: 
     """
     for i, block in enumerate(blocks):
         attn, mlp, after = norms[2 * i : 2 * i + 3]
+        following = blocks[(i + 1) % len(blocks)]
         q = ops.normed_qkv(stream, block.qkv, attn.bias, past.turns, past.k[i], past.v[i], past.at)
-        y = ops.attend(q, past.k[i], past.v[i], past.seen)
+        y = ops.attend(q, past.k[i], past.v[i], past.seen, ahead=(block.o, block.gate_up))
         stream = ops.add_projected(stream, y, block.o, attn.gate, mlp.scale)
-        y = ops.normed_geglu(stream, block.gate_up, mlp.bias)
+        y = ops.normed_geglu(stream, block.gate_up, mlp.bias, ahead=(block.down, following.qkv))
         stream = ops.add_projected(stream, y, block.down, mlp.gate, after.scale)
     return stream
 
@@ -85,10 +87,10 @@ class Language:
 
     Args:
       module: whose weights.
-      turns: cos and sin of all positions that occur, from `pack.turns`.
+      turns: cos and sin of all positions in the prefix, from `pack.turns`.
     """
 
-    def __init__(self, module: Pi0, turns: Tensor) -> None:
+    def __init__(self, module: Pi0 | Pi0Fast, turns: Tensor) -> None:
         config = module.config
         self.dtype = getattr(torch, module.compute.dtype)
         self.turns = turns
@@ -122,6 +124,11 @@ class Language:
     def embed(self, tokens: Tensor) -> Tensor:
         """Prompt tokens [B, T] to [B, T, D]."""
         return F.embedding(tokens, self.embedding).to(self.dtype) * self.scale
+
+    def embed_prefix(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Tokens [B, P, D] of images, [B, C, height, width, 3], and prompt, [B, T]."""
+        text = self.embed(tokens)
+        return torch.cat([self.see(images), text], 1) if images.shape[1] else text
 
     def prefill(self, x: Tensor, valid: Tensor, extra: int) -> tuple[Tensor, Tensor]:
         """The prefix [B, P, D] through all layers, as far as its keys and values need it.
@@ -168,7 +175,7 @@ class Flow:
         self.language = Language(module, pack.turns(config.prefix_len + config.suffix_len, dim, device))
         self.blocks: list[Block] = pack.pack_blocks(module.gemma, 1)
         self.entry = pack.pack_entry(module)
-        self.out = module.action_out_proj.weight.float()
+        self.out = module.action_out_proj.weight.to(self.language.dtype)
         self._steps: dict[int, list[Step]] = {}
 
     def steps(self, num_steps: int) -> list[Step]:
@@ -179,10 +186,7 @@ class Flow:
 
     def prefix(self, inputs: Inputs) -> Tensor:
         """Tokens [B, P, D] of images and prompt."""
-        text = self.language.embed(inputs.tokens)
-        if not inputs.images.shape[1]:
-            return text
-        return torch.cat([self.language.see(inputs.images), text], 1)
+        return self.language.embed_prefix(inputs.images, inputs.tokens)
 
     def prefill(self, x: Tensor, valid: Tensor, state: Tensor) -> Past:
         """The prefix [B, P, D], which is overwritten, and the state, as the steps need them."""
@@ -191,9 +195,9 @@ class Flow:
         k, v = self.language.prefill(x, valid, suffix)
         token = limits = None
         if self.config.state_in == "suffix":
-            token = self.module.state_proj(state)[:, None].to(x.dtype)
-            limits = torch.full((suffix,), keys, dtype=torch.int32, device=device)
-            limits[0] = prefix + 1  # the state doesn't see the actions
+            token = self.module.state_proj(state).to(x.dtype)
+            number = torch.arange(suffix, dtype=torch.int32, device=device)
+            limits = torch.where(number == 0, prefix + 1, keys)  # the state doesn't see the actions
         seen = torch.cat([valid, valid.new_ones(size, suffix)], 1)
         places = valid.sum(1, keepdim=True) + torch.arange(suffix, device=device)
         at = torch.full((1,), prefix, dtype=torch.int32, device=device)
@@ -201,16 +205,9 @@ class Flow:
 
     def step(self, step: Step, past: Past, x_t: Tensor) -> Tensor:
         """One Euler step, x_t [B, A, J] to the next."""
-        first, w, b = self.entry
-        x = F.linear(x_t, first, step.entry)
-        if w is not None:
-            x = F.linear(F.silu(x), w, b)
-        x = x.to(self.language.dtype)
-        if past.state is not None:
-            x = torch.cat([past.state, x], 1)
-        stream = run(self.blocks, step.norms, ops.start(x.flatten(0, 1), step.norms[0].scale), past)
-        v_t = ops.normed_linear(stream._replace(scaled=stream.scaled.float()), self.out, step.norms[-1].bias)
-        return x_t + step.dt * v_t.view(*x.shape[:2], -1)[:, -x_t.shape[1] :]
+        stream = ops.enter(x_t, past.state, self.entry, step.entry, step.norms[0].scale, self.language.dtype)
+        stream = run(self.blocks, step.norms, stream, past)
+        return ops.leave(stream, self.out, step.norms[-1].bias, x_t, step.dt)
 
     def sample_actions(self, inputs: Inputs, num_steps: int) -> Tensor:
         """See `Pi0.sample_actions`."""

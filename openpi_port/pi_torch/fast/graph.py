@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,18 +20,17 @@ class Recorded:
 
     Attributes:
       pool: see there.
-      host: where the arguments of the next run are written: numpy views of page-locked memory.
     """
 
     def __init__(
         self,
         call: Callable[..., Tensor],
-        like: tuple[np.ndarray, ...],
+        like: Sequence[np.ndarray],
         device: torch.device,
         pool: tuple[int, int] | None,
     ) -> None:
         pinned = [torch.from_numpy(np.require(a, requirements="C")).pin_memory() for a in like]
-        self.host = [p.numpy() for p in pinned]
+        self._host = [p.numpy() for p in pinned]
         inputs = [p.to(device) for p in pinned]
         self._stream = torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
@@ -46,10 +45,12 @@ class Recorded:
                     tensor.copy_(source, non_blocking=True)
                 self._out.copy_(call(*inputs), non_blocking=True)
         self.pool = self._graph.pool()
-        self._keep = (inputs, pinned)
+        self._keep = (inputs, pinned)  # the graph reads them
 
-    def run(self) -> np.ndarray:
-        """Computes from what lies in `host`."""
+    def run(self, arrays: Sequence[np.ndarray] = ()) -> np.ndarray:
+        """Computes; arrays as those at the beginning."""
+        for host, array in zip(self._host, arrays, strict=True):
+            host[...] = array
         with torch.cuda.stream(self._stream):
             self._graph.replay()
         self._stream.synchronize()

@@ -9,6 +9,8 @@ by as many programs as the chip has processors, and what comes before and after 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -16,9 +18,10 @@ from torch import Tensor
 
 from openpi_port.pi_torch.fast import tiles
 from openpi_port.pi_torch.fast.ops import EPS, MASKED, Residual, Seen
+from openpi_port.pi_torch.fast.pack import Entry
 
-ROWS = 64  # of a tile of the streaming kernels; the smallest that Hopper's matrix units take
 LOG2E = 1.4426950408889634
+MANY = 2048  # rows from which attention is no longer small
 _EPS: tl.constexpr = tl.constexpr(EPS)
 _LOG2E: tl.constexpr = tl.constexpr(LOG2E)
 _MASKED: tl.constexpr = tl.constexpr(MASKED)
@@ -111,33 +114,28 @@ def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: Tensor | Non
     rows, (size, _, dim) = qkv.shape[0], k.shape
     heads = qkv.shape[1] // dim - 2
     q = torch.empty((rows, heads * dim), dtype=qkv.dtype, device=qkv.device)
-    blocks = {"PADDED": triton.next_power_of_2(heads + 2), "PAIRS": triton.next_power_of_2(dim // 2)}
+    blocks = {"PADDED": triton.next_power_of_2(heads + 2), "WIDE": triton.next_power_of_2(dim)}
     _split_qkv[(rows,)](qkv, turns, at, q, k, v, rows // size, k.stride(0), HEADS=heads, H=dim, **blocks)
     return q
 
 
 @triton.jit
 def _split_qkv(
-    qkv, turns, at, q, k, v, T, stride, HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PAIRS: tl.constexpr
+    qkv, turns, at, q, k, v, T, stride, HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    head, pair = tl.arange(0, PADDED)[:, None], tl.arange(0, PAIRS)[None]
-    inside = (head < HEADS + 2) & (pair < H // 2)
-    source = qkv + row * (HEADS + 2) * H + head * H + 2 * pair
-    even, odd = tl.load(source, inside, 0.0).to(tl.float32), tl.load(source + 1, inside, 0.0).to(tl.float32)
-    turned = inside & (head < HEADS + 1)  # values are not
-    cos = tl.load(turns + row * H + 2 * pair + head * 0, turned, 1.0)
-    sin = tl.load(turns + row * H + 2 * pair + 1 + head * 0, turned, 0.0)
-    first = (even * cos - odd * sin).to(q.dtype.element_ty)
-    second = (odd * cos + even * sin).to(q.dtype.element_ty)
-    to_q = q + row * HEADS * H + head * H + 2 * pair
-    tl.store(to_q, first, inside & (head < HEADS))
-    tl.store(to_q + 1, second, inside & (head < HEADS))
-    offset = row // T * stride + (_place(at) + row % T) * H + 2 * pair + head * 0
-    tl.store(k + offset, first, inside & (head == HEADS))
-    tl.store(k + offset + 1, second, inside & (head == HEADS))
-    tl.store(v + offset, first, inside & (head == HEADS + 1))
-    tl.store(v + offset + 1, second, inside & (head == HEADS + 1))
+    head, channel = tl.arange(0, PADDED)[:, None], tl.arange(0, WIDE)[None]
+    inside = (head < HEADS + 2) & (channel < H)
+    value = tl.load(qkv + row * (HEADS + 2) * H + head * H + channel, inside, 0.0)
+    even, odd = tl.split(tl.reshape(value.to(tl.float32), (PADDED, WIDE // 2, 2)))
+    turn = tl.load(turns + row * H + tl.arange(0, WIDE), tl.arange(0, WIDE) < H, 0.0)
+    cos, sin = tl.split(tl.reshape(turn, (1, WIDE // 2, 2)))
+    turned = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (PADDED, WIDE))
+    turned = turned.to(value.dtype)
+    tl.store(q + row * HEADS * H + head * H + channel, turned, inside & (head < HEADS))
+    offset = row // T * stride + (_place(at) + row % T) * H + channel + head * 0
+    tl.store(k + offset, turned, inside & (head == HEADS))
+    tl.store(v + offset, value, inside & (head == HEADS + 1))
 
 
 @triton.jit
@@ -146,10 +144,51 @@ def _place(at):
     return 0 if at is None else tl.load(at)
 
 
+# ---- launching early
+
+
+def _pdl() -> dict[str, bool]:
+    """How a kernel is launched that begins with `_begin`."""
+    return {"PDL": True, "launch_pdl": True} if tiles.PDL else {"PDL": False}
+
+
+@triton.jit
+def _begin(PDL: tl.constexpr):
+    """Lets the next kernel come onto the chip, where it waits; then waits for the one before."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _send_for(weights, lines, THREADS: tl.constexpr):
+    """Has the cache fetch weights, `lines` times 2048 bytes of them, shared among all programs; waits for nothing."""
+    program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
+    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
+    for begin in range(program * THREADS, lines, programs * THREADS):
+        line = tl.minimum(begin + tl.arange(0, THREADS), lines - 1)
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], 2048; mov.b32 $0, 0;",
+            "=r,l",
+            [weights + line.to(tl.int64) * 1024],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+def _ahead(weights: Sequence[Tensor]) -> dict[str, object]:
+    """The arguments for `_send_for` of at most two matrices; those that the cache can't hold are left out."""
+    small = [w for w in weights if tiles.AHEAD and w.numel() * w.element_size() <= tiles.CACHED]
+    first, second = (*small, None, None)[:2]
+    lines = [0 if w is None else w.numel() // 1024 for w in (first, second)]
+    return {"first": first, "second": second, "first_lines": lines[0], "second_lines": lines[1]}
+
+
 # ---- attention
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, ahead: Sequence[Tensor] = ()) -> Tensor:
     """Rows of queries against a span of keys per program; several spans are joined by a second kernel.
 
     All heads share their keys, so token and head together number the rows. The softmax is kept in base 2.
@@ -158,29 +197,35 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     rows = q.numel() // (size * dim)
     tile = tiles.attend(size * rows, keys)
     out = torch.empty_like(q)
-    grid = (triton.cdiv(rows, tile.rows), tile.splits, size)
     span = triton.cdiv(triton.cdiv(keys, tile.splits), tile.keys) * tile.keys
+    splits = triton.cdiv(keys, span)
     part, weight = out, out
-    if tile.splits > 1:
-        part = torch.empty((tile.splits, size * rows, dim), dtype=torch.float32, device=q.device)
-        weight = torch.empty((tile.splits, size * rows), dtype=torch.float32, device=q.device)
-    _attend[grid](
-        q, k, v, seen.valid, seen.limits, part, weight, rows, keys, k.stride(0), span,
+    if splits > 1:
+        part = torch.empty((splits, size * rows, dim), dtype=torch.float32, device=q.device)
+        weight = torch.empty((splits, size * rows), dtype=torch.float32, device=q.device)
+    pdl = _pdl() if rows <= MANY else {"PDL": False}
+    _attend[(triton.cdiv(rows, tile.rows), splits, size)](
+        q, k, v, seen.valid, seen.limits, part, weight, rows, keys, k.stride(0), span, **_ahead(ahead),
         HEADS=q.shape[1] // dim, H=dim, PADDED=triton.next_power_of_2(dim), BM=tile.rows, BN=tile.keys,
-        SPLIT=tile.splits > 1, num_warps=tile.warps, num_stages=tile.stages,
+        SPLIT=splits > 1, THREADS=32 * tile.warps, num_warps=tile.warps, num_stages=tile.stages, **pdl,
     )  # fmt: skip
-    if tile.splits > 1:
-        padded = {"PADDED": triton.next_power_of_2(dim), "PARTS": triton.next_power_of_2(tile.splits)}
-        _join[(size * rows,)](part, weight, out, size * rows, SPLITS=tile.splits, H=dim, **padded, num_warps=2)
+    if splits > 1:
+        padded = {"PADDED": triton.next_power_of_2(dim), "PARTS": triton.next_power_of_2(splits)}
+        _join[(size * rows,)](part, weight, out, size * rows, SPLITS=splits, H=dim, **padded, num_warps=2, **pdl)
     return out
 
 
 @triton.jit
 def _attend(
-    q, k, v, valid, limits, out, weight, R, S, stride, span,
+    q, k, v, valid, limits, out, weight, R, S, stride, span, first, second, first_lines, second_lines,
     HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if first is not None:
+        _send_for(first, first_lines, THREADS)
+    if second is not None:
+        _send_for(second, second_lines, THREADS)
+    _begin(PDL)
     sample, split = tl.program_id(2).to(tl.int64), tl.program_id(1)
     row, dim = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, PADDED)
     place = (sample * R + row)[:, None] * H + dim[None]
@@ -218,8 +263,10 @@ def _attend(
 
 @triton.jit
 def _join(
-    part, weight, out, rows, SPLITS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr
+    part, weight, out, rows, SPLITS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    _begin(PDL)
     row, split, dim = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, PADDED)
     w = tl.load(weight + split * rows + row, split < SPLITS, _MASKED)
     w = tl.exp2(w - tl.max(w))
@@ -246,12 +293,12 @@ def normed_qkv(
     """A program makes some channels of one head, rotates them and puts them where they belong."""
     (rows, width), (size, _, dim) = stream.x.shape, k.shape
     heads, parts = w.shape[0] // dim - 2, stream.squares.shape[1]
-    tile = tiles.streaming("qkv", dim, width)
+    tile = tiles.streaming("qkv", rows, dim, width)
     q = torch.empty((rows, heads * dim), dtype=w.dtype, device=w.device)
-    _normed_qkv[(w.shape[0] // tile.columns, triton.cdiv(rows, ROWS))](
+    _normed_qkv[(w.shape[0] // tile.columns, triton.cdiv(rows, tile.rows))](
         stream.scaled, stream.squares, w, bias, turns, at, q, k, v, rows, rows // size, k.stride(0),
         HEADS=heads, H=dim, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
-        BM=ROWS, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **_pdl(),
     )  # fmt: skip
     return q
 
@@ -260,8 +307,9 @@ def normed_qkv(
 def _normed_qkv(
     x, squares, w, bias, turns, at, q, k, v, M, T, stride,
     HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    _begin(PDL)
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
     acc = tl.zeros((BM, BN), tl.float32)
@@ -290,26 +338,31 @@ def _normed_qkv(
         tl.store(v + offset[:, None] + channel[None], value, inside)
 
 
-def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
+def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None, ahead: Sequence[Tensor] = ()) -> Tensor:
     """A program makes some channels of the gate and the same of the other half."""
     rows, width = stream.x.shape
     out, parts = w.shape[0] // 2, stream.squares.shape[1]
-    tile = tiles.streaming("gate_up", out, width)
+    tile = tiles.streaming("gate_up", rows, out, width)
     y = torch.empty((rows, out), dtype=w.dtype, device=w.device)
-    _normed_geglu[(out // tile.columns, triton.cdiv(rows, ROWS))](
-        stream.scaled, stream.squares, w, bias, y, rows,
+    _normed_geglu[(out // tile.columns, triton.cdiv(rows, tile.rows))](
+        stream.scaled, stream.squares, w, bias, y, rows, **_ahead(ahead), THREADS=32 * tile.warps,
         F=out, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
-        BM=ROWS, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **_pdl(),
     )  # fmt: skip
     return y
 
 
 @triton.jit
 def _normed_geglu(
-    x, squares, w, bias, y, M,
+    x, squares, w, bias, y, M, first, second, first_lines, second_lines, THREADS: tl.constexpr,
     F: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if first is not None:
+        _send_for(first, first_lines, THREADS)
+    if second is not None:
+        _send_for(second, second_lines, THREADS)
+    _begin(PDL)
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
     gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
@@ -329,15 +382,15 @@ def _normed_geglu(
 def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, scale: Tensor) -> Residual:
     """A program sums over some of the F inputs of some columns; the last to arrive at a column adds up and finishes."""
     (rows, width), deep = stream.x.shape, w.shape[1]
-    tile = tiles.streaming("down" if deep > 2 * width else "o", width, deep)
+    tile = tiles.streaming("down" if deep > 2 * width else "o", rows, width, deep)
     columns = width // tile.columns
     x, scaled = torch.empty_like(stream.x), torch.empty_like(stream.x)
     squares = torch.empty((rows, columns), dtype=torch.float32, device=w.device)
     part = torch.empty((tile.splits, rows, width), dtype=torch.float32, device=w.device)
-    _add_projected[(columns, tile.splits, triton.cdiv(rows, ROWS))](
+    _add_projected[(columns, tile.splits, triton.cdiv(rows, tile.rows))](
         a, w, stream.x, gate, scale, part, stream.arrived, x, scaled, squares, rows,
         D=width, F=deep, SPLITS=tile.splits,
-        BM=ROWS, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **_pdl(),
     )  # fmt: skip
     return Residual(x, scaled, squares, stream.arrived)
 
@@ -346,8 +399,9 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
 def _add_projected(
     a, w, before, gate, scale, part, arrived, x, scaled, squares, M,
     D: tl.constexpr, F: tl.constexpr, SPLITS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    _begin(PDL)
     split, columns = tl.program_id(1), tl.num_programs(0)
     row, col = tl.program_id(2) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
@@ -376,3 +430,106 @@ def _add_projected(
         after = after.to(tl.float32)
         tl.store(scaled + place, (after * tl.load(scale + col)[None]).to(x.dtype.element_ty), inside)
         tl.store(squares + row * columns + tl.program_id(0), tl.sum(after * after, 1), row < M)
+
+
+# ---- in and out of the expert
+
+
+def enter(x_t: Tensor, state: Tensor | None, entry: Entry, bias: Tensor, scale: Tensor, dtype: torch.dtype) -> Residual:
+    """A program makes some columns; the hidden layer before them, 32 inputs deep, it makes for itself."""
+    (size, actions, dim), width, device = x_t.shape, entry.first.shape[0], x_t.device
+    tokens = actions + (state is not None)
+    rows = size * tokens
+    columns, depth = tiles.divisor(32, width), tiles.divisor(64, width)
+    parts = width // columns
+    x, scaled = (torch.empty((rows, width), dtype=dtype, device=device) for _ in range(2))
+    squares = torch.empty((rows, parts), dtype=torch.float32, device=device)
+    arrived = torch.empty((triton.cdiv(rows, 64), width // 16), dtype=torch.int32, device=device)
+    _enter[(parts, triton.cdiv(rows, 64))](
+        x_t, state, entry.first, entry.w, entry.b, bias, scale, x, scaled, squares, arrived,
+        rows, tokens, arrived.numel(),
+        J=dim, PADDED=max(16, triton.next_power_of_2(dim)), D=width, BM=64, BN=columns, BK=depth, num_stages=3,
+        **_pdl(),
+    )  # fmt: skip
+    return Residual(x, scaled, squares, arrived)
+
+
+@triton.jit
+def _exact_dot(a, b, acc):
+    """A float32 product, nearly exact, from bfloat16 products of leading and following digits."""
+    a1, b1 = a.to(tl.bfloat16), b.to(tl.bfloat16)
+    a2, b2 = (a - a1.to(tl.float32)).to(tl.bfloat16), (b - b1.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(a1, b1, tl.dot(a1, b2, tl.dot(a2, b1, acc)))
+
+
+@triton.jit
+def _enter(
+    x_t, state, first, w, b, bias, scale, x, scaled, squares, arrived, M, T, counters,
+    J: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    _begin(PDL)
+    row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    j = tl.arange(0, PADDED)
+    sample, token = row // T, row % T
+    if state is not None:
+        source, acting = sample * (T - 1) + token - 1, (row < M) & (token > 0)
+    else:
+        source, acting = row, row < M
+    noisy = tl.load(x_t + source[:, None] * J + j[None], acting[:, None] & (j < J)[None], 0.0)
+    if w is None:
+        weights = tl.load(first + col[None] * J + j[:, None], (j < J)[:, None], 0.0)
+        acc = _exact_dot(noisy, weights, tl.zeros((BM, BN), tl.float32)) + tl.load(bias + col)[None]
+    else:
+        acc = tl.zeros((BM, BN), tl.float32)
+        for begin in range(0, D, BK):
+            deep = begin + tl.arange(0, BK)
+            weights = tl.load(first + deep[None] * J + j[:, None], (j < J)[:, None], 0.0)
+            hidden = _exact_dot(noisy, weights, tl.zeros((BM, BK), tl.float32)) + tl.load(bias + deep)[None]
+            hidden = (hidden * tl.sigmoid(hidden)).to(w.dtype.element_ty)
+            acc = tl.dot(hidden, tl.load(w + col[None] * D + deep[:, None]), acc)
+        acc += tl.load(b + col)[None]
+    place = row[:, None] * D + col[None]
+    if state is not None:
+        given = tl.load(state + sample[:, None] * D + col[None], (row < M)[:, None] & (token == 0)[:, None], 0.0)
+        acc = tl.where((token == 0)[:, None], given.to(tl.float32), acc)
+    out = acc.to(x.dtype.element_ty)
+    tl.store(x + place, out, (row < M)[:, None])
+    out = out.to(tl.float32)
+    tl.store(scaled + place, (out * tl.load(scale + col)[None]).to(x.dtype.element_ty), (row < M)[:, None])
+    parts = tl.num_programs(0)
+    tl.store(squares + row * parts + tl.program_id(0), tl.sum(out * out, 1), row < M)
+    counter = (tl.program_id(1) * parts + tl.program_id(0)) * 2 + tl.arange(0, 2)
+    tl.store(arrived + counter, tl.zeros((2,), tl.int32), counter < counters)
+
+
+def leave(stream: Residual, w: Tensor, bias: Tensor, x_t: Tensor, dt: float) -> Tensor:
+    """A program finishes 16 rows."""
+    (rows, width), (size, actions, dim), parts = stream.x.shape, x_t.shape, stream.squares.shape[1]
+    out = torch.empty_like(x_t)
+    _leave[(triton.cdiv(rows, 16),)](
+        stream.scaled, stream.squares, w, bias, x_t, out, rows, rows // size, actions, dt,
+        J=dim, WIDE=max(16, triton.next_power_of_2(dim)), D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
+        BM=16, BK=tiles.divisor(128, width), num_stages=4, **_pdl(),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _leave(
+    x, squares, w, bias, x_t, out, M, T, A, dt,
+    J: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    _begin(PDL)
+    row, j = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, WIDE)
+    acc = tl.zeros((BM, WIDE), tl.float32)
+    for begin in range(0, D, BK):
+        deep = begin + tl.arange(0, BK)
+        left = tl.load(x + row[:, None] * D + deep[None], (row < M)[:, None], 0.0)
+        acc = tl.dot(left, tl.load(w + j[None] * D + deep[:, None], (j < J)[None], 0.0), acc)
+    v_t = acc * _norm(squares, row, M, D, PARTS, PADDED)[:, None] + tl.load(bias + j, j < J, 0.0)[None]
+    sample, action = row // T, row % T - (T - A)
+    acting = ((row < M) & (action >= 0))[:, None] & (j < J)[None]
+    place = (sample * A + action)[:, None] * J + j[None]
+    tl.store(out + place, tl.load(x_t + place, acting, 0.0) + dt * v_t, acting)

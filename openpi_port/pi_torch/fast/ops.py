@@ -10,11 +10,14 @@ which changes no product of a query with a key.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from openpi_port.pi_torch.fast.pack import Entry
 
 EPS = 1e-6  # of all norms
 MASKED = -1e30  # a forbidden logit
@@ -140,13 +143,14 @@ def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: Tensor | Non
     return rotated[:, :heads].flatten(1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, ahead: Sequence[Tensor] = ()) -> Tensor:
     """Attention of all heads to one head of keys and values; queries come scaled.
 
     Args:
       q: [M, N * H].
       k, v: [B, S, H].
       seen: which keys.
+      ahead: weights that are needed next; a kernel sends for them.
 
     Returns:
       [M, N * H].
@@ -154,7 +158,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     if on_gpu(q):
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.attend(q, k, v, seen)
+        return kernels.attend(q, k, v, seen, ahead)
     rows = q.reshape(len(k), 1, -1, k.shape[2])  # heads share keys, so they are rows
     return F.scaled_dot_product_attention(rows, k[:, None], v[:, None], attn_mask=seen.bias, scale=1.0).reshape(q.shape)
 
@@ -186,12 +190,12 @@ def normed_qkv(
     return split_qkv(normed_linear(stream, w, bias).to(stream.x.dtype), turns, k, v, at)
 
 
-def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
-    """`geglu` of `normed_linear`: w [2F, D], the gate's rows first; [M, F]."""
+def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None, ahead: Sequence[Tensor] = ()) -> Tensor:
+    """`geglu` of `normed_linear`: w [2F, D], the gate's rows first; [M, F]. For `ahead` see `attend`."""
     if on_gpu(stream.x):
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.normed_geglu(stream, w, bias)
+        return kernels.normed_geglu(stream, w, bias, ahead)
     return geglu(normed_linear(stream, w, bias).to(stream.x.dtype))
 
 
@@ -211,3 +215,40 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
         return kernels.add_projected(stream, a, w, gate, scale)
     y = F.linear(a, w)
     return start(stream.x + (y if gate is None else (y * gate).to(y.dtype)), scale)
+
+
+def enter(x_t: Tensor, state: Tensor | None, entry: Entry, bias: Tensor, scale: Tensor, dtype: torch.dtype) -> Residual:
+    """Noisy actions to the expert's stream.
+
+    Args:
+      x_t: float32 [B, A, J].
+      state: [B, D], a token before the actions; None for none.
+      entry: the weights.
+      bias: float32 [D], the step's.
+      scale: float32 [D], the first norm's.
+      dtype: of the stream.
+
+    Returns:
+      M = B * A rows, or B * (1 + A).
+    """
+    if x_t.is_cuda and dtype == torch.bfloat16:
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.enter(x_t, state, entry, bias, scale, dtype)
+    x = F.linear(x_t, entry.first, bias)
+    if entry.w is not None:
+        x = F.linear(F.silu(x), entry.w.float(), entry.b)
+    x = x.to(dtype)
+    if state is not None:
+        x = torch.cat([state[:, None], x], 1)
+    return start(x.flatten(0, 1), scale)
+
+
+def leave(stream: Residual, w: Tensor, bias: Tensor, x_t: Tensor, dt: float) -> Tensor:
+    """The Euler step, `x_t + dt * (norm(x) @ w.T + bias)` of the actions' rows: w [J, D], x_t float32 [B, A, J]."""
+    if on_gpu(stream.x):
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.leave(stream, w, bias, x_t, dt)
+    v_t = normed_linear(stream, w, bias).unflatten(0, (len(x_t), -1))
+    return x_t + dt * v_t[:, -x_t.shape[1] :]

@@ -26,7 +26,7 @@ class VisionLayer(NamedTuple):
       qkv, qkv_bias: [3D, D] and [3D]; queries scaled by H ** -0.5.
       o: [D, D].
       offset_mlp, scale_mlp, bias_mlp: float32 [D], of the second norm.
-      up, up_bias, down: [F, D], [F] and [D, F].
+      up, up_bias, down: [F, D], [F] and [D, F], F filled up with zeros.
     """
 
     offset_attn: Tensor
@@ -94,6 +94,20 @@ class Norm(NamedTuple):
     gate: Tensor | None
 
 
+class Entry(NamedTuple):
+    """The way of noisy actions into the expert: `y = x_t @ first.T + step.entry`, in pi0 then `silu(y) @ w.T + b`.
+
+    Attributes:
+      first: float32 [D, J].
+      w: [D, D], or None.
+      b: float32 [D], or None.
+    """
+
+    first: Tensor
+    w: Tensor | None
+    b: Tensor | None
+
+
 class Step(NamedTuple):
     """What one Euler step knows before the first observation.
 
@@ -119,6 +133,7 @@ def pack_vision(module: siglip.Siglip) -> Vision:
     for block in module.blocks:
         attn, mlp = block.attn, block.mlp
         scale = (attn.q.weight.shape[0] // attn.num_heads) ** -0.5
+        padding = -mlp.up.weight.shape[0] % 64  # 4304 channels and 48 that are nothing make faster products
         after_attn = offset + attn.o.bias.float()
         layers.append(
             VisionLayer(
@@ -131,9 +146,9 @@ def pack_vision(module: siglip.Siglip) -> Vision:
                 attn.o.weight.to(dtype),
                 after_attn,
                 *(p.float() for p in (block.norm_mlp.scale, block.norm_mlp.bias)),
-                mlp.up.weight.to(dtype),
-                mlp.up.bias.to(dtype),
-                mlp.down.weight.to(dtype),
+                F.pad(mlp.up.weight.to(dtype), (0, 0, 0, padding)),
+                F.pad(mlp.up.bias.to(dtype), (0, padding)),
+                F.pad(mlp.down.weight.to(dtype), (0, padding)),
             )
         )
         offset = after_attn + mlp.down.bias.float()
@@ -195,18 +210,14 @@ def pack_steps(module: Pi0, blocks: list[Block], num_steps: int) -> list[Step]:
     return [Step(float(dt), module.action_in_proj.bias.float(), list(norms)) for norms in zip(*rows, strict=True)]
 
 
-def pack_entry(module: Pi0) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """How noisy actions enter the expert, in float32: `y = x_t @ first.T + entry`, in pi0 then `silu(y) @ w.T + b`.
-
-    Returns:
-      `first` [D, J]; `w` [D, D] and `b` [D], or None twice.
-    """
+def pack_entry(module: Pi0) -> Entry:
+    """How noisy actions enter the expert."""
     first = module.action_in_proj.weight.float()
     if module.config.time_in == "adarms":
-        return first, None, None
+        return Entry(first, None, None)
     to_actions = module.action_time_mlp_in.weight.float().chunk(2, 1)[0]
-    last = module.action_time_mlp_out
-    return (to_actions.double() @ first.double()).float(), last.weight.float(), last.bias.float()
+    last, dtype = module.action_time_mlp_out, getattr(torch, module.compute.dtype)
+    return Entry((to_actions.double() @ first.double()).float(), last.weight.to(dtype), last.bias.float())
 
 
 def turns(length: int, dim: int, device: torch.device, max_wavelength: float = 10_000.0) -> Tensor:

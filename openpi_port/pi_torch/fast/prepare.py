@@ -10,22 +10,28 @@ import torch
 
 from openpi_port import batch as batches
 from openpi_port import config as configs
+from openpi_port import grammar as grammars
 from openpi_port.batch import Batch
+from openpi_port.grammar import Grammar
 from openpi_port.pi_torch import device as devices
-from openpi_port.pi_torch.fast.flow import Flow, Inputs
+from openpi_port.pi_torch.fast import pack
+from openpi_port.pi_torch.fast.decode import Decoder
+from openpi_port.pi_torch.fast.decode import Inputs as DecodeInputs
+from openpi_port.pi_torch.fast.flow import Flow, Inputs, Language
 from openpi_port.pi_torch.fast.graph import Recorded, recorded
-from openpi_port.pi_torch.infer import Model
+from openpi_port.pi_torch.infer import FastModel, Model
 from openpi_port.pi_torch.pi0 import Pi0
+from openpi_port.pi_torch.pi0_fast import Pi0Fast
 
 
-def optimize(model: Model) -> Prepared:
+def optimize(model: Model | FastModel) -> Prepared | PreparedFast:
     """Prepares a model: merges and reorders its weights, computes what depends on the flow time alone.
 
-    On a GPU every shape (batch size, cameras that are there, length of the prompt, number of steps) is recorded as one
-    CUDA graph when it first occurs.
+    On a GPU every shape (batch size, cameras that are there, length of the prompt, number of steps) is recorded when it
+    first occurs: pi0 and pi0.5 as one CUDA graph, pi0-FAST as one up to its first token and one for every token after.
 
     Args:
-      model: as loaded. It answers `loss` as before; so its weights stay.
+      model: as loaded; pi0, pi0.5 or pi0-FAST. It answers `loss` as before; so its weights stay.
 
     Returns:
       A model with the same methods, which computes the same.
@@ -33,7 +39,7 @@ def optimize(model: Model) -> Prepared:
     Raises:
       UserError: the model has adapters that are not merged, or several heads of keys and values.
     """
-    return Prepared(model)
+    return PreparedFast(model) if isinstance(model, FastModel) else Prepared(model)
 
 
 class Prepared:
@@ -71,20 +77,21 @@ class Prepared:
             return self._plain.sample_actions(batch, noise, num_steps, **others)
         batch = batches.trim(batches.select(batch, batches.OBSERVATION), self.config)
         with devices.precision(self.module.compute):
+            arrays = [*_observe(batch, self.config), *(np.asarray(a, np.float32) for a in (batch["state"], noise))]
             if self._device.type == "cpu":
-                arrays = [np.empty(shape, dtype) for shape, dtype in self._layout(batch, noise)]
-                self._fill(arrays, batch, noise)
                 return self._flow.sample_actions(Inputs(*map(torch.from_numpy, arrays)), num_steps).numpy()
-            graph = self._recorded(batch, noise, num_steps)
-            self._fill(graph.host, batch, noise)
-            return graph.run()
+            key = (num_steps, *((a.shape, a.dtype) for a in arrays))
+            if key not in self._graphs:
+                pool = next(iter(self._graphs.values())).pool if self._graphs else None
+                call = lambda *inputs: self._flow.sample_actions(Inputs(*inputs), num_steps)  # noqa: E731
+                self._graphs[key] = Recorded(call, tuple(arrays), self._device, pool)
+            return self._graphs[key].run(arrays)
 
     @torch.inference_mode()
     def stages(self, batch: Batch, noise: np.ndarray, num_steps: int = 10) -> dict[str, Callable[[], None]]:
         """Calls that run one part each on the device and wait for its end: "vision", "prefix", "step" (one of them)."""
         batch = batches.trim(batches.select(batch, batches.OBSERVATION), self.config)
-        arrays = [np.empty(shape, dtype) for shape, dtype in self._layout(batch, noise)]
-        self._fill(arrays, batch, noise)
+        arrays = [*_observe(batch, self.config), *(np.asarray(a, np.float32) for a in (batch["state"], noise))]
         flow, inputs = self._flow, Inputs(*devices.put(tuple(arrays), self._device))
         with devices.precision(self.module.compute):
             tokens = flow.prefix(inputs)
@@ -95,41 +102,127 @@ class Prepared:
                 "prefix": lambda: flow.prefill(tokens.clone(), inputs.valid, inputs.state),
                 "step": lambda: flow.step(first, past, inputs.noise),
             }
-            if self._device.type == "cuda":
-                return {name: recorded(call, self._device) for name, call in calls.items()}
-        return {name: torch.inference_mode()(call) for name, call in calls.items()}
+            return _stages(calls, self._device)
 
-    def _recorded(self, batch: Batch, noise: np.ndarray, num_steps: int) -> Recorded:
-        """The graph for a batch of this shape."""
-        layout = self._layout(batch, noise)
-        key = (num_steps, *layout)
-        if key not in self._graphs:
-            arrays = tuple(np.zeros(shape, dtype) for shape, dtype in layout)
-            self._fill(list(arrays), batch, noise)
-            pool = next(iter(self._graphs.values())).pool if self._graphs else None
-            call = lambda *inputs: self._flow.sample_actions(Inputs(*inputs), num_steps)  # noqa: E731
-            self._graphs[key] = Recorded(call, arrays, self._device, pool)
-        return self._graphs[key]
 
-    def _layout(self, batch: Batch, noise: np.ndarray) -> tuple[tuple[tuple[int, ...], np.dtype], ...]:
-        """Shapes and dtypes of `Inputs` for a trimmed batch."""
-        pictures, (size, length) = list(batch["image"].values()), batch["tokenized_prompt"].shape
-        pixels, tokens = self.config.vision.image_size, self.config.vision.num_tokens
-        return (
-            ((size, len(pictures), pixels, pixels, 3), np.result_type(*pictures) if pictures else np.dtype(np.uint8)),
-            ((size, length), np.dtype(np.int32)),
-            ((size, len(pictures) * tokens + length), np.dtype(bool)),
-            ((size, self.config.action_dim), np.dtype(np.float32)),
-            (noise.shape, np.dtype(np.float32)),
-        )
+class PreparedFast:
+    """A prepared pi0-FAST.
 
-    def _fill(self, arrays: list[np.ndarray], batch: Batch, noise: np.ndarray) -> None:
-        """Writes a trimmed batch into arrays of that layout."""
-        images, tokens, valid, state, start = arrays
-        per_image = self.config.vision.num_tokens
-        for i, (camera, image) in enumerate(batch["image"].items()):
-            images[:, i] = image
-            valid[:, i * per_image : (i + 1) * per_image] = np.asarray(batch["image_mask"][camera])[:, None]
-        tokens[...] = batch["tokenized_prompt"]
-        valid[:, valid.shape[1] - tokens.shape[1] :] = batch["tokenized_prompt_mask"]
-        state[...], start[...] = batch["state"], noise
+    Attributes:
+      config: the architecture.
+      module: the plain torch module, which keeps its weights beside the prepared ones.
+    """
+
+    def __init__(self, model: FastModel) -> None:
+        self._plain = model
+        self.config: configs.Pi0Fast = model.config
+        self.module: Pi0Fast = model.module
+        self._device = model.module.gemma.embedding.device
+        self._sessions: dict[Any, _Session] = {}
+        with torch.inference_mode(), devices.precision(self.module.compute):
+            turns = pack.turns(self.config.prefix_len, self.config.language.head_dim, self._device)
+            self._language = Language(self.module, turns)
+
+    def loss(self, batch: Batch) -> np.ndarray:
+        """The plain model's."""
+        return self._plain.loss(batch)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        batch: Batch,
+        max_steps: int = 256,
+        temperature: float = 0.0,
+        rng: int | np.random.Generator = 0,
+        grammar: Grammar | None = None,
+    ) -> np.ndarray:
+        """See `FastModel.decode`; int32 [B, G], 0 after the end of sequence."""
+        with devices.precision(self.module.compute):
+            session, arrays = self._session(batch, max_steps, temperature, rng, grammar)
+            ended = session.begin(arrays)
+            for _ in range(max_steps - session.given - 1):
+                if ended:
+                    break
+                ended = session.advance()
+            return session.decoder.tokens.cpu().numpy().copy()
+
+    @torch.inference_mode()
+    def stages(
+        self, batch: Batch, max_steps: int = 256, grammar: Grammar | None = None
+    ) -> dict[str, Callable[[], None]]:
+        """See `Prepared.stages`: "vision", "prefix", "token" (one of them)."""
+        with devices.precision(self.module.compute):
+            session, arrays = self._session(batch, max_steps, 0.0, 0, grammar)
+            inputs = DecodeInputs(*devices.put(tuple(arrays), self._device))
+            session.decoder.begin(inputs)
+            tokens = session.decoder.embed(inputs)
+
+            def token() -> None:
+                session.decoder.advance()
+                session.decoder.rewind()
+
+            calls = {
+                "vision": lambda: session.decoder.embed(inputs),
+                "prefix": lambda: session.decoder.prefill(tokens.clone(), inputs),
+                "token": token,
+            }
+            return _stages(calls, self._device)
+
+    def _session(
+        self, batch: Batch, max_steps: int, temperature: float, rng: int | np.random.Generator, grammar: Grammar | None
+    ) -> tuple[_Session, list[np.ndarray]]:
+        """What decodes batches of this shape, and this batch for it."""
+        batch = batches.trim(batches.select(batch, batches.prompt(batch)), self.config)
+        size = len(batch["tokenized_prompt"])
+        uniforms = grammars.check(grammar, max_steps, temperature, rng, size)
+        arrays = _observe(batch, self.config)
+        arrays.append(np.zeros((size, max_steps), np.float32) if uniforms is None else uniforms)
+        key = (id(grammar), temperature, *((a.shape, a.dtype) for a in arrays))
+        if key not in self._sessions:
+            tables = None if grammar is None else Grammar(*devices.put(grammar, self._device))
+            shape = (size, arrays[2].shape[1], max_steps)
+            decoder = Decoder(self.module, self._language, *shape, temperature, tables)
+            self._sessions[key] = _Session(decoder, grammar, arrays, self._device)
+        return self._sessions[key], arrays
+
+
+class _Session:
+    """Decoding in one shape: recorded on a GPU, called on a CPU.
+
+    Attributes:
+      given: tokens that the grammar gives.
+    """
+
+    def __init__(self, decoder: Decoder, grammar: Grammar | None, like: list[np.ndarray], device: torch.device) -> None:
+        self.decoder, self._grammar = decoder, grammar  # kept, so that its id stays its own
+        self.given = 0 if grammar is None else len(grammar.lead)
+        self._graphs: tuple[Recorded, Recorded] | None = None
+        if device.type == "cuda":
+            begin = Recorded(lambda *inputs: decoder.begin(DecodeInputs(*inputs)), tuple(like), device, None)
+            self._graphs = begin, Recorded(decoder.advance, (), device, begin.pool)
+
+    def begin(self, arrays: list[np.ndarray]) -> bool:
+        """To the first token; whether all samples have ended."""
+        if self._graphs is None:
+            return bool(self.decoder.begin(DecodeInputs(*map(torch.from_numpy, arrays))))
+        return bool(self._graphs[0].run(arrays))
+
+    def advance(self) -> bool:
+        """One token more; whether all samples have ended."""
+        return bool(self.decoder.advance() if self._graphs is None else self._graphs[1].run())
+
+
+def _observe(batch: Batch, config: configs.Pi0 | configs.Pi0Fast) -> list[np.ndarray]:
+    """Images, tokens and which of both are valid, of a trimmed batch."""
+    pictures, tokens = list(batch["image"].values()), np.asarray(batch["tokenized_prompt"], np.int32)
+    size, pixels, per_image = len(tokens), config.vision.image_size, config.vision.num_tokens
+    images = np.stack(pictures, 1) if pictures else np.zeros((size, 0, pixels, pixels, 3), np.uint8)
+    seen = np.stack([*batch["image_mask"].values()], 1) if pictures else np.zeros((size, 0), bool)
+    return [images, tokens, np.concatenate([seen.repeat(per_image, 1), batch["tokenized_prompt_mask"]], 1)]
+
+
+def _stages(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], None]]:
+    """Recorded calls on a GPU, the calls themselves on a CPU."""
+    if device.type == "cuda":
+        return {name: recorded(call, device) for name, call in calls.items()}
+    return {name: torch.inference_mode()(call) for name, call in calls.items()}

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+PDL = True  # a kernel comes onto the chip while the one before it still runs (programmatic dependent launch)
+AHEAD = True  # kernels that leave the memory idle send for the weights of those to come
+CACHED = 20 << 20  # bytes of one matrix that the cache can hold until it is needed
+
 
 class Tile(NamedTuple):
-    """Of a streaming kernel: columns of the output and depth of the sum at a time, programs that share a sum."""
+    """Of a streaming kernel: rows and columns of the output, depth of the sum at a time, programs that share a sum."""
 
+    rows: int
     columns: int
     depth: int
     splits: int
@@ -28,39 +33,49 @@ class Attend(NamedTuple):
     stages: int
 
 
-# Measured on an H100 at the sizes of `base`.
-STREAMING = {
-    "qkv": Tile(columns=32, depth=128, splits=1, warps=4, stages=4),
-    "gate_up": Tile(columns=32, depth=128, splits=1, warps=4, stages=4),
-    "o": Tile(columns=32, depth=128, splits=4, warps=4, stages=4),
-    "down": Tile(columns=32, depth=128, splits=4, warps=4, stages=4),
+# Measured on an H100 at the sizes of `base`: the action expert's 51 rows, and one row of the language model, for which
+# the matrix units' older, smaller tile is enough.
+EXPERT = {
+    "qkv": Tile(rows=64, columns=32, depth=128, splits=1, warps=4, stages=4),
+    "gate_up": Tile(rows=64, columns=32, depth=128, splits=1, warps=4, stages=4),
+    "o": Tile(rows=64, columns=32, depth=128, splits=4, warps=4, stages=4),
+    "down": Tile(rows=64, columns=32, depth=128, splits=4, warps=4, stages=4),
 }
-FEW_ROWS = Attend(rows=64, keys=64, splits=8, warps=4, stages=2)
-MANY_ROWS = Attend(rows=128, keys=64, splits=1, warps=8, stages=2)
+TOKEN = {
+    "qkv": Tile(rows=16, columns=16, depth=256, splits=1, warps=4, stages=4),
+    "gate_up": Tile(rows=16, columns=32, depth=128, splits=1, warps=4, stages=5),
+    "o": Tile(rows=16, columns=32, depth=256, splits=4, warps=4, stages=3),
+    "down": Tile(rows=16, columns=32, depth=256, splits=8, warps=4, stages=4),
+}
+SUFFIX_ATTENTION = Attend(rows=64, keys=64, splits=8, warps=4, stages=2)
+TOKEN_ATTENTION = Attend(rows=16, keys=64, splits=16, warps=4, stages=2)
+PREFIX_ATTENTION = Attend(rows=128, keys=64, splits=1, warps=8, stages=2)
 
 
-def streaming(kind: str, columns: int, depth: int) -> Tile:
+def streaming(kind: str, rows: int, columns: int, depth: int) -> Tile:
     """The tile of a product.
 
     Args:
-      kind: a key of `STREAMING`.
+      kind: "qkv", "gate_up", "o" or "down".
+      rows: of the product.
       columns: what a tile's columns must divide.
       depth: length of the sum, which depth and splits must divide.
     """
-    tile = STREAMING[kind]
-    splits = _divisor(tile.splits, depth // 16)
+    tile = (TOKEN if rows <= 16 else EXPERT)[kind]
+    splits = divisor(tile.splits, depth // 16)
     return tile._replace(
-        columns=_divisor(tile.columns, columns), splits=splits, depth=_divisor(tile.depth, depth // splits)
+        columns=divisor(tile.columns, columns), splits=splits, depth=divisor(tile.depth, depth // splits)
     )
 
 
 def attend(rows: int, keys: int) -> Attend:
     """The tile of attention of so many rows (tokens x heads) to so many keys."""
     if rows > 2048:
-        return MANY_ROWS
-    return FEW_ROWS._replace(splits=min(FEW_ROWS.splits, -(-keys // FEW_ROWS.keys)))
+        return PREFIX_ATTENTION
+    tile = SUFFIX_ATTENTION if rows > 64 else TOKEN_ATTENTION
+    return tile._replace(splits=min(tile.splits, -(-keys // tile.keys)))
 
 
-def _divisor(wanted: int, size: int) -> int:
+def divisor(wanted: int, size: int) -> int:
     """The largest power of two, at most `wanted`, that divides `size`."""
     return min(wanted, size & -size)
