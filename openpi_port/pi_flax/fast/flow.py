@@ -4,8 +4,8 @@ B batch, C cameras, T prompt tokens, S tokens of the prefix, A actions (horizon)
 
 What is saved against the plain model, all of it exact:
 - the prefix stops at the last layer's keys and values;
-- the state token's keys and values depend neither on the actions nor on the time: computed once, as part of the
-  prefix's; the steps then have A rows and no mask among them;
+- the state token's keys and values depend neither on the actions nor on the time: computed once, in the first step,
+  where one row more costs nothing (a pass of its own would read the expert's weights once more);
 - what depends on the step alone (`Times`) is computed once per number of steps, not per chunk.
 """
 
@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from openpi_port import config as configs
-from openpi_port.pi_flax.fast import fold
+from openpi_port.pi_flax.fast import merge
 from openpi_port.pi_flax.fast.layers import (
     Keys,
     Layer,
     Modulation,
+    add,
     attend,
     block,
     layer_norm,
@@ -44,15 +45,16 @@ class Options(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """All that a chunk needs. `actions_in` and the two `_out` are float32, as in the plain model."""
+    """All that a chunk needs. `actions_in` and `actions_out` are float32, as in the plain model."""
 
-    vision: fold.Vision
+    vision: merge.Vision
     embedding: jax.Array
     language: tuple[Layer, ...]
     expert: tuple[Layer, ...]
     state: tuple[jax.Array, jax.Array] | None  # [J, D], [D]
     actions_in: jax.Array  # [J, D], for pi0 with the first layer of the MLP that mixes in the time
     mix_out: tuple[jax.Array, jax.Array] | None  # the second, [D, D], [D]
+    last_norm: Modulation | None
     actions_out: jax.Array  # [D, J]
     out_bias: jax.Array  # [J]
 
@@ -89,27 +91,25 @@ class Inputs(NamedTuple):
 
 
 def weights(model: Pi0) -> Weights:
-    """Folds a loaded model; see `fold`."""
+    """Lays out a loaded model's; see `merge`."""
     dtype = model.compute.dtype
-    actions_in, mix_out, state = fold.f32(model.action_in_proj.kernel), None, None
+    actions_in, mix_out, state = merge.f32(model.action_in_proj.kernel), None, None
     if model.config.time_in == "mlp":
-        actions_in = actions_in @ fold.f32(model.action_time_mlp_in.kernel)[: model.config.expert.width]
+        actions_in = actions_in @ merge.f32(model.action_time_mlp_in.kernel)[: model.config.expert.width]
         mix_out = model.action_time_mlp_out.kernel[...], model.action_time_mlp_out.bias[...]
     if model.config.state_in == "suffix":
         state = model.state_proj.kernel[...], model.state_proj.bias[...]
-    out = fold.f32(model.action_out_proj.kernel)
-    if model.config.time_in == "mlp":
-        out = fold.scale_of(model.gemma.norms[1]) * out
     return Weights(
-        fold.vision(model.vision, dtype),
+        merge.vision(model.vision, dtype),
         model.gemma.embedding[...],
-        fold.experts(model.gemma, 0, dtype),
-        fold.experts(model.gemma, 1, dtype),
+        merge.experts(model.gemma, 0, dtype),
+        merge.experts(model.gemma, 1, dtype),
         state,
         actions_in,
         mix_out,
-        out,
-        fold.f32(model.action_out_proj.bias),
+        merge.norm(model.gemma.norms[1]),
+        merge.f32(model.action_out_proj.kernel),
+        merge.f32(model.action_out_proj.bias),
     )
 
 
@@ -118,10 +118,12 @@ def times(model: Pi0, num_steps: int) -> Times:
     steps, dt = euler_times(num_steps)
     steps, dt = jnp.asarray(steps), jnp.full(len(steps), dt)
     embedded = embed_time(steps, model.config.expert.width)
-    bias = fold.f32(model.action_in_proj.bias)
+    bias = merge.f32(model.action_in_proj.bias)
     if model.config.time_in == "mlp":
         first, width = model.action_time_mlp_in, model.config.expert.width
-        bias = bias @ fold.f32(first.kernel)[:width] + embedded @ fold.f32(first.kernel)[width:] + fold.f32(first.bias)
+        bias = (
+            bias @ merge.f32(first.kernel)[:width] + embedded @ merge.f32(first.kernel)[width:] + merge.f32(first.bias)
+        )
         return Times(dt, bias, None, None)
     cond = jax.nn.swish(model.time_mlp_out(jax.nn.swish(model.time_mlp_in(embedded))))
 
@@ -131,15 +133,15 @@ def times(model: Pi0, num_steps: int) -> Times:
 
     expert = model.gemma.layers.experts[1]
     both = [n.modulation for n in (expert.norm_attn, expert.norm_mlp)]
-    kernel, inner = (jnp.stack([fold.f32(getattr(m, name)) for m in both], 1) for name in ("kernel", "bias"))
+    kernel, inner = (jnp.stack([merge.f32(getattr(m, name)) for m in both], 1) for name in ("kernel", "bias"))
     layers = jax.vmap(jax.vmap(modulation, out_axes=1), out_axes=1)(kernel, inner)
     last = model.gemma.norms[1].modulation
     return Times(
-        dt, jnp.broadcast_to(bias, embedded.shape), layers, modulation(fold.f32(last.kernel), fold.f32(last.bias))
+        dt, jnp.broadcast_to(bias, embedded.shape), layers, modulation(merge.f32(last.kernel), merge.f32(last.bias))
     )
 
 
-def see(w: fold.Vision, config: configs.Siglip, images: jax.Array, dtype: str, options: Options) -> jax.Array:
+def see(w: merge.Vision, config: configs.Siglip, images: jax.Array, dtype: str, options: Options) -> jax.Array:
     """Images [B, C, H, W, 3] to tokens [B, C T, D] of the language model."""
     B, C, side = *images.shape[:2], images.shape[2] // config.patch_size
     patch = config.patch_size
@@ -149,7 +151,7 @@ def see(w: fold.Vision, config: configs.Siglip, images: jax.Array, dtype: str, o
     x = (patches.reshape(B * C, side * side, -1) @ w.patch + w.position).astype(dtype)
     for layer in w.blocks:
         x = block(x, layer, config.num_heads, fused=options.fused)
-    x = layer_norm(x) @ w.head + w.head_bias
+    x = layer_norm(x, w.norm) @ w.head + w.head_bias
     return x.reshape(B, -1, x.shape[-1])
 
 
@@ -162,17 +164,7 @@ def read(w: Weights, config: configs.Pi0, image_tokens: jax.Array, inputs: Input
     cache = run_language(w.language, config.language, x, inputs.length, fused=options.fused)
     S = x.shape[1]
     room = -(-(S + config.suffix_len) // ALIGN) * ALIGN - S
-    cache = [Keys(*(jnp.pad(c, ((0, 0), (0, room), (0, 0), (0, 0))) for c in keys)) for keys in cache]
-    if w.state is None:
-        return cache
-    x = embed_state(w, inputs.state)[:, None].astype(x.dtype)
-    return run_expert(w.expert, config.expert, x, cache, inputs.length, S, S)[1]
-
-
-def embed_state(w: Weights, state: jax.Array) -> jax.Array:
-    """The state's token [B, D]."""
-    kernel, bias = w.state
-    return state @ kernel.astype(jnp.float32) + bias
+    return [Keys(*(jnp.pad(c, ((0, 0), (0, room), (0, 0), (0, 0))) for c in keys)) for keys in cache]
 
 
 def run_language(
@@ -182,12 +174,12 @@ def run_language(
     heads, kv_heads = config.num_heads, config.num_kv_heads
     by, cache = rotation(jnp.arange(x.shape[1])[None], config.head_dim), []
     for w in layers[:-1]:
-        q, keys = qkv(rms(x), w.qkv, heads, kv_heads, by)
+        q, keys = qkv(rms(x, w.norm_attn), w.qkv, heads, kv_heads, by)
         cache.append(keys)
         x = x + attend(q, keys, length, fused=fused) @ w.o
-        x = x + mlp(rms(x), w)
-    last = layers[-1].qkv[:, heads * config.head_dim :]
-    return [*cache, qkv(rms(x), last, 0, kv_heads, by)[1]]
+        x = x + mlp(rms(x, w.norm_mlp), w)
+    last = layers[-1]
+    return [*cache, qkv(rms(x, last.norm_attn), last.qkv[:, heads * config.head_dim :], 0, kv_heads, by)[1]]
 
 
 def run_expert(
@@ -195,72 +187,83 @@ def run_expert(
     config: configs.Gemma,
     x: jax.Array,
     cache: list[Keys],
-    length: jax.Array,
-    start: int,
+    position: jax.Array,
     at: int,
-    modulation: Modulation | None = None,
+    seen: jax.Array,
+    modulation: Modulation | None,
 ) -> tuple[jax.Array, list[Keys]]:
-    """Tokens of the suffix, x [B, T, D], through all layers; they see the prefix, the suffix so far and one another.
+    """Tokens x [B, T, D] through all layers of the expert.
 
     Args:
-      layers: the expert's.
+      layers: its weights.
       config: its sizes.
-      x: their embedding.
-      cache: keys and values of the prefix, of which `length` [B] are valid, and from place `start` on of the suffix.
-      length: see there.
-      start: see there.
-      at: where in the cache these tokens go.
+      x: the embedded tokens.
+      cache: keys and values, into which the tokens' own are written from place `at` on.
+      position: int [B, T].
+      at: see there.
+      seen: bool [B, 1 or T, S], which places of the cache they see then.
       modulation: of AdaRMS, [L, 2, ...] each.
 
     Returns:
-      Their last layer's output, and the cache with their keys and values.
+      The last layer's output, and the cache.
     """
-    T, room = x.shape[1], jnp.arange(cache[0].k.shape[1])
-    by = rotation(length[:, None] + jnp.arange(at - start, at - start + T), config.head_dim)
-    seen = ((room < length[:, None]) | ((room >= start) & (room < at + T)))[:, None]
-    grown = []
+    by, cache = rotation(position, config.head_dim), list(cache)
     for i, w in enumerate(layers):
-        attn, ffw = (None if modulation is None else Modulation(*(m[i, n] for m in modulation)) for n in (0, 1))
+        attn, ffw = w.norm_attn, w.norm_mlp
+        if modulation is not None:
+            attn, ffw = (Modulation(*(m[i, n] for m in modulation)) for n in (0, 1))
         q, new = qkv(rms(x, attn), w.qkv, config.num_heads, config.num_kv_heads, by)
         written = (jax.lax.dynamic_update_slice_in_dim(c, n, at, 1) for c, n in zip(cache[i], new, strict=True))
-        grown.append(Keys(*written))
-        x = add(x, attend(q, grown[-1], seen) @ w.o, attn)
+        cache[i] = Keys(*written)
+        x = add(x, attend(q, cache[i], seen) @ w.o, attn)
         x = add(x, mlp(rms(x, ffw), w), ffw)
-    return x, grown
+    return x, cache
 
 
-def add(x: jax.Array, y: jax.Array, by: Modulation | None) -> jax.Array:
-    """The residual connection, gated by AdaRMS."""
-    return x + y if by is None else (x + y * by.gate).astype(x.dtype)
-
-
-def denoise(
+def step(
     w: Weights,
     config: configs.Pi0,
     dtype: str,
-    cache: list[Keys],
-    length: jax.Array,
-    start: int,
+    inputs: Inputs,
     x_t: jax.Array,
+    cache: list[Keys],
     time: Times,
+    *,
+    with_state: bool = False,
 ) -> tuple[jax.Array, list[Keys]]:
-    """The velocity [B, A, J] at one flow time, of which `time` has no axis E; and the cache, which was written to."""
+    """One Euler step.
+
+    Args:
+      w, config, dtype: the model.
+      inputs: the observation.
+      x_t: [B, A, J].
+      cache: keys and values of the prefix; then come the state's and the actions'.
+      time: of this step, without the axis E.
+      with_state: the state's token goes through too, ahead of the actions, which it doesn't see.
+
+    Returns:
+      x_t of the next time, and the cache.
+    """
     x = x_t @ w.actions_in + time.bias
     if w.mix_out is not None:
         kernel, bias = w.mix_out
         x = jax.nn.swish(x).astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
-    at = start + (w.state is not None)
-    x, cache = run_expert(w.expert, config.expert, x.astype(dtype), cache, length, start, at, time.layers)
-    return rms(x, time.last).astype(jnp.float32) @ w.actions_out + w.out_bias, cache
-
-
-def sample(
-    w: Weights, config: configs.Pi0, dtype: str, all_times: Times, inputs: Inputs, options: Options
-) -> jax.Array:
-    """A chunk of actions, float32 [B, A, J]; see `Pi0.sample_actions`."""
-    tokens = see(w.vision, config.vision, inputs.images, dtype, options)
-    cache = read(w, config, tokens, inputs, options)
-    return integrate(w, config, dtype, all_times, cache, inputs, options)
+    x = x.astype(dtype)
+    start = inputs.images.shape[1] * config.vision.num_tokens + inputs.prompt.shape[1]
+    actions, end = start + (w.state is not None), start + config.suffix_len
+    place = jnp.arange(cache[0].k.shape[1])
+    seen = ((place < inputs.length[:, None]) | ((place >= start) & (place < end)))[:, None]
+    at = actions
+    if with_state:
+        kernel, bias = w.state
+        state = inputs.state @ kernel.astype(jnp.float32) + bias
+        x, at = jnp.concatenate([state[:, None].astype(dtype), x], 1), start
+        seen = seen & ((place < actions) | (jnp.arange(x.shape[1])[:, None] > 0))
+    position = inputs.length[:, None] + jnp.arange(at, end) - start
+    x, cache = run_expert(w.expert, config.expert, x, cache, position, at, seen, time.layers)
+    last = w.last_norm if time.last is None else time.last
+    velocity = rms(x[:, -x_t.shape[1] :], last).astype(jnp.float32) @ w.actions_out + w.out_bias
+    return x_t + time.dt * velocity, cache
 
 
 def integrate(
@@ -273,11 +276,22 @@ def integrate(
     options: Options,
 ) -> jax.Array:
     """Euler steps from noise to actions."""
-    start = inputs.images.shape[1] * config.vision.num_tokens + inputs.prompt.shape[1]
+    carry = (inputs.noise, cache)
+    if w.state is not None:
+        first = jax.tree.map(lambda x: x[0], all_times)
+        all_times = jax.tree.map(lambda x: x[1:], all_times)
+        carry = step(w, config, dtype, inputs, *carry, first, with_state=True)
 
-    def step(carry: tuple, time: Times) -> tuple[tuple, None]:
-        x_t, cache = carry
-        velocity, cache = denoise(w, config, dtype, cache, inputs.length, start, x_t, time)
-        return (x_t + time.dt * velocity, cache), None
+    def body(carry: tuple, time: Times) -> tuple[tuple, None]:
+        return step(w, config, dtype, inputs, *carry, time), None
 
-    return jax.lax.scan(step, (inputs.noise, cache), all_times, unroll=options.unroll)[0][0]
+    return jax.lax.scan(body, carry, all_times, unroll=options.unroll)[0][0]
+
+
+def sample(
+    w: Weights, config: configs.Pi0, dtype: str, all_times: Times, inputs: Inputs, options: Options
+) -> jax.Array:
+    """A chunk of actions, float32 [B, A, J]; see `Pi0.sample_actions`."""
+    tokens = see(w.vision, config.vision, inputs.images, dtype, options)
+    cache = read(w, config, tokens, inputs, options)
+    return integrate(w, config, dtype, all_times, cache, inputs, options)

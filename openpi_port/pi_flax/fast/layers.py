@@ -1,4 +1,4 @@
-"""What the prepared layers compute: the plain ones' algebra on folded, merged weights.
+"""What the prepared layers compute: the plain ones' algebra on merged weights.
 
 B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim, D width, F width of the MLP.
 
@@ -17,33 +17,37 @@ from openpi_port.pi_flax.attention import MASKED
 
 
 class Block(NamedTuple):
-    """A layer of the vision transformer, with its norms and the queries' scale folded in."""
+    """A layer of the vision transformer."""
 
+    norm_attn: tuple[jax.Array, jax.Array]  # float32 scale and bias [D]
     qkv: jax.Array  # [D, 3D]
     qkv_bias: jax.Array
     o: jax.Array  # [D, D]
     o_bias: jax.Array
+    norm_mlp: tuple[jax.Array, jax.Array]
     up: jax.Array  # [D, F]
     up_bias: jax.Array
     down: jax.Array  # [F, D]
     down_bias: jax.Array
 
 
-class Layer(NamedTuple):
-    """One expert's weights in one layer, with the queries' scale and, where it is constant, the norms' folded in."""
-
-    qkv: jax.Array  # [D, (N + 2K) H]
-    o: jax.Array  # [N H, D]
-    gate_up: jax.Array  # [D, 2F]
-    down: jax.Array  # [F, D]
-
-
 class Modulation(NamedTuple):
-    """AdaRMS at one flow time and norm: [.., D] each, float32."""
+    """What follows a normalisation, float32 [D] or [.., D]; of AdaRMS at one flow time also a shift and a gate."""
 
     scale: jax.Array  # 1 + scale
-    shift: jax.Array
-    gate: jax.Array
+    shift: jax.Array | None = None
+    gate: jax.Array | None = None
+
+
+class Layer(NamedTuple):
+    """One expert's weights in one layer; the norms are None where they depend on the flow time."""
+
+    norm_attn: Modulation | None
+    qkv: jax.Array  # [D, (N + 2K) H]
+    o: jax.Array  # [N H, D]
+    norm_mlp: Modulation | None
+    gate_up: jax.Array  # [D, 2F]
+    down: jax.Array  # [F, D]
 
 
 class Rotation(NamedTuple):
@@ -76,22 +80,28 @@ def rotate(x: jax.Array, by: Rotation) -> jax.Array:
     return jnp.concatenate([x1 * by.cos - x2 * by.sin, x2 * by.cos + x1 * by.sin], axis=-1).astype(x.dtype)
 
 
-def rms(x: jax.Array, by: Modulation | None = None) -> jax.Array:
-    """RMS norm whose constant scale lies in the next weights, or AdaRMS."""
+def rms(x: jax.Array, by: Modulation) -> jax.Array:
+    """RMS norm, constant or AdaRMS, in float32."""
     x32 = x.astype(jnp.float32)
-    y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6)
-    return (y if by is None else y * by.scale + by.shift).astype(x.dtype)
+    y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-6) * by.scale
+    return (y if by.shift is None else y + by.shift).astype(x.dtype)
 
 
-def layer_norm(x: jax.Array) -> jax.Array:
-    """Layer norm whose scale and bias lie in the next weights."""
+def add(x: jax.Array, y: jax.Array, by: Modulation) -> jax.Array:
+    """The residual connection, gated by AdaRMS."""
+    return x + y if by.gate is None else (x + y * by.gate).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, by: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Layer norm with scale and bias, in float32."""
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+    normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6)
+    return (normed * by[0] + by[1]).astype(x.dtype)
 
 
 def attend(q: jax.Array, keys: Keys, seen: jax.Array | None, *, fused: bool = False) -> jax.Array:
-    """Softmax attention with grouped, scaled queries.
+    """Softmax attention with grouped queries.
 
     Args:
       q: [B, T, N, H].
@@ -105,13 +115,14 @@ def attend(q: jax.Array, keys: Keys, seen: jax.Array | None, *, fused: bool = Fa
     B, T, N, H = q.shape
     K = keys.k.shape[2]
     if fused:
-        out = jax.nn.dot_product_attention(q, *keys, scale=1.0, key_value_seq_lengths=seen, implementation="cudnn")
+        out = jax.nn.dot_product_attention(q, *keys, key_value_seq_lengths=seen, implementation="cudnn")
         return out.reshape(B, T, N * H)
     if seen is not None and seen.ndim == 1:
         seen = (jnp.arange(keys.k.shape[1]) < seen[:, None])[:, None]
     # Heads that share keys are rows of one product; this order of axes needs no transposition.
     grouped = q.reshape(B, T, K, N // K, H)
     logits = jnp.einsum("BTKGH,BSKH->BKTGS", grouped, keys.k, preferred_element_type=jnp.float32)
+    logits *= H**-0.5
     if seen is not None:
         logits = jnp.where(seen[:, None, :, None], logits, MASKED)
     probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
@@ -121,14 +132,14 @@ def attend(q: jax.Array, keys: Keys, seen: jax.Array | None, *, fused: bool = Fa
 def block(x: jax.Array, w: Block, heads: int, *, fused: bool) -> jax.Array:
     """One layer of the vision transformer, x [B, T, D]."""
     B, T, D = x.shape
-    qkv = (layer_norm(x) @ w.qkv + w.qkv_bias).reshape(B, T, 3 * heads, D // heads)
+    qkv = (layer_norm(x, w.norm_attn) @ w.qkv + w.qkv_bias).reshape(B, T, 3 * heads, D // heads)
     q, k, v = jnp.split(qkv, 3, axis=2)
     x = x + (attend(q, Keys(k, v), None, fused=fused) @ w.o + w.o_bias)
-    return x + (jax.nn.gelu(layer_norm(x) @ w.up + w.up_bias, approximate=True) @ w.down + w.down_bias)
+    return x + (jax.nn.gelu(layer_norm(x, w.norm_mlp) @ w.up + w.up_bias, approximate=True) @ w.down + w.down_bias)
 
 
 def qkv(x: jax.Array, w: jax.Array, heads: int, kv_heads: int, by: Rotation) -> tuple[jax.Array, Keys]:
-    """Scaled, rotated queries [B, T, N, H] and the keys of a normed x [B, T, D]; `heads` may be 0."""
+    """Rotated queries [B, T, N, H] and the keys of a normed x [B, T, D]; `heads` may be 0."""
     B, T, _ = x.shape
     y = (x @ w).reshape(B, T, heads + 2 * kv_heads, -1)
     q, k, v = jnp.split(y, [heads, heads + kv_heads], axis=2)

@@ -58,9 +58,7 @@ class Prepared:
         self._sample = jit(lambda w, times, inputs: flow.sample(w, config, dtype, times, inputs, how))
         self._see = jit(lambda w, images: flow.see(w.vision, config.vision, images, dtype, how))
         self._read = jit(lambda w, tokens, inputs: flow.read(w, config, tokens, inputs, how))
-        self._integrate = jit(
-            lambda w, times, cache, inputs: flow.integrate(w, config, dtype, times, cache, inputs, how)
-        )
+        self._step = jit(lambda w, time, cache, inputs: flow.step(w, config, dtype, inputs, inputs.noise, cache, time))
 
     def loss(self, batch: Batch, noise: np.ndarray, time: np.ndarray) -> np.ndarray:
         """The plain model's; float32 [B, A]."""
@@ -90,7 +88,7 @@ class Prepared:
         """
         w, inputs = self._weights, devices.put(_inputs(batch, noise, self.config), self._device)
         with devices.precision(self.module.compute):
-            one = jax.tree.map(lambda x: x[:1], self._times_of(num_steps))
+            one = jax.tree.map(lambda x: x[-1], self._times_of(num_steps))
             tokens = self._see(w, inputs.images)
             cache = self._read(w, tokens, inputs)
 
@@ -104,13 +102,12 @@ class Prepared:
         return {
             "vision": timed(self._see, w, inputs.images),
             "prefix": timed(self._read, w, tokens, inputs),
-            "step": timed(self._integrate, w, one, cache, inputs),
+            "step": timed(self._step, w, one, cache, inputs),
         }
 
     def _times_of(self, num_steps: int) -> flow.Times:
         if num_steps not in self._times:
-            graph_of_times = jax.jit(lambda: flow.times(self.module, num_steps))
-            self._times[num_steps] = graph_of_times()
+            self._times[num_steps] = jax.jit(lambda: flow.times(self.module, num_steps))()
         return self._times[num_steps]
 
 
