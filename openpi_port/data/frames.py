@@ -95,9 +95,7 @@ class Frames(abc.ABC):
           UserError: an image is damaged.
         """
         index = range(len(self))[index]  # negative numbers count from the end; others raise IndexError
-        number = self._row_episode[index]
-        frame = int(index - self._starts[number])
-        return {key: self._image(key, number, frame) for key in self.camera_keys} | self.numbers(index)
+        return {key: self.image(key, index) for key in self.camera_keys} | self.numbers(index)
 
     def numbers(self, index: int) -> dict[str, Any]:
         """A raw sample without its images; nothing is decoded."""
@@ -116,8 +114,21 @@ class Frames(abc.ABC):
 
     def iterate_numbers(self) -> Iterator[list[dict[str, Any]]]:
         """Episode by episode, the samples without images: what norm statistics are made from."""
-        for start, end in zip(self._starts[:-1], self._starts[1:], strict=True):
-            yield [self.numbers(index) for index in range(start, end)]
+        for number in range(len(self.episodes)):
+            yield [self.numbers(index) for index in self.rows(number)]
+
+    def rows(self, number: int) -> range:
+        """Which samples are of the `number`-th chosen episode, in their order."""
+        return range(int(self._starts[number]), int(self._starts[number + 1]))
+
+    def image(self, key: str, index: int) -> np.ndarray:
+        """One image of a sample, uint8 [H,W,3].
+
+        Raises:
+          UserError: it is damaged.
+        """
+        number = self._row_episode[index]
+        return self._image(key, number, int(index - self._starts[number]))
 
     @abc.abstractmethod
     def _about(self, index: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,8 @@ class _Video:
         self._stream.height, self._stream.width = self._about.cameras[self._key]
         self._stream.pix_fmt = "yuv420p"
 
-    def add(self, images: np.ndarray) -> tuple[int, float, float]:
-        """Encodes one episode; returns its file, and when it starts and ends in it (s)."""
+    def add(self, images: Iterable[np.ndarray]) -> tuple[int, float, float]:
+        """Encodes one episode, a picture at a time; returns its file, and when it starts and ends in it (s)."""
         if self._bytes > _VIDEO_MB * 2**20:
             self.close()
             self._open()
@@ -158,32 +158,44 @@ class LeRobotWriter:
         """How many frames have been added."""
         return self._frames
 
-    def add_episode(self, images: Mapping[str, np.ndarray], state: np.ndarray, action: np.ndarray, task: str) -> None:
+    def add_episode(
+        self,
+        images: Mapping[str, Sequence[np.ndarray]],
+        state: np.ndarray,
+        action: np.ndarray,
+        task: str | Sequence[str],
+    ) -> None:
         """Appends one episode.
 
         Args:
-          images: {camera key: uint8 [T,H,W,3]}, a key for every camera of the description.
+          images: {camera key: T pictures, uint8 [H,W,3]}, a key for every camera of the description. They are taken
+            one by one, so that they need not be in memory together.
           state: f32 [T,J].
           action: f32 [T,J], the targets given at each frame.
-          task: the instruction.
+          task: the instruction, or the T instructions.
 
         Raises:
-          UserError: shapes, cameras or values that don't fit the description; nothing was written.
+          UserError: shapes, cameras or values that don't fit the description; nothing was written, unless it is a later
+            picture that doesn't fit the first: then the data set can't be finished.
         """
         self._check(images, state, action)
         length, first = len(state), self._frames
-        task_index = self._tasks.setdefault(task, len(self._tasks))
+        tasks = [task] * length if isinstance(task, str) else list(task)
+        task_index = [self._tasks.setdefault(words, len(self._tasks)) for words in tasks]
         row: dict[str, Any] = {
             "episode_index": len(self._episodes),
-            "tasks": [task],
+            "tasks": list(dict.fromkeys(tasks)),
             "length": length,
             "data/chunk_index": 0,
             "data/file_index": 0,
             "dataset_from_index": first,
             "dataset_to_index": first + length,
         }
+        stats: dict[str, dict[str, list]] = {}
         for key, video in self._videos.items():
-            file, start, end = video.add(images[key])
+            kept: list[np.ndarray] = []
+            file, start, end = video.add(self._pictures(key, images[key], kept))
+            stats[key] = _image_stats(np.stack(kept))
             row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"] = divmod(file, _CHUNK)
             row[f"videos/{key}/from_timestamp"], row[f"videos/{key}/to_timestamp"] = start, end
         columns = {
@@ -193,17 +205,30 @@ class LeRobotWriter:
             "frame_index": np.arange(length),
             "episode_index": np.full(length, len(self._episodes)),
             "index": np.arange(first, first + length),
-            "task_index": np.full(length, task_index),
+            "task_index": np.array(task_index),
         }
         rows = {key: value if value.ndim == 1 else list(value) for key, value in columns.items()}
         self._data.write_table(pa.table(rows, _DATA_SCHEMA))
-        stats = {key: _image_stats(images[key]) for key in self._videos}
         stats |= {key: _stats(value) for key, value in columns.items()}
         row |= {f"stats/{key}/{name}": value for key, stat in stats.items() for name, value in stat.items()}
         self._episodes.append(row | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
         self._frames += length
 
-    def _check(self, images: Mapping[str, np.ndarray], state: np.ndarray, action: np.ndarray) -> None:
+    def _pictures(self, key: str, images: Sequence[np.ndarray], kept: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """The pictures of an episode, checked; evenly spaced ones are also kept, for statistics."""
+        chosen = set(np.linspace(0, len(images) - 1, _STAT_FRAMES).astype(int).tolist())
+        for i, image in enumerate(images):
+            self._check_picture(key, image)
+            if i in chosen:
+                kept.append(image)
+            yield image
+
+    def _check_picture(self, key: str, image: np.ndarray) -> None:
+        expected = (*self._about.cameras[key], 3)
+        if image.shape != expected or image.dtype != np.uint8:
+            raise UserError(f"{key} has a picture {image.dtype} {image.shape}, expected uint8 {expected}")
+
+    def _check(self, images: Mapping[str, Sequence[np.ndarray]], state: np.ndarray, action: np.ndarray) -> None:
         about = self._about
         if set(images) != set(about.cameras):
             raise UserError(f"an episode has cameras {sorted(images)}, the data set {sorted(about.cameras)}")
@@ -217,10 +242,10 @@ class LeRobotWriter:
                 raise UserError(f"an episode's {name} is {value.shape}, expected {expected} and no fewer than 1")
             if not np.isfinite(value).all():
                 raise UserError(f"an episode's {name} has NaN or infinite values")
-        for key, size in about.cameras.items():
-            expected, given = (length, *size, 3), images[key]
-            if given.shape != expected or given.dtype != np.uint8:
-                raise UserError(f"{key} is {given.dtype} {given.shape}, expected uint8 {expected}")
+        for key in about.cameras:
+            if len(images[key]) != length:
+                raise UserError(f"an episode has {len(images[key])} pictures of {key}, expected {length}")
+            self._check_picture(key, images[key][0])
 
     def finish(self) -> Path:
         """Completes the data set and gives it its name.
@@ -330,11 +355,10 @@ def _stats(values: np.ndarray) -> dict[str, list]:
 
 
 def _image_stats(images: np.ndarray) -> dict[str, list]:
-    """Statistics of uint8 [T,H,W,3] per colour in [0,1], as LeRobot's [3][1][1], from evenly spaced ones."""
-    chosen = images[np.unique(np.linspace(0, len(images) - 1, _STAT_FRAMES).astype(int))]
-    found = _stats(chosen.reshape(-1, 3))
+    """Statistics of uint8 [N,H,W,3] per colour in [0,1], as LeRobot's [3][1][1]."""
+    found = _stats(images.reshape(-1, 3))
     shaped = {name: [[[v / 255]] for v in found[name]] for name in ("min", "max", "mean", "std")}
-    return shaped | {"count": [len(chosen)]}
+    return shaped | {"count": [len(images)]}
 
 
 def _merge_image_stats(stats: list[dict[str, Any]]) -> dict[str, list]:
