@@ -33,6 +33,7 @@ def get_config(size: str = "base") -> ConfigDict:
             model=Pi0Fast(**sizes, max_token_len=500),
             data=data,
             compute=Compute(dtype="bfloat16", remat="full"),
+            init="gs://openpi-assets/checkpoints/pi0_fast_base",
         )
     else:
         steps = 360 if size == "mini" else 20

@@ -20,6 +20,7 @@ from openpi_port import safetensors_io
 from openpi_port.config import Pi0, Pi0Fast
 from openpi_port.errors import UserError, near
 from openpi_port.normalize import NormStats, Stats, load_norm_stats
+from openpi_port.tokenizers.fast_sequence import RESERVED
 
 ROOT = "model."
 TYPES = ("pi0", "pi05", "pi0_fast")
@@ -29,6 +30,7 @@ PROCESSORS = ("policy_preprocessor", "policy_postprocessor")
 NORMALIZERS = ("normalizer_processor", "unnormalizer_processor")
 HABITS = {"positions": "contiguous", "missing_cameras": "masked"}  # of pi0-FAST; openpi's are others
 TOKENIZER = "google/paligemma-3b-pt-224"
+FAST_TOKENIZER = "physical-intelligence/fast"
 
 
 def open_(path: Path, tensors: Mapping[str, Any], overrides: Mapping[str, Any]) -> Source:
@@ -112,7 +114,12 @@ def _relative(own: Mapping[str, Any], path: Path) -> tuple[bool, ...]:
 def semantics(own: Mapping[str, Any]) -> dict[str, Any]:
     """Which system's habits the policy was trained with; 0.6 has fields that 0.4 has not."""
     system = "lerobot-0.6" if "use_relative_actions" in own else "lerobot-0.4"
-    return {"semantics": system, "tokenizer": settings.PALIGEMMA_TOKENIZER}
+    about = {"semantics": system, "tokenizer": settings.PALIGEMMA_TOKENIZER}
+    if own.get("type") == "pi0_fast":
+        if own.get("fast_skip_tokens", RESERVED) != RESERVED:
+            raise UserError(f"config.json: fast_skip_tokens={own['fast_skip_tokens']}: only {RESERVED} is known")
+        about["train"] = {"fast_tokenizer": own.get("action_tokenizer_name", FAST_TOKENIZER)}
+    return about
 
 
 def _steps(path: Path, processor: str) -> list[dict[str, Any]]:
@@ -260,7 +267,7 @@ def _write_new(path: Path, source: Source, precision: str) -> None:
                 "action_tokenizer_processor",
                 trust_remote_code=True,
                 max_action_tokens=256,
-                action_tokenizer_name="physical-intelligence/fast",
+                action_tokenizer_name=FAST_TOKENIZER,
             ),
             device,
         ],

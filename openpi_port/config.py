@@ -214,7 +214,8 @@ class Data:
       task: of RLDS, the features with the instruction, separated by commas; the first that is not empty counts.
         Empty for `language_instruction`.
       prompt_style: whose way of writing the prompt the weights have learned. LeRobot keeps underscores (pi0), and
-        0.4 writes the state padded to the model's dims (pi0.5).
+        0.4 writes the state padded to the model's dims (pi0.5); for pi0-FAST both versions pad the state, keep upper
+        case and put one more <bos> before the actions.
       delta: which action dimensions become differences to the state; empty for none.
       norm: z-score, or quantiles to [-1, 1].
       split: of RLDS, such as "train+val"; empty for "train".

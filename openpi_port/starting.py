@@ -13,7 +13,7 @@ import numpy as np
 from convert import layout, tables
 from openpi_port import checkpoint, init
 from openpi_port.backends import Backend
-from openpi_port.config import Train, to_dict
+from openpi_port.config import Pi0Fast, Train, to_dict
 from openpi_port.errors import UserError
 from openpi_port.normalize import NormStats
 
@@ -68,11 +68,24 @@ def _foreign(config: Train) -> Mapping[str, np.ndarray]:
                 f"--config.init={config.init} is of another model: {field} is {theirs.get(field)}, the config "
                 f"says {ours.get(field)}"
             )
+    if isinstance(config.model, Pi0Fast):
+        _check_habits(config, source.model, source.settings.get("data", {}))
     weights = source.canonical()
     if not added:
         return weights
     fresh = init.Fresh(config.model, config.seed)
     return ChainMap({name: fresh[name] for name in fresh if name not in weights}, weights)
+
+
+def _check_habits(config: Train, theirs: Pi0Fast, data: Mapping[str, Any]) -> None:
+    """Whether the run numbers tokens and writes prompts as the weights of a pi0-FAST have learned."""
+    learned = {
+        "model.positions": (theirs.positions, config.model.positions),
+        "model.missing_cameras": (theirs.missing_cameras, config.model.missing_cameras),
+        "data.prompt_style": (data.get("prompt_style", "openpi"), config.data.prompt_style),
+    }
+    if differ := " ".join(f"--config.{name}={has}" for name, (has, wants) in learned.items() if has != wants):
+        raise UserError(f"--config.init={config.init} has learned otherwise: add {differ}")
 
 
 def _add_lora(theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> bool:

@@ -103,7 +103,8 @@ def pipeline(
         FillCameras(tuple(model.cameras), missing_visible),
     )
     if isinstance(tokenizer, FastSequence):
-        return (*common, TokenizeFast(tokenizer, model.max_token_len, model.action_horizon, action_dim))
+        padded = model.action_dim if data.prompt_style != "openpi" else 0
+        return (*common, TokenizeFast(tokenizer, model.max_token_len, model.action_horizon, action_dim, padded))
     return (
         *common,
         TokenizePrompt(tokenizer, model.max_token_len, model.state_in, data.prompt_style, model.action_dim),
@@ -350,12 +351,14 @@ class TokenizeFast:
       sequence: makes and reads it.
       max_len: T.
       horizon, action_dim: A and J of the chunk that tokens decode to.
+      lerobot_dim: writes the sequence as LeRobot does, with the state padded to so many dims; 0 writes openpi's.
     """
 
     sequence: FastSequence
     max_len: int
     horizon: int
     action_dim: int
+    lerobot_dim: int = 0
 
     def forward(self, sample: Sample) -> Sample:
         """Adds "tokenized_prompt", "tokenized_prompt_mask", "token_ar_mask", "token_loss_mask", all [T].
@@ -364,9 +367,11 @@ class TokenizeFast:
         """
         if "prompt" not in sample:
             raise UserError("no prompt: give one with the observation or set --config.data.prompt=")
-        out = dict(sample)
-        tokens = self.sequence.encode(out.pop("prompt"), out["state"], out.get("actions"), self.max_len)
-        return {**out, **tokens}
+        out, state = dict(sample), sample["state"]
+        if self.lerobot_dim:
+            state = np.pad(state, (0, self.lerobot_dim - len(state)))
+        prompt, actions, lerobot = out.pop("prompt"), out.get("actions"), self.lerobot_dim > 0
+        return {**out, **self.sequence.encode(prompt, state, actions, self.max_len, lerobot=lerobot)}
 
     def inverse(self, sample: Sample) -> Sample:
         """The model's "tokens" [N] to "actions" [A, J]; a sample that has actions keeps them."""

@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import exact
@@ -16,7 +17,7 @@ from frameworks import NAMES, Framework, batch_of, golden_model
 
 import openpi_port
 from configs import pi0_fast_aloha, pi0_fast_droid
-from convert import tables
+from convert import formats, tables
 from experiments import train
 from openpi_port import UserError, checkpoint, init, memory, starting
 from openpi_port import grammar as grammars
@@ -557,6 +558,23 @@ def test_configs():
     with pytest.raises(UserError, match="draws=2"):
         dataclasses.replace(base, draws=2)
     assert memory.count_params(base.model)[0] == 2_923_335_408
+
+
+def test_start_from_a_checkpoint_with_other_habits(job, golden):
+    """LeRobot's weights number tokens and write prompts in another way; the message says how to follow them."""
+    path = golden / "lerobot" / "pi0_fast" / "pretrained"
+    source = formats.open_checkpoint(path)
+    config = dataclasses.replace(
+        job, init=str(path), model=dataclasses.replace(source.model, positions="openpi", missing_cameras="visible")
+    )
+    with pytest.raises(UserError) as error:
+        starting.point(Path("none"), config, resume=False)
+    fields = "model.positions=contiguous", "model.missing_cameras=masked", "data.prompt_style=lerobot-0.4"
+    assert str(error.value).endswith(" ".join(f"--config.{field}" for field in fields))
+    data = dataclasses.replace(config.data, prompt_style="lerobot-0.4")
+    assert starting.point(
+        Path("none"), dataclasses.replace(config, model=source.model, data=data), resume=False
+    ).weights
 
 
 def test_unknown_tokenizer(monkeypatch):

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from frameworks import NAMES, Framework, batch_of
 
-from convert import formats
+from convert import formats, target
 from openpi_port import transforms
 from openpi_port.config import Data, build
+from openpi_port.grammar import until_end
 from openpi_port.normalize import Stats
 from openpi_port.policy import Policy
-from openpi_port.tokenizers import paligemma
+from openpi_port.tokenizers import fast, paligemma
+from openpi_port.tokenizers.fast_sequence import FastSequence
 
 # LeRobot's time embedding is float64, ours float32 as openpi's: losses and chunks differ by up to 2.6e-4.
 # Where the image is resized, LeRobot keeps floats and we round to 8 bits, as openpi: that alone makes 4e-3 (fed with
@@ -93,3 +95,37 @@ def test_processors(lerobot, shared):
         actions = np.pad(inputs["processor/norm_actions_in"][i], ((0, 0), (0, 1)))
         back = transforms.inverse(steps, {"actions": actions, "state": sample["state"]})
         np.testing.assert_allclose(back["actions"], outputs["processor/unnormalized_actions"][i], atol=1e-5, rtol=1e-5)
+
+
+def test_fast_processors(golden, shared, tmp_path):
+    """pi0-FAST's sequence as LeRobot writes it, before and after a conversion, and what generated tokens mean."""
+    root = golden / "lerobot" / "pi0_fast"
+    inputs, outputs = (dict(np.load(root / f"{name}.npz")) for name in ("inputs", "outputs_float32"))
+    text = paligemma.PromptTokenizer(shared / "tokenizers" / "paligemma_tokenizer.model")
+    sequence = FastSequence(text, fast.load(str(shared / "tokenizers" / "fast_universal")))
+    target.write(formats.open_checkpoint(root / "pretrained"), tmp_path / "torch", "torch")
+    for path in (root / "pretrained", tmp_path / "torch"):
+        source = formats.open_checkpoint(path, max_token_len=456)
+        assert source.settings["train"]["fast_tokenizer"] == "physical-intelligence/fast"
+        data = build(Data, {"repo_id": "", **source.settings["data"]}, "data")
+        steps = transforms.pipeline(data, source.model, source.norm_stats, sequence)
+        for i, task in enumerate(inputs["processor/task"]):
+            cameras = dict.fromkeys(data.cameras.values(), BLACK)
+            raw = {**cameras, data.state: inputs["processor/state"][i], "task": str(task)}
+            given = transforms.forward(steps, {**raw, data.actions: inputs["processor/actions"][i]})
+            prompt = outputs["processor/observation.language.tokens"][i]
+            prompt = prompt[outputs["processor/observation.language.attention_mask"][i]]
+            actions = outputs["processor/action.tokens"][i][outputs["processor/action.token_mask"][i]]
+            tokens, seen, causal, scored = (
+                given[k] for k in ("tokenized_prompt", "tokenized_prompt_mask", "token_ar_mask", "token_loss_mask")
+            )
+            np.testing.assert_array_equal(tokens[seen & (causal == 0)], prompt)
+            np.testing.assert_array_equal(tokens[seen & (causal == 1)], actions)
+            np.testing.assert_array_equal(tokens[scored], actions[1:])  # all but the <bos>
+
+            asked = transforms.forward(steps, raw)
+            np.testing.assert_array_equal(asked["tokenized_prompt"][asked["tokenized_prompt_mask"]], [*prompt, 2])
+            assert not asked["token_ar_mask"].any()
+            generated = until_end(inputs["processor/generated_tokens"][i])
+            chunk = sequence.decode_actions(generated, *outputs["processor/detokenized_actions"][i].shape)
+            np.testing.assert_allclose(chunk, outputs["processor/detokenized_actions"][i], atol=1e-6)

@@ -3,6 +3,8 @@
     Task: {text}, State: {bins};\\n   Action: {action tokens}|<eos>   padding
     attention among themselves        causal, and scored by the loss   masked
 
+LeRobot begins what is causal with one more <bos>, which is not scored; in decoding it ends the prompt.
+
 Action id k is the text vocabulary's id `vocab_size - 1 - 128 - k`: the last 128 are PaliGemma's special tokens.
 Axis letters: T tokens, A actions, J dimensions.
 """
@@ -50,6 +52,7 @@ class FastSequence:
         self.allow_truncation, self.out_of_range = allow_truncation, out_of_range
         self.truncated_actions = 0
         self.first_id = vocab_size - 1 - RESERVED  # of action token 0; further ones count down
+        self.bos = text.encode_text("", bos=True)
         self.prompt_ids = text.encode_text("Action: ")
         self.end_ids = text.encode_text("|")
         last = self.first_id - len(fast.token_bytes) + 1
@@ -62,7 +65,9 @@ class FastSequence:
                 f"{text.vocab_size} text pieces: needs {text.vocab_size + len(fast.token_bytes) + RESERVED}"
             )
 
-    def encode(self, prompt: str, state: np.ndarray, actions: np.ndarray | None, max_len: int) -> dict[str, np.ndarray]:
+    def encode(
+        self, prompt: str, state: np.ndarray, actions: np.ndarray | None, max_len: int, *, lerobot: bool = False
+    ) -> dict[str, np.ndarray]:
         """One sequence.
 
         Args:
@@ -70,6 +75,8 @@ class FastSequence:
           state: [J], normalised.
           actions: [A, J], normalised; None ends the sequence after the prompt, for the model to go on.
           max_len: T.
+          lerobot: writes it as LeRobot does, but for the padding that LeRobot leaves between prompt and actions: it is
+            masked and not counted there, so nothing depends on it.
 
         Returns:
           "tokenized_prompt" int32, "tokenized_prompt_mask" bool, "token_ar_mask" int32 (1 on what is causal) and
@@ -78,13 +85,15 @@ class FastSequence:
         Raises:
           UserError: the actions do not fit, unless truncation is allowed; or a coefficient is out of range.
         """
-        prefix = self.text.fast_prefix(prompt, state)
-        ids = prefix + ([] if actions is None else self.action_part(actions))
+        prefix = self.text.fast_prefix(prompt, state, keep_case=lerobot)
+        bos = self.bos if lerobot else []
         if actions is None:
-            ids = self.text.cut(ids, max_len, prompt)
-        elif len(ids) > max_len:
-            self._count_truncation(len(prefix), len(ids), max_len)
-        used, start = min(len(ids), max_len), min(len(prefix), max_len)
+            ids = self.text.cut(prefix, max_len - len(bos), prompt) + bos
+        else:
+            ids = [*prefix, *bos, *self.action_part(actions)]
+            if len(ids) > max_len:
+                self._count_truncation(len(prefix), len(ids), max_len)
+        used, start = min(len(ids), max_len), max_len if actions is None else min(len(prefix), max_len)
         tokens = np.zeros(max_len, np.int32)
         tokens[:used] = ids[:used]
         place = np.arange(max_len)
@@ -93,7 +102,7 @@ class FastSequence:
             "tokenized_prompt": tokens,
             "tokenized_prompt_mask": place < used,
             "token_ar_mask": postfix.astype(np.int32),
-            "token_loss_mask": postfix,
+            "token_loss_mask": postfix & (place >= start + len(bos)),
         }
 
     def action_part(self, actions: np.ndarray) -> list[int]:

@@ -85,9 +85,13 @@ class PromptTokenizer:
         tokens[: len(ids)] = ids
         return tokens, np.arange(max_len) < len(ids)
 
-    def fast_prefix(self, prompt: str, state: np.ndarray) -> list[int]:
-        """pi0-FAST's prompt, "Task: {text}, State: {bins};\\n" in lower case; line breaks inside stay."""
-        return self.encode_text(f"Task: {clean(prompt.lower())}, State: {state_text(state)};\n", bos=True)
+    def fast_prefix(self, prompt: str, state: np.ndarray, *, keep_case: bool = False) -> list[int]:
+        """pi0-FAST's prompt, "Task: {text}, State: {bins};\\n".
+
+        In lower case, and line breaks inside stay; `keep_case` keeps the case and makes spaces of them (LeRobot).
+        """
+        text = clean(prompt).replace("\n", " ") if keep_case else clean(prompt.lower())
+        return self.encode_text(f"Task: {text}, State: {state_text(state)};\n", bos=True)
 
     def encode_text(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of a text as it stands."""
