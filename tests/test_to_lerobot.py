@@ -15,10 +15,10 @@ from conftest import ROOT
 from rlds_writer import DROID_ACTIONS, droid_episode, write_droid
 from test_aloha_hdf5 import write as write_hdf5
 
-from experiments.to_lerobot import camera_names, convert
 from openpi_port.config import Data
 from openpi_port.data.datasets import find
 from openpi_port.data.lerobot import LeRobotDataset
+from openpi_port.data.to_lerobot import camera_names, convert
 from openpi_port.errors import UserError
 from openpi_port.robots import aloha, droid
 
