@@ -20,7 +20,6 @@ from openpi_port.tokenizers import paligemma
 from openpi_port.tokenizers.fast_sequence import FastSequence
 
 ATOL = 1e-4
-FAST_NAMES = ("torch",)  # Flax prepares pi0 and pi0.5
 
 
 @pytest.fixture(scope="module", params=["pi0", "pi05"])
@@ -123,7 +122,7 @@ TINY = Pi0Fast(
 )
 
 
-@pytest.fixture(scope="module", params=FAST_NAMES)
+@pytest.fixture(scope="module", params=NAMES)
 def fast_framework(request):
     return Framework(request.param)
 

@@ -37,10 +37,7 @@ def test_same_names_in_the_same_order(name):
 
 def test_the_fast_rooms_have_the_same_door():
     """How a prepared model computes differs by nature; how it is asked does not."""
-    torch = public(TORCH / "fast" / "prepare.py")
-    if "PreparedFast" not in (flax := public(FLAX / "fast" / "prepare.py")):  # pi0-FAST is prepared in torch so far
-        torch = [name for name in torch if not name.startswith("PreparedFast")]
-    assert flax == torch
+    assert public(FLAX / "fast" / "prepare.py") == public(TORCH / "fast" / "prepare.py")
 
 
 def frameworks_of(path: Path) -> set[str]:

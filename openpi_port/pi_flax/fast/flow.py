@@ -22,6 +22,7 @@ from openpi_port.pi_flax.fast.layers import (
     Keys,
     Layer,
     Modulation,
+    Rotation,
     add,
     attend,
     block,
@@ -34,7 +35,7 @@ from openpi_port.pi_flax.fast.layers import (
 from openpi_port.pi_flax.pi0 import Pi0, embed_time, to_unit
 from openpi_port.schedule import euler_times
 
-ALIGN = 64  # the cache's length is a multiple: rows that start aligned, products that need no slow path
+ALIGN = 64  # see `round_up`
 
 
 class Options(NamedTuple):
@@ -76,7 +77,7 @@ class Times(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """An observation and the noise.
+    """An observation, and the noise for those that flow.
 
     The prefix is ordered so that valid tokens come first: then its positions count from 0, and a number per sample says
     what may be seen. Nothing else depends on the order.
@@ -86,8 +87,8 @@ class Inputs(NamedTuple):
     prompt: jax.Array  # int [B, T]
     order: jax.Array | None  # int [B, S], which token comes when; None where they are in order
     length: jax.Array  # int [B], how many are valid
-    state: jax.Array  # [B, J]
-    noise: jax.Array  # [B, A, J]
+    state: jax.Array | None = None  # [B, J]
+    noise: jax.Array | None = None  # [B, A, J]
 
 
 def weights(model: Pi0) -> Weights:
@@ -157,14 +158,29 @@ def see(w: merge.Vision, config: configs.Siglip, images: jax.Array, dtype: str, 
 
 def read(w: Weights, config: configs.Pi0, image_tokens: jax.Array, inputs: Inputs, options: Options) -> list[Keys]:
     """The prefix: what every step attends to, layer by layer, with room for the suffix."""
-    x = w.embedding[inputs.prompt].astype(image_tokens.dtype)
-    x = jnp.concatenate([image_tokens, x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)], axis=1)
-    if inputs.order is not None:
-        x = jnp.take_along_axis(x, inputs.order[..., None], axis=1, mode="promise_in_bounds")
+    x = prefix_tokens(w.embedding, image_tokens, inputs)
     cache = run_language(w.language, config.language, x, inputs.length, fused=options.fused)
-    S = x.shape[1]
-    room = -(-(S + config.suffix_len) // ALIGN) * ALIGN - S
+    room = round_up(x.shape[1] + config.suffix_len) - x.shape[1]
     return [Keys(*(jnp.pad(c, ((0, 0), (0, room), (0, 0), (0, 0))) for c in keys)) for keys in cache]
+
+
+def prefix_tokens(embedding: jax.Array, image_tokens: jax.Array, inputs: Inputs) -> jax.Array:
+    """Images and prompt [B, S, D], valid tokens first."""
+    x = jnp.concatenate([image_tokens, embed(embedding, inputs.prompt, image_tokens.dtype)], axis=1)
+    if inputs.order is None:
+        return x
+    return jnp.take_along_axis(x, inputs.order[..., None], axis=1, mode="promise_in_bounds")
+
+
+def embed(embedding: jax.Array, tokens: jax.Array, dtype: str) -> jax.Array:
+    """Token ids [..] to [.., D]; see `Gemma.embed`."""
+    x = embedding[tokens].astype(dtype)
+    return x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
+
+
+def round_up(length: int) -> int:
+    """The length that a cache of so many places gets, so that rows start aligned and no product takes a slow path."""
+    return -(-length // ALIGN) * ALIGN
 
 
 def run_language(
@@ -182,24 +198,24 @@ def run_language(
     return [*cache, qkv(rms(x, last.norm_attn), last.qkv[:, heads * config.head_dim :], 0, kv_heads, by)[1]]
 
 
-def run_expert(
+def run(
     layers: tuple[Layer, ...],
     config: configs.Gemma,
     x: jax.Array,
     cache: list[Keys],
-    position: jax.Array,
-    at: int,
+    by: Rotation,
+    at: jax.Array | int,
     seen: jax.Array,
     modulation: Modulation | None,
 ) -> tuple[jax.Array, list[Keys]]:
-    """Tokens x [B, T, D] through all layers of the expert.
+    """Tokens x [B, T, D] through all layers.
 
     Args:
-      layers: its weights.
-      config: its sizes.
+      layers: the weights.
+      config: their sizes.
       x: the embedded tokens.
       cache: keys and values, into which the tokens' own are written from place `at` on.
-      position: int [B, T].
+      by: the tokens' rotation.
       at: see there.
       seen: bool [B, 1 or T, S], which places of the cache they see then.
       modulation: of AdaRMS, [L, 2, ...] each.
@@ -207,7 +223,7 @@ def run_expert(
     Returns:
       The last layer's output, and the cache.
     """
-    by, cache = rotation(position, config.head_dim), list(cache)
+    cache = list(cache)
     for i, w in enumerate(layers):
         attn, ffw = w.norm_attn, w.norm_mlp
         if modulation is not None:
@@ -259,8 +275,8 @@ def step(
         state = inputs.state @ kernel.astype(jnp.float32) + bias
         x, at = jnp.concatenate([state[:, None].astype(dtype), x], 1), start
         seen = seen & ((place < actions) | (jnp.arange(x.shape[1])[:, None] > 0))
-    position = inputs.length[:, None] + jnp.arange(at, end) - start
-    x, cache = run_expert(w.expert, config.expert, x, cache, position, at, seen, time.layers)
+    by = rotation(inputs.length[:, None] + jnp.arange(at, end) - start, config.expert.head_dim)
+    x, cache = run(w.expert, config.expert, x, cache, by, at, seen, time.layers)
     last = w.last_norm if time.last is None else time.last
     velocity = rms(x[:, -x_t.shape[1] :], last).astype(jnp.float32) @ w.actions_out + w.out_bias
     return x_t + time.dt * velocity, cache

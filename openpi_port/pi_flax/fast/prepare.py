@@ -14,24 +14,28 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from openpi_port import batch as batches
 from openpi_port import config as configs
+from openpi_port import grammar as grammars
 from openpi_port.batch import Batch
+from openpi_port.grammar import Grammar
 from openpi_port.pi_flax import device as devices
-from openpi_port.pi_flax.fast import flow, options
-from openpi_port.pi_flax.infer import Model
+from openpi_port.pi_flax.fast import decode, flow, options
+from openpi_port.pi_flax.infer import FastModel, Model
 from openpi_port.pi_flax.pi0 import Pi0
+from openpi_port.pi_flax.pi0_fast import Pi0Fast, make_rules
 
 
-def optimize(model: Model) -> Prepared:
+def optimize(model: Model | FastModel) -> Prepared | PreparedFast:
     """Prepares a loaded model; the given one is kept for what is not in a hurry (`loss`).
 
     Raises:
       UserError: its weights have unmerged LoRA adapters.
     """
-    return Prepared(model)
+    return PreparedFast(model) if isinstance(model, FastModel) else Prepared(model)
 
 
 class Prepared:
@@ -76,9 +80,7 @@ class Prepared:
         if any(value is not None for value in others.values()):
             return self._plain.sample_actions(batch, noise, num_steps, **others)
         with devices.precision(self.module.compute):
-            return np.asarray(
-                self._sample(self._weights, self._times_of(num_steps), _inputs(batch, noise, self.config))
-            )
+            return np.asarray(self._sample(self._weights, self._times_of(num_steps), self._inputs(batch, noise)))
 
     def stages(self, batch: Batch, noise: np.ndarray, num_steps: int = 10) -> dict[str, Callable[[], None]]:
         """Each part of a chunk alone, on inputs that lie on the device: calls that wait for its end.
@@ -86,24 +88,22 @@ class Prepared:
         Returns:
           "vision", "prefix", and "step": one Euler step.
         """
-        w, inputs = self._weights, devices.put(_inputs(batch, noise, self.config), self._device)
+        w, inputs = self._weights, devices.put(self._inputs(batch, noise), self._device)
         with devices.precision(self.module.compute):
             one = jax.tree.map(lambda x: x[-1], self._times_of(num_steps))
             tokens = self._see(w, inputs.images)
             cache = self._read(w, tokens, inputs)
 
-        def timed(call: Callable[..., Any], *args: Any) -> Callable[[], None]:
-            def run() -> None:
-                with devices.precision(self.module.compute):
-                    jax.block_until_ready(call(*args))
-
-            return run
-
         return {
-            "vision": timed(self._see, w, inputs.images),
-            "prefix": timed(self._read, w, tokens, inputs),
-            "step": timed(self._step, w, one, cache, inputs),
+            "vision": _timed(self.module, self._see, w, inputs.images),
+            "prefix": _timed(self.module, self._read, w, tokens, inputs),
+            "step": _timed(self.module, self._step, w, one, cache, inputs),
         }
+
+    def _inputs(self, batch: Batch, noise: np.ndarray) -> flow.Inputs:
+        batch = batches.trim(batches.select(batch, batches.OBSERVATION), self.config)
+        flows = {"state": np.asarray(batch["state"], np.float32), "noise": np.asarray(noise, np.float32)}
+        return _observe(batch, self.config)._replace(**flows)
 
     def _times_of(self, num_steps: int) -> flow.Times:
         if num_steps not in self._times:
@@ -111,19 +111,98 @@ class Prepared:
         return self._times[num_steps]
 
 
-def _inputs(batch: Batch, noise: np.ndarray, config: configs.Pi0) -> flow.Inputs:
-    """The trimmed observation in few pieces, still on the host."""
-    batch = batches.trim(batches.select(batch, batches.OBSERVATION), config)
-    size, pixels = len(noise), config.vision.image_size
+class PreparedFast:
+    """A prepared pi0-FAST, behind the methods of `infer.FastModel`.
+
+    Attributes:
+      config: the architecture.
+      module: the plain nnx module.
+    """
+
+    def __init__(self, model: FastModel) -> None:
+        self.config: configs.Pi0Fast = model.config
+        self.module: Pi0Fast = model.module
+        self._plain = model
+        (self._device,) = model.module.gemma.embedding[...].devices()
+        how, config, dtype = options.flow(self.module.compute), self.config, self.module.compute.dtype
+        with devices.precision(self.module.compute):
+            self._weights = decode.weights(self.module)
+        jit = partial(jax.jit, compiler_options=options.compiler(self._device))
+
+        def decoder(w: decode.Weights) -> decode.Decoder:
+            return decode.Decoder(w, config, dtype, how)
+
+        self._decode = jit(lambda w, *args: decoder(w).decode(*args), static_argnums=2)
+        self._see = jit(lambda w, images: flow.see(w.vision, config.vision, images, dtype, how))
+        self._read = jit(lambda w, *args: decoder(w).read(*args), static_argnums=4)
+        self._step = jit(lambda w, *args: decoder(w).step(*args))
+        self._begin = jit(lambda w, *args: decoder(w).begin(*args), static_argnums=2)
+
+    def loss(self, batch: Batch) -> np.ndarray:
+        """The plain model's; float32 [B]."""
+        return self._plain.loss(batch)
+
+    def decode(
+        self,
+        batch: Batch,
+        max_steps: int = 256,
+        temperature: float = 0.0,
+        rng: int | np.random.Generator = 0,
+        grammar: Grammar | None = None,
+    ) -> np.ndarray:
+        """See `FastModel.decode`; int32 [B, G], 0 after the end of sequence."""
+        inputs = self._inputs(batch)
+        uniforms = grammars.check(grammar, max_steps, temperature, rng, len(inputs.prompt))
+        with devices.precision(self.module.compute):
+            rules = (np.float32(temperature or 1), uniforms, _on(self._device, grammar))
+            return np.asarray(self._decode(self._weights, inputs, max_steps, *rules))
+
+    def stages(
+        self, batch: Batch, max_steps: int = 256, grammar: Grammar | None = None
+    ) -> dict[str, Callable[[], None]]:
+        """See `Prepared.stages`: "vision", "prefix", "token" (one of them)."""
+        w, inputs = self._weights, devices.put(self._inputs(batch), self._device)
+        grammar = _on(self._device, grammar)
+        with devices.precision(self.module.compute):
+            lead = jnp.zeros(0, jnp.int32) if grammar is None else grammar.lead
+            rules = make_rules(self.module.gemma, 1.0, None, grammar)
+            tokens = self._see(w, inputs.images)
+            decoding = self._begin(w, inputs, max_steps, rules)
+        return {
+            "vision": _timed(self.module, self._see, w, inputs.images),
+            "prefix": _timed(self.module, self._read, w, tokens, inputs, lead, max_steps),
+            "token": _timed(self.module, self._step, w, decoding, rules),
+        }
+
+    def _inputs(self, batch: Batch) -> flow.Inputs:
+        return _observe(batches.trim(batches.select(batch, batches.prompt(batch)), self.config), self.config)
+
+
+def _on(device: jax.Device, grammar: Grammar | None) -> Grammar | None:
+    """The grammar's tables, on the device."""
+    return None if grammar is None else Grammar(*devices.put(tuple(grammar), device))
+
+
+def _timed(module: Pi0 | Pi0Fast, call: Callable[..., Any], *args: Any) -> Callable[[], None]:
+    """A call that waits for its end."""
+
+    def run() -> None:
+        with devices.precision(module.compute):
+            jax.block_until_ready(call(*args))
+
+    return run
+
+
+def _observe(batch: Batch, config: configs.Pi0 | configs.Pi0Fast) -> flow.Inputs:
+    """A trimmed observation in few pieces, still on the host."""
+    prompt, pixels = np.asarray(batch["tokenized_prompt"]), config.vision.image_size
     images = [np.asarray(image) for image in batch["image"].values()]
     seen = [np.repeat(np.asarray(m, bool)[:, None], config.vision.num_tokens, 1) for m in batch["image_mask"].values()]
     valid = np.concatenate([*seen, batch["tokenized_prompt_mask"]], 1)
     in_order = (valid[:, :-1] >= valid[:, 1:]).all()
     return flow.Inputs(
-        images=np.stack(images, 1) if images else np.zeros((size, 0, pixels, pixels, 3), np.uint8),
-        prompt=batch["tokenized_prompt"],
+        images=np.stack(images, 1) if images else np.zeros((len(prompt), 0, pixels, pixels, 3), np.uint8),
+        prompt=prompt,
         order=None if in_order else np.argsort(~valid, axis=1, kind="stable").astype(np.int32),
         length=valid.sum(1, dtype=np.int32),
-        state=np.asarray(batch["state"], np.float32),
-        noise=np.asarray(noise, np.float32),
     )
