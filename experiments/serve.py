@@ -24,6 +24,7 @@ WAIT_MS = absl_flags.DEFINE_float("wait_ms", 2.0, "how long a request may wait f
 MAX_MESSAGE_MB = absl_flags.DEFINE_integer("max_message_mb", 32, "largest request", 1)
 MAX_CLIENTS = absl_flags.DEFINE_integer("max_clients", 64, "connections at once", 1)
 TIMEOUT_S = absl_flags.DEFINE_float("timeout_s", 30.0, "for one answer", 0.001)
+REALTIME = absl_flags.DEFINE_bool("realtime", False, "warm up for robots that send the previous chunk along, too")
 
 API_KEY = "OPENPI_PORT_API_KEY"  # in the environment: a command line can be read by everybody
 
@@ -43,7 +44,7 @@ def main() -> None:
     )
     sizes = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < 2 * MAX_BATCH.value]
     print(f"warming up for {', '.join(map(str, sizes))} requests at once", flush=True)
-    policy.warmup(sizes)
+    policy.warmup(sizes, realtime=REALTIME.value)
     asyncio.run(serve(Server(policy, options), options))
 
 

@@ -24,6 +24,7 @@ from openpi_port import batch as batches
 from openpi_port.backends import NAMES, Backend
 from openpi_port.config import Compute, Data, Dtype, Pi0, Pi0Fast, build
 from openpi_port.errors import UserError, near
+from openpi_port.realtime import MAX_GUIDANCE, Continuation
 from openpi_port.rng import draw_noise
 from openpi_port.tokenizers import fast, paligemma
 from openpi_port.tokenizers.fast_sequence import FastSequence
@@ -48,6 +49,8 @@ class Policy:
       tokenizer: of the prompt; for pi0-FAST of prompt and actions.
       num_steps: Euler steps per chunk; pi0-FAST has none.
       seed: of the noise; call number n of a policy draws the same noise for the same seed.
+      max_guidance: limit of the pull towards the previous chunk, where an observation brings one (real-time chunking).
+      max_delay: of `config.Train`; such a model is given the previous chunk's actions and needs no pull.
       metadata: what a server tells its clients, beside what the policy knows of itself.
 
     Attributes:
@@ -66,6 +69,8 @@ class Policy:
         *,
         num_steps: int = 10,
         seed: int = 0,
+        max_guidance: float = MAX_GUIDANCE,
+        max_delay: int = 0,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         if num_steps < 1:
@@ -82,6 +87,9 @@ class Policy:
         robot = robots.load(data.robot)
         action_dim = robot.ACTION_DIM or len(stats["actions"].mean)
         self.noise_shape = None if isinstance(config, Pi0Fast) else (self.horizon, config.action_dim)
+        self._continuation: Continuation | None = None
+        if self.noise_shape is not None:
+            self._continuation = Continuation(*self.noise_shape, action_dim, max_delay, max_guidance)
         # Decoding that can only end in a whole chunk.
         self._grammar = grammar.build(tokenizer, self.horizon, action_dim) if self.noise_shape is None else None
         self.metadata = {
@@ -92,6 +100,8 @@ class Policy:
             "action_dim": action_dim,
             "action_horizon": self.horizon,
             "noise_dim": self.noise_shape and self.noise_shape[1],
+            "realtime": self._continuation and self._continuation.way,
+            "max_delay": max_delay,
             "default_prompt": data.prompt,
             "size": config.size,
             **(metadata or {}),
@@ -111,6 +121,7 @@ class Policy:
         tokenizer: str | None = None,
         num_steps: int = 10,
         seed: int = 0,
+        max_guidance: float = MAX_GUIDANCE,
         **overrides: Any,
     ) -> Policy:
         """Opens a checkpoint with all that belongs to it.
@@ -128,6 +139,7 @@ class Policy:
             the one that the checkpoint names.
           num_steps: Euler steps per chunk.
           seed: of the noise.
+          max_guidance: see the class.
           **overrides: see `load_model`; `asset="trossen"` chooses among openpi's statistics.
 
         Raises:
@@ -142,16 +154,29 @@ class Policy:
         weights = tables.translate(source.tensors, source.model, source.side, backend)
         model = Backend(backend).infer.load(source.model, weights, Compute(dtype=dtype), device)
         about = {"checkpoint": str(path), "backend": backend, "dtype": dtype, "step": source.settings.get("step")}
-        stats = source.norm_stats
-        return cls(model, settings, stats, pieces, num_steps=num_steps, seed=seed, metadata=about)
+        return cls(
+            model, settings, source.norm_stats, pieces, num_steps=num_steps, seed=seed, max_guidance=max_guidance,
+            max_delay=source.settings.get("train", {}).get("max_delay", 0), metadata=about,
+        )  # fmt: skip
 
-    def infer(self, observation: Observation, noise: np.ndarray | None = None) -> Result:
+    def infer(
+        self,
+        observation: Observation,
+        noise: np.ndarray | None = None,
+        *,
+        previous: np.ndarray | None = None,
+        delay: int | None = None,
+    ) -> Result:
         """One observation to one chunk.
 
         Args:
           observation: cameras, state and prompt under any of the names in `openpi_port/observation.py`; images uint8
             or float in [0, 1], [H, W, 3] or [3, H, W], of any size. "noise" may lie in it too.
           noise: f32 [A, J], where the flow begins; None draws it.
+          previous: [N, D], in the robot's units, the actions of the chunk that is being played, from the one that
+            follows the observation; the new chunk goes on from it (real-time chunking, docs/real_time.md). May lie in
+            the observation as "previous_actions".
+          delay: how many of them will have been played when the answer comes; or "delay" in the observation.
 
         Returns:
           {"actions": f32 [A, D] in the robot's units, "policy_timing": {"infer_ms": time in the model}}.
@@ -159,6 +184,8 @@ class Policy:
         Raises:
           UserError: something is missing, misshapen or not finite; the message names it.
         """
+        held = {k: v for k, v in (("previous_actions", previous), ("delay", delay)) if v is not None}
+        observation = {**observation, **held} if held else observation
         return self.infer_batch([observation], None if noise is None else np.asarray(noise)[None])[0]
 
     def infer_batch(self, observations: Sequence[Observation], noise: np.ndarray | None = None) -> list[Result]:
@@ -183,7 +210,16 @@ class Policy:
 
     def prepare(self, observation_: Observation) -> transforms.Sample:
         """The first half of `infer`, for servers: all that can be wrong with an observation shows here."""
-        sample = transforms.forward(self._steps, observation.rename(observation_, self.data))
+        repack, *steps = self._steps
+        sample = repack.forward(observation.rename(observation_, self.data))
+        if self._continuation is None and observation_.get("previous_actions") is not None:
+            raise UserError("previous_actions: pi0-FAST has no flow that could go on from them")
+        held = None if self._continuation is None else self._continuation.read(observation_)
+        if held is None:
+            sample = transforms.forward(steps, sample)
+        else:  # as in training, actions become what the model knows, relative to the state of this observation
+            sample = transforms.forward(steps, {**sample, "actions": held[0]})
+            sample |= self._continuation.hold(sample.pop("actions"), held[1])
         if observation_.get("noise") is not None:
             sample["noise"] = self._checked(np.asarray(observation_["noise"]))
         return sample
@@ -195,13 +231,18 @@ class Policy:
         with self._lock:
             if self.noise_shape is not None:
                 samples = [s if "noise" in s else {**s, "noise": self._draw()} for s in samples]
+            if any("previous" in s for s in samples):  # who continues nothing is computed along with those who do
+                samples = [{**self._continuation.hold_nothing(), **s} for s in samples]
             size = 1 << (len(samples) - 1).bit_length()
             filled = [*samples, *[samples[0]] * (size - len(samples))]
             batch = {key: _stack([s[key] for s in filled]) for key in samples[0]}
             start = time.perf_counter()
             if self.noise_shape is not None:
                 noise = batch.pop("noise")
-                kind, answers = "actions", self.model.sample_actions(batch, noise, num_steps=self._num_steps)
+                held = {key: batch.pop(key) for key in ("previous", "weights", "delay") if key in batch}
+                if "weights" in held:
+                    held["limit"] = self._continuation.limit
+                kind, answers = "actions", self.model.sample_actions(batch, noise, num_steps=self._num_steps, **held)
             else:
                 kind, answers = "tokens", self.model.decode(batch, FAST_TOKENS, grammar=self._grammar)
             timing = {"infer_ms": (time.perf_counter() - start) * 1e3}
@@ -225,11 +266,12 @@ class Policy:
         self.metadata["fast"] = True
         return self
 
-    def warmup(self, batch_sizes: Sequence[int] = (1,)) -> None:
+    def warmup(self, batch_sizes: Sequence[int] = (1,), *, realtime: bool = False) -> None:
         """Compiles for these numbers of observations, so that no robot waits for it.
 
         Args:
           batch_sizes: each is taken up to the next power of two.
+          realtime: also for observations that bring the previous chunk.
         """
         config = self.model.config
         size, length = config.vision.image_size, config.max_token_len
@@ -247,6 +289,8 @@ class Policy:
             for prompt in self._prompt_lengths:
                 seen = {"tokenized_prompt_mask": np.arange(length) < prompt}
                 self.infer_prepared([{**sample, **seen}] * batch_size)
+            if realtime and self._continuation is not None:
+                self.infer_prepared([{**sample, **seen, **self._continuation.hold_nothing()}] * batch_size)
 
     def _draw(self) -> np.ndarray:
         """f32 [A, J] for the next call."""

@@ -10,12 +10,16 @@ meanwhile, the first `delay` of its actions, and should not contradict what was 
                  no gradient is needed (Black, Ren, Equi, Levine, "Training-Time Action Conditioning for Efficient
                  Real-Time Chunking", arXiv 2512.05964)
 
-The papers' flow time tau runs from 0 (noise) to 1 (data); here t = 1 - tau. A actions in a chunk.
+The papers' flow time tau runs from 0 (noise) to 1 (data); here t = 1 - tau.
+A actions in a chunk, N of them left to play, J the model's action dims, D the robot's.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 
@@ -71,3 +75,83 @@ def check(previous: Any, weights: Any, delay: Any) -> None:
         raise UserError(
             f"sample_actions takes previous with either weights (guided) or delay (conditioned), got {given}"
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """How a policy goes on from the chunk that is being played.
+
+    Attributes:
+      horizon, model_dim, action_dim: A, J, D.
+      max_delay: up to which delay the model was trained to be conditioned; 0 if it was not, and is guided.
+      limit: of the guidance.
+    """
+
+    horizon: int
+    model_dim: int
+    action_dim: int
+    max_delay: int = 0
+    limit: float = MAX_GUIDANCE
+
+    def __post_init__(self) -> None:
+        if not (self.limit > 0 and math.isfinite(self.limit)):
+            raise UserError(f"max_guidance={self.limit}: a number above 0; the paper's is {MAX_GUIDANCE:g}")
+
+    @property
+    def way(self) -> Literal["guided", "conditioned"]:
+        """Which of the two ways it takes."""
+        return "conditioned" if self.max_delay else "guided"
+
+    def read(self, observation: Mapping[str, Any]) -> tuple[np.ndarray, int] | None:
+        """The previous chunk that an observation brings along.
+
+        Args:
+          observation: with "previous_actions" [N, D], in the robot's units, the actions that were not played when the
+            observation was made, in order; and "delay", how many of them will be when the answer comes.
+
+        Returns:
+          Both, or None where there are none.
+
+        Raises:
+          UserError: one without the other, misshapen, not finite, or a delay that can't be.
+        """
+        previous, delay = observation.get("previous_actions"), observation.get("delay")
+        if previous is None and delay is None:
+            return None
+        if previous is None or delay is None:
+            raise UserError("observation: previous_actions and delay come together")
+        previous, number = np.asarray(previous), np.asarray(delay)
+        if previous.dtype.kind not in "fiu" or previous.ndim != 2 or previous.shape[1] != self.action_dim:
+            raise UserError(
+                f"previous_actions are numbers [N, {self.action_dim}], got {previous.dtype} {list(previous.shape)}"
+            )
+        if not 0 < len(previous) <= self.horizon:
+            raise UserError(f"previous_actions: {len(previous)} of them, a chunk has {self.horizon}")
+        if not np.isfinite(previous).all():
+            raise UserError("previous_actions: not a finite number among them")
+        if number.dtype.kind not in "iu" or number.ndim or not 0 <= number <= len(previous):
+            raise UserError(f"delay={delay!r}: an integer from 0 to the {len(previous)} previous_actions")
+        if self.max_delay and number > self.max_delay:
+            raise UserError(
+                f"delay={number}, but this policy was trained for up to {self.max_delay} (config.max_delay): train it "
+                f"for more, or make inference faster or the control loop slower"
+            )
+        return np.asarray(previous, np.result_type(previous, np.float32)), int(number)
+
+    def hold(self, previous: np.ndarray, delay: int) -> dict[str, Any]:
+        """What a sample brings to the model.
+
+        Args:
+          previous: [N, J], in the model's units, relative to the new observation.
+          delay: see `read`.
+        """
+        rows = np.zeros((self.horizon, self.model_dim), np.float32)
+        rows[: len(previous)] = previous
+        if self.max_delay:
+            return {"previous": rows, "delay": np.int32(delay)}
+        real = np.arange(self.model_dim) < self.action_dim  # dims that only fill the model up are nobody's plan
+        return {"previous": rows, "weights": soft_mask(self.horizon, delay, len(previous))[:, None] * np.float32(real)}
+
+    def hold_nothing(self) -> dict[str, Any]:
+        """The same fields for a sample that continues nothing, beside others that do: plain sampling."""
+        return {key: np.zeros_like(value) for key, value in self.hold(np.zeros((1, self.model_dim)), 0).items()}

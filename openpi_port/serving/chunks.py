@@ -1,11 +1,13 @@
 """From chunks to single actions: how a control loop walks through what a policy answers.
 
-Both classes take anything with `infer(observation) -> {"actions": [A, D], ...}`: a Policy, our Client, openpi's client.
+All classes take anything with `infer(observation) -> {"actions": [A, D], ...}`: a Policy, our Client, openpi's client.
 Axis letters: A actions in a chunk, D dimensions of the robot.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -114,6 +116,91 @@ class Ahead:
             raise UserError(f"the answer came after {delay} steps, a chunk has {length}: the policy is too slow")
         self._result, self._step, self._asked = result, delay, None
         self._end = min(delay + self._replan, length)
+
+
+class RealTime:
+    """Asks for the next chunk while the present one is played, and says how the present one goes on.
+
+    Real-time chunking (algorithm 1 of arXiv 2506.07339): the question brings along the actions that are not played yet,
+    and how many of them will be when the answer comes: the longest of the last delays. So the next chunk continues the
+    present one, and takes over as soon as it is there. If the present one ends before that, the robot waits.
+
+    Threads may share one; then each call is one control step.
+
+    Args:
+      policy: whom to ask, in another thread: a Policy, or the client of a server that has one.
+      replan: actions to play from one question to the next, at least; the paper's s_min.
+      delay: how many control steps the first answers are expected to take.
+      history: how many delays are remembered; the paper's b.
+
+    Raises:
+      UserError: replan, delay or history that can't be, or a policy that doesn't know real-time chunking.
+    """
+
+    def __init__(self, policy: Infers, replan: int, delay: int = 0, history: int = 10) -> None:
+        if replan < 1 or delay < 0 or history < 1:
+            raise UserError(f"replan={replan}, delay={delay}, history={history}: not below 1, 0 and 1")
+        about = getattr(policy, "metadata", None)
+        if isinstance(about, Mapping) and not about.get("realtime"):
+            raise UserError("this policy can't go on from a previous chunk: pi0-FAST, or another project's server?")
+        self._policy, self._replan = policy, replan
+        self._delays = deque([delay], maxlen=history)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="realtime")
+        self._lock = threading.Lock()
+        self._result: Mapping[str, Any] | None = None
+        self._step = 0  # of the present chunk
+        self._asked: tuple[Future[Mapping[str, Any]], int] | None = None  # the answer, and the step of its observation
+
+    def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """The next action; see `OpenLoop.infer`. Called once per control step; the observation is copied."""
+        with self._lock:
+            if self._result is None:
+                self._result, self._step = self._ask(observation).result(), 0
+                if self._replan >= len(self._result["actions"]):
+                    raise UserError(f"replan={self._replan}: below the {len(self._result['actions'])} of a chunk")
+            left = len(self._result["actions"]) - self._step
+            if self._asked is None and left and self._step >= self._replan:
+                held = {
+                    "previous_actions": self._result["actions"][self._step :],
+                    "delay": min(max(self._delays), left),
+                }
+                self._asked = self._ask({**observation, **held}), self._step
+            if self._asked is not None and (not left or self._asked[0].done()):
+                self._take(*self._asked)
+            action = _row(self._result, self._step)
+            self._step += 1
+            return action
+
+    def reset(self) -> None:
+        """Forgets chunk and question: a new episode begins. Delays are remembered."""
+        with self._lock:
+            if self._asked is not None:
+                self._asked[0].cancel()
+            self._result, self._asked = None, None
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, observation: Mapping[str, Any]) -> Future[Mapping[str, Any]]:
+        return self._thread.submit(self._policy.infer, _copy(observation))
+
+    def _take(self, answer: Future[Mapping[str, Any]], asked_at: int) -> None:
+        self._asked = None
+        result, delay = answer.result(), self._step - asked_at
+        if delay >= len(result["actions"]):
+            raise UserError(
+                f"the answer came after {delay} steps, a chunk has {len(result['actions'])}: the policy is too slow"
+            )
+        self._delays.append(delay)
+        self._result, self._step = result, delay
+
+
+def _copy(observation: Any) -> Any:
+    """The robot may write its next picture over this one while the question is on its way."""
+    if isinstance(observation, Mapping):
+        return {key: _copy(value) for key, value in observation.items()}
+    return np.array(observation) if isinstance(observation, np.ndarray) else observation
 
 
 def _positive(replan: int | None) -> int | None:
