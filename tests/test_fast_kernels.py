@@ -1,0 +1,138 @@
+"""The Triton kernels against their plain form: on a GPU in bfloat16, elsewhere in Triton's interpreter in float32.
+
+The interpreter needs Triton and numpy 2.2 or older: `TRITON_INTERPRET=1 python -m pytest tests/test_fast_kernels.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton")
+import torch
+import triton.language as tl
+
+from openpi_port.pi_torch.fast import kernels, ops, pack, tiles
+
+GPU = torch.cuda.is_available()
+if not GPU and not os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("no GPU, and TRITON_INTERPRET is not set", allow_module_level=True)
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+ERROR = 1e-2 if GPU else 1e-6
+B, T, S, D, N, H, F, J = 2, 11, 70, 128, 4, 32, 256, 14
+M, AT = B * T, S - T
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """In the interpreter nothing is launched early, and bfloat16 can't be multiplied."""
+    if not GPU:
+        monkeypatch.setattr(tiles, "PDL", False)
+        monkeypatch.setattr(tiles, "AHEAD", False)
+
+
+@pytest.fixture
+def make():
+    """Random arrays: `make.x` in the working dtype, `make.f` in float32."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def f(*shape):
+        return torch.randn(*shape, device=DEVICE, generator=generator)
+
+    return SimpleNamespace(f=f, x=lambda *shape: f(*shape).to(DTYPE), w=lambda n, k: (f(n, k) * k**-0.5).to(DTYPE))
+
+
+def exact(*tensors):
+    """In float32 on the CPU, where `ops` takes the plain form."""
+    return [t.float().cpu() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in tensors]
+
+
+def close(got, want):
+    got, want = got.float().cpu(), want.float().cpu()
+    assert (got - want).norm() <= ERROR * want.norm()
+
+
+def stream_of(make, scale):
+    x = make.x(M, D)
+    return kernels.start(x, scale), ops.start(*exact(x, scale))
+
+
+def caches(make):
+    return [torch.zeros(B, S, H, device=DEVICE, dtype=DTYPE) for _ in range(2)], [
+        torch.zeros(B, S, H) for _ in range(2)
+    ]
+
+
+def test_rows(make):
+    x, offset, scale, bias = make.x(M, D), make.f(D), make.f(D), make.f(D)
+    close(kernels.layer_norm(x, offset, scale, bias), ops.layer_norm(*exact(x, offset, scale, bias)))
+    close(kernels.rms_norm(x, scale), ops.rms_norm(*exact(x, scale)))
+    close(kernels.geglu(x), ops.geglu(*exact(x)))
+
+
+@pytest.mark.parametrize("heads", [N, 0], ids=["all", "keys and values"])
+def test_split_qkv(make, heads):
+    qkv, turns = make.x(M, (heads + 2) * H), pack.turns(M, H, torch.device(DEVICE))
+    ours, plain = caches(make)
+    q = kernels.split_qkv(qkv, turns, *ours)
+    want = ops.split_qkv(*exact(qkv, turns), *plain)
+    for got, wanted in zip((q, *ours), (want, *plain), strict=True):
+        close(got, wanted)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_streaming(make, biased):
+    """One layer of the expert, each kernel on what the one before left."""
+    scale, bias = make.f(D).abs() + 0.5, make.f((N + 2) * H) if biased else None
+    stream, plain = stream_of(make, scale)
+    turns, at = pack.turns(M, H, torch.device(DEVICE)), torch.tensor([AT], dtype=torch.int32, device=DEVICE)
+    w, ours, theirs = make.w((N + 2) * H, D), *caches(make)
+    q = kernels.normed_qkv(stream, w, bias, turns, *ours, at)
+    want = ops.normed_qkv(plain, *exact(w, bias, turns), *theirs, at.cpu())
+    for got, wanted in zip((q, *ours), (want, *theirs), strict=True):
+        close(got, wanted)
+
+    w, bias = make.w(2 * F, D), make.f(2 * F) if biased else None
+    a, want = kernels.normed_geglu(stream, w, bias), ops.normed_geglu(plain, *exact(w, bias))
+    close(a, want)
+
+    w, gate = make.w(D, F), make.f(D) if biased else None
+    for _ in range(2):  # the counters are left as they were found
+        after = kernels.add_projected(stream, a, w, gate, scale)
+    wanted = ops.add_projected(plain, *exact(a, w, gate, scale))
+    close(after.x, wanted.x)
+    close(after.scaled, wanted.scaled)
+    close(after.squares.sum(1), wanted.squares.sum(1))
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize("limited", [False, True])
+def test_attend(make, monkeypatch, splits, limited):
+    """Keys that are masked, a span of them altogether, and one token that sees fewer."""
+    monkeypatch.setattr(tiles, "SUFFIX_ATTENTION", tiles.Attend(16, 16, splits, 4, 2))
+    monkeypatch.setattr(tiles, "TOKEN_ATTENTION", tiles.Attend(16, 16, splits, 4, 2))
+    q, k, v = make.x(M, N * H) * H**-0.5, make.x(B, S, H), make.x(B, S, H)
+    valid = make.f(B, S) > -0.5
+    valid[0, :40] = False
+    limits = torch.tensor([AT + 1] + [S] * (T - 1), dtype=torch.int32, device=DEVICE) if limited else None
+    got = kernels.attend(q, k, v, ops.Seen(valid, limits, None))
+    seen = ops.see(valid.cpu(), None if limits is None else limits.cpu(), N, torch.zeros(1))
+    close(got, ops.attend(*exact(q, k, v), seen))
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_both_ends(make, monkeypatch, name):
+    if not GPU:
+        monkeypatch.setattr(kernels, "_exact_dot", lambda a, b, acc: tl.dot(a, b, acc))
+    w, b, state = (make.w(D, D), make.f(D), make.x(B, D)) if name == "pi0" else (None, None, None)
+    x_t, bias, scale, entry = make.f(B, T, J), make.f(D), make.f(D), pack.Entry(make.f(D, J), w, b)
+    got = kernels.enter(x_t, state, entry, bias, scale, DTYPE)
+    want = ops.enter(*exact(x_t, state), pack.Entry(*exact(*entry)), *exact(bias, scale), torch.float32)
+    close(got.x, want.x)
+    close(got.scaled, want.scaled)
+    close(got.squares.sum(1), want.squares.sum(1))
+    w, bias = make.w(J, D), make.f(J)
+    moved = kernels.leave(got, w, bias, x_t, -0.1)
+    close(moved - x_t, ops.leave(want, *exact(w, bias, x_t), -0.1) - x_t.cpu())
