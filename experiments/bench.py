@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from convert import layout, tables
 from experiments import flags
 from openpi_port import memory
 from openpi_port.backends import Backend
-from openpi_port.config import Compute, Pi0, Train
+from openpi_port.config import Compute, Pi0, Pi0Fast, Train
 
 PARTS = ("inference", "train")
+TOKENS = 50  # of a pi0-FAST chunk
 ONLY = absl_flags.DEFINE_list("only", list(PARTS), f"what to measure: {', '.join(PARTS)}")
 REPEAT = absl_flags.DEFINE_integer("repeat", 30, "timed calls of inference", lower_bound=1)
 STEPS = absl_flags.DEFINE_integer("steps", 10, "timed training steps", lower_bound=1)
@@ -52,19 +54,34 @@ def main() -> None:
 
 
 def inference(config: Train, backend: Backend, weights: dict[str, np.ndarray]) -> dict[str, float]:
-    """A chunk at batch 1, 10 Euler steps."""
+    """A chunk at batch 1: of 10 Euler steps, or of 50 tokens; with --fast also its parts."""
     begin = time.perf_counter()
     model = backend.infer.load(config.model, weights, Compute(dtype=config.compute.dtype))
     if FAST.value:
         model = backend.fast.optimize(model)
-    batch = random_batch(config.model, 1)
-    model.sample_actions(batch, batch["noise"])
+    if isinstance(config.model, Pi0Fast):
+        batch = random_prompt(config.model, 1)
+        arguments: tuple[Any, ...] = (batch, TOKENS)
+        call = partial(model.decode, *arguments)
+    else:
+        batch = random_batch(config.model, 1)
+        arguments = (batch, batch["noise"])
+        call = partial(model.sample_actions, *arguments)
+    call()
     ready = time.perf_counter() - begin
-    times = timed(lambda: model.sample_actions(batch, batch["noise"]), REPEAT.value)
+    rows = {"inference/ready_s": ready, **summary("inference", timed(call, REPEAT.value))}
+    if FAST.value:
+        for name, stage in model.stages(*arguments).items():
+            stage()
+            rows |= summary(f"inference/{name}", timed(stage, REPEAT.value))
+    return rows
+
+
+def summary(name: str, times: list[float]) -> dict[str, float]:
+    """Median and 90th percentile of seconds, in milliseconds."""
     return {
-        "inference/ready_s": ready,
-        "inference/median_ms": 1e3 * float(np.median(times)),
-        "inference/p90_ms": 1e3 * float(np.quantile(times, 0.9)),
+        f"{name}/median_ms": 1e3 * float(np.median(times)),
+        f"{name}/p90_ms": 1e3 * float(np.quantile(times, 0.9)),
     }
 
 
@@ -123,6 +140,18 @@ def random_batch(model: Pi0, size: int, draws: int = 1) -> dict[str, Any]:
         "action_is_pad": np.zeros(chunk[:2], bool),
         "noise": rng.standard_normal((*drawn, *chunk[1:]), np.float32),
         "time": rng.uniform(0.001, 1, drawn).astype(np.float32),
+    }
+
+
+def random_prompt(model: Pi0Fast, size: int) -> dict[str, Any]:
+    """What pi0-FAST reads: two cameras and a prompt of 180 tokens, as far as the model has room for both."""
+    rng = np.random.default_rng(0)
+    pixels, length = model.vision.image_size, model.max_token_len
+    return {
+        "image": {c: rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8) for c in model.cameras},
+        "image_mask": {c: np.full(size, i < 2) for i, c in enumerate(model.cameras)},
+        "tokenized_prompt": rng.integers(2, model.vocab_size, (size, length)).astype(np.int32),
+        "tokenized_prompt_mask": np.tile(np.arange(length) < min(180, length - 1), (size, 1)),
     }
 
 
