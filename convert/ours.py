@@ -51,5 +51,6 @@ def _train_state(path: Path, side: str) -> Mapping[str, Any]:
     state = path / TRAIN_STATE
     if not state.exists():
         return {}
-    arrays = orbax_io.Arrays(state / "params") if side == "flax" else safetensors_io.Arrays(state / "model.safetensors")
-    return dict(arrays)
+    if side == "flax":
+        return dict(orbax_io.Arrays(state / "params"))
+    return dict(safetensors_io.tensors(state / "model.safetensors"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from openpi_port import memory
+from openpi_port import memory, meshes
 from openpi_port.backends import Backend
 from openpi_port.config import SIZES, Train, build
 from openpi_port.errors import UserError, near
@@ -111,11 +111,13 @@ def _largest(argv: list[str], path: Path) -> str:
     values([argv[0], f"--config={path}:base", *(arg for arg in argv if arg.startswith("--config."))])
     base = build(Train, holder.value)
     backend = Backend(base.backend)
+    index, count = backend.sharding.join()  # before any device is looked at
     name, room = backend.device.describe(backend.device.find(None))
-    need = memory.plan(base).total
+    need = memory.plan(base, meshes.shape(base.mesh, backend.device.count(), count, base.batch_size)).total
     size = "base" if need < 0.95 * room else "mini"
-    print(
-        f"size {size}: training base needs {need / memory.GIB:.0f} GiB, {name} has {room / memory.GIB:.0f} GiB "
-        f"(--config.model.size= overrides)"
-    )
+    if index == 0:
+        print(
+            f"size {size}: training base needs {need / memory.GIB:.0f} GiB, {name} has {room / memory.GIB:.0f} GiB "
+            f"(--config.model.size= overrides)"
+        )
     return size

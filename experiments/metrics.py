@@ -11,11 +11,14 @@ class Metrics:
     """Appends to the files of a run; a resumed run drops what was logged after the step it goes on from.
 
     Args:
-      run: the run's directory.
+      run: the run's directory; None in a process that leaves the writing to another.
       start_step: the step that the run goes on from.
     """
 
-    def __init__(self, run: Path, start_step: int) -> None:
+    def __init__(self, run: Path | None, start_step: int) -> None:
+        self._file = self._board = None
+        if run is None:
+            return
         from tensorboardX import SummaryWriter  # takes 2 s, which a mistyped flag need not wait for
 
         run.mkdir(parents=True, exist_ok=True)
@@ -28,6 +31,8 @@ class Metrics:
 
     def write(self, step: int, **values: float) -> None:
         """Logs numbers under their names."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -36,5 +41,6 @@ class Metrics:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()

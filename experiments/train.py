@@ -9,9 +9,11 @@ Ctrl-C or SIGTERM saves a checkpoint and ends; `--resume` goes on as if nothing 
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
+import os
 import resource
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,13 +25,17 @@ from tqdm import tqdm
 
 from experiments import flags
 from experiments.metrics import Metrics
-from openpi_port import checkpoint, memory, starting
+from experiments.processes import Processes, SharedError, Stop
+from openpi_port import checkpoint, memory, meshes, starting
 from openpi_port.backends import Backend
 from openpi_port.config import Train
 from openpi_port.data import material
 from openpi_port.errors import UserError
 
 RESUME = absl_flags.DEFINE_bool("resume", False, "go on with the run of this name, from its last checkpoint")
+RESUME_IF_ANY = absl_flags.DEFINE_bool(
+    "resume_if_any", False, "go on if there is a checkpoint, else start: for what runs the same command again"
+)
 START = time.perf_counter()
 
 
@@ -37,8 +43,16 @@ def main() -> None:
     """Trains what the command line says."""
     config = flags.config()
     run = Path(config.out) / config.name
-    announce(config)
-    train(config, run, starting.point(run, config, resume=RESUME.value))
+    processes = Processes(Backend(config.backend))
+    with processes.end_together():
+        announce(config, processes)
+        resume = RESUME.value or ((RESUME_IF_ANY.value or restarted()) and bool(checkpoint.steps(run)))
+        train(config, run, processes.in_turn("start", lambda: starting.point(run, config, resume=resume)))
+
+
+def restarted() -> bool:
+    """Whether torchrun or SLURM has started this command again after a failure."""
+    return any(int(os.environ.get(f"{name}_RESTART_COUNT", 0)) for name in ("TORCHELASTIC", "SLURM"))
 
 
 def train(config: Train, run: Path, start: starting.Point) -> None:
@@ -50,29 +64,34 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
       start: step, weights, optimizer state and statistics to begin with.
     """
     backend = Backend(config.backend)
-    data = material.load(config, start.norm_stats)
-    print(data.describe())
+    processes = Processes(backend)
+    process = processes.index, processes.count
+    data = processes.in_turn("data", lambda: material.load(config, start.norm_stats))
+    processes.say(data.describe())
     trainer = backend.train.Trainer(config, start.weights)
     if start.train_state is not None:
         trainer.restore(start.step, start.train_state)
-    stop = Stop()
-    saver = checkpoint.Saver(run, config.keep_every)
-    window = Window(config.batch_size)
-    batches = data.batches(start.step)
+    stop, stopping = Stop(backend), False
+    saver = checkpoint.Saver(run, config.keep_every, process)
+    window = Window(run, data)
+    batches = data.batches(start.step, process)
     with (
-        Metrics(run, start.step) as metrics,
-        tqdm(total=config.num_steps, initial=start.step, unit="step", dynamic_ncols=True) as bar,
+        Metrics(None if processes.index else run, start.step) as metrics,
+        tqdm(
+            total=config.num_steps, initial=start.step, unit="step", dynamic_ncols=True, disable=processes.index > 0
+        ) as bar,
     ):
-        while trainer.step < config.num_steps and not stop.asked:
+        while trainer.step < config.num_steps and not stopping:
             batch = window.wait_for(batches)
             window.add(trainer.update(batch))
+            stopping = stop.asked()
             bar.update()
             step, last = trainer.step, trainer.step == config.num_steps
             if step == start.step + 1:
                 window.first(step)
-                bar.write(f"first step done {time.perf_counter() - START:.1f} s after the start")
+                processes.say(f"first step done {time.perf_counter() - START:.1f} s after the start")
             evaluating = data.has_validation and (step % config.eval_every == 0 or last)
-            if step % config.log_every == 0 or evaluating or last or stop.asked:
+            if step % config.log_every == 0 or evaluating or last or stopping:
                 numbers = window.numbers(step)
                 metrics.write(step, **numbers)
                 bar.set_postfix_str(
@@ -80,26 +99,30 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
                     f"{numbers['data_wait']:.0%} waiting for data"
                 )
             if evaluating:
-                loss = float(np.mean([trainer.evaluate(b) for b in data.validation_batches()]))
+                loss = float(np.mean([trainer.evaluate(b) for b in data.validation_batches(process)]))
                 metrics.write(step, validation_loss=loss)
-                bar.write(f"step {step}: loss {numbers['loss']:.4f}, validation {loss:.4f}")
+                processes.say(f"step {step}: loss {numbers['loss']:.4f}, validation {loss:.4f}")
                 window.pause()
-            if step % config.save_every == 0 or last or stop.asked:
+            if step % config.save_every == 0 or last or stopping:
                 window.check(step)  # never save what a bad loss has spoilt
-                save(saver, config, data, trainer, backend)
+                save(saver, config, data, trainer, backend, process)
         batches.close()
         saver.wait()
-    finish(config, run, trainer.step, backend)
+    if processes.index == 0:
+        finish(config, run, trainer.step, backend)
 
 
-def announce(config: Train) -> None:
+def announce(config: Train, processes: Processes) -> None:
     """Says what will run, and refuses what the device can't hold, before anything is fetched or allocated."""
     device = Backend(config.backend).device
     name, room = device.describe(device.find(None))
-    plan = memory.plan(config)
-    print(
-        f"{config.name}: {plan.num_params / 1e6:.1f} M parameters ({config.model.size}), {config.backend} on {name}, "
-        f"{config.compute.dtype}\nmemory: about {plan}; the device has {room / memory.GIB:.1f} GiB"
+    num_devices = device.count()
+    shape = meshes.shape(config.mesh, num_devices, processes.count, config.batch_size)
+    plan, several = memory.plan(config, shape), f"{shape[0]} x {shape[1]} times " if shape != (1, 1) else ""
+    processes.say(
+        f"{config.name}: {plan.num_params / 1e6:.1f} M parameters ({config.model.size}), {config.backend} on "
+        f"{several}{name}, {config.compute.dtype}\nmemory per device: about {plan}; "
+        f"it has {room / memory.GIB:.1f} GiB"
     )
     if plan.total > room:
         raise UserError(
@@ -109,21 +132,34 @@ def announce(config: Train) -> None:
         )
 
 
-def save(saver: checkpoint.Saver, config: Train, data: material.Material, trainer: Any, backend: Backend) -> None:
-    """Copies the state to the host and has it written in the background."""
+def save(
+    saver: checkpoint.Saver,
+    config: Train,
+    data: material.Material,
+    trainer: Any,
+    backend: Backend,
+    process: tuple[int, int],
+) -> None:
+    """Copies the state to the host and has it written in the background; of several processes each does its part."""
+    saver.wait()  # before there is a second copy
     policy = checkpoint.Policy(config, trainer.step, config.backend, data.tokenizer.fingerprint)
-    weights, train_state = trainer.weights(), trainer.train_state()
+    files = {"": trainer.weights(), checkpoint.TRAIN_STATE: trainer.train_state()}
+    weights = backend.weights
 
     def fill(directory: Path) -> None:
+        (directory / checkpoint.TRAIN_STATE).mkdir(exist_ok=True)
+        for folder, tensors in files.items():
+            weights.write_params(directory / folder / weights.PARAMS, tensors, process)
+
+    def seal(directory: Path) -> None:
+        for folder in files:
+            weights.seal_params(directory / folder / weights.PARAMS, process[1])
         if data.sequence is not None:
             data.sequence.fast.save(directory / checkpoint.FAST_TOKENIZER)
-        checkpoint.write(
-            directory, policy, {name: m.norm_stats for name, m in data.members.items()}, data.tokenizer.content,
-            lambda path: backend.weights.write_params(path / backend.weights.PARAMS, weights),
-            lambda path: backend.weights.write_params(path / backend.weights.PARAMS, train_state),
-        )  # fmt: skip
+        stats = {name: member.norm_stats for name, member in data.members.items()}
+        checkpoint.describe(directory, policy, stats, data.tokenizer.content)
 
-    saver.save(trainer.step, fill)
+    saver.save(trainer.step, fill, seal)
 
 
 def finish(config: Train, run: Path, step: int, backend: Backend) -> None:
@@ -145,25 +181,11 @@ def finish(config: Train, run: Path, step: int, backend: Backend) -> None:
     )
 
 
-class Stop:
-    """Ctrl-C and SIGTERM ask to stop after the step; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("stopping after this step; a checkpoint will be saved")
-
-
 class Window:
     """Times and losses since the last log line; looks at the device only when asked for numbers."""
 
-    def __init__(self, batch_size: int) -> None:
-        self._batch_size = batch_size
+    def __init__(self, run: Path, data: material.Material) -> None:
+        self._run, self._data = run, data
         self._pending: list[Mapping[str, Any]] = []
         self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
 
@@ -189,13 +211,24 @@ class Window:
         self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
 
     def check(self, step: int) -> None:
-        """Raises UserError if a loss since the last numbers was not finite."""
+        """Raises SharedError if a loss or gradient since the last numbers was not finite; says of which samples."""
         for i, metrics in enumerate(self._pending):
-            if not math.isfinite(float(metrics["loss"])):
+            bad = next((key for key in ("loss", "grad_norm") if not math.isfinite(float(metrics[key]))), None)
+            if bad is not None:
                 at = step - len(self._pending) + i + 1
-                raise UserError(
-                    f"the loss of step {at} is {float(metrics['loss'])}: stopped; the last checkpoint is from before. "
-                    f"A lower --config.optimizer.peak_lr, or data with outliers, are the usual reasons"
+                value, samples = float(metrics[bad]), self._data.samples(at)
+                file = self._run / f"bad_batch_{at}.json"
+                report = {
+                    "step": at,
+                    bad: str(float(metrics[bad])),
+                    "samples": [dataclasses.asdict(s) for s in samples],
+                }
+                file.write_text(json.dumps(report, indent=1) + "\n")
+                raise SharedError(
+                    f"the {bad} of step {at} is {value}: stopped; the last checkpoint is from before. "
+                    f"The batch: {', '.join(map(str, samples[:3]))}"
+                    f"{f' and {len(samples) - 3} more' if len(samples) > 3 else ''}, listed in {file}. "
+                    f"Outliers in the data, or too high a --config.optimizer.peak_lr, are the usual reasons"
                 )
 
     def numbers(self, step: int) -> dict[str, float]:
@@ -203,7 +236,7 @@ class Window:
         self.check(step)
         means = {key: float(np.mean([float(m[key]) for m in self._pending])) for key in self._pending[0]}
         elapsed = time.perf_counter() - self._since
-        means["samples_per_s"] = self._steps * self._batch_size / elapsed
+        means["samples_per_s"] = self._steps * self._data.config.batch_size / elapsed
         means["data_wait"] = self._waited / elapsed
         self._pending = []
         self.pause()

@@ -6,18 +6,20 @@ RUN/STEP/policy.json         what the policy is: model, data and transform setti
          tokenizer.model     the SentencePiece model of the prompt
          fast_tokenizer/     of actions (pi0-FAST, knowledge insulation), as a Hugging Face processor
          params/             weights (orbax) in Flax
-         model.safetensors   weights in torch
+         model.safetensors   weights in torch (of several processes: model-00001-of-00002.safetensors ... and an index)
          train_state/        what else a resume needs: Adam's moments, raw weights beside averaged ones
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from openpi_port.normalize import NormStats, load_norm_stats, save_norm_stats
 FORMAT = 1
 POLICY, NORM_STATS, TOKENIZER, TRAIN_STATE = "policy.json", "norm_stats.json", "tokenizer.model", "train_state"
 FAST_TOKENIZER = "fast_tokenizer"
+DONE, FAILED = "done", "failed"  # marks of the processes that write together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,29 +91,18 @@ def steps(run: Path) -> list[int]:
     return sorted(int(p.name) for p in run.glob("[0-9]*") if p.name.isdigit() and (p / POLICY).exists())
 
 
-def write(
-    directory: Path,
-    policy: Policy,
-    stats: Mapping[str, NormStats],
-    tokenizer: bytes,
-    write_weights: Callable[[Path], None],
-    write_train_state: Callable[[Path], None],
-) -> None:
-    """Writes a checkpoint into a directory that exists and is empty; `policy.json` comes last.
+def describe(directory: Path, policy: Policy, stats: Mapping[str, NormStats], tokenizer: bytes) -> None:
+    """Writes what the weights are and how they are used; `policy.json`, which makes it a checkpoint, comes last.
 
     Args:
-      directory: where.
+      directory: where the weights are.
       policy: what it is.
       stats: of every data set, "" for the deployed robot's.
       tokenizer: its file's content.
-      write_weights, write_train_state: are given the directory to write into.
     """
     for name, group in stats.items():
         save_norm_stats(directory / norm_stats_file(name), group)
     (directory / TOKENIZER).write_bytes(tokenizer)
-    write_weights(directory)
-    (directory / TRAIN_STATE).mkdir()
-    write_train_state(directory / TRAIN_STATE)
     (directory / POLICY).write_text(json.dumps(policy.to_json(), indent=1) + "\n", encoding="utf-8")
 
 
@@ -128,33 +120,40 @@ class Saver:
     """Writes checkpoints of a run in the background, one at a time, and prunes old ones.
 
     A checkpoint is written beside its place and renamed when it is complete, so that a kill or a full disk leaves
-    the ones before untouched and never half a one.
+    the ones before untouched and never half a one. Of several processes each writes its part into the same directory
+    (on a file system that they share) and leaves a mark when it lies on the disk; the first does the rest.
 
     Args:
       run: the run's directory.
       keep_every: checkpoints at multiples of it stay; of the others only the latest does.
+      process: this process's number, and how many there are.
     """
 
-    def __init__(self, run: Path, keep_every: int) -> None:
+    def __init__(self, run: Path, keep_every: int, process: tuple[int, int] = (0, 1)) -> None:
         self._run, self._keep_every = run, keep_every
+        self._index, self._count = process
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._run.mkdir(parents=True, exist_ok=True)
-        for left_over in self._run.glob(".*.tmp"):
-            shutil.rmtree(left_over, ignore_errors=True)
+        if self._index == 0:
+            self._run.mkdir(parents=True, exist_ok=True)
+            for left_over in self._run.glob(".*.tmp"):
+                shutil.rmtree(left_over, ignore_errors=True)
 
-    def save(self, step: int, fill: Callable[[Path], None]) -> None:
+    def save(
+        self, step: int, fill: Callable[[Path], None], seal: Callable[[Path], None] = lambda directory: None
+    ) -> None:
         """Starts writing; waits for the checkpoint before to be finished.
 
         Args:
           step: names the checkpoint.
-          fill: writes everything into a directory; called in another thread.
+          fill: writes this process's part into a directory; called in another thread.
+          seal: writes what comes last, when all parts are there; called likewise, in the first process.
 
         Raises:
           UserError: the checkpoint before could not be written.
         """
         self.wait()
-        self._thread = threading.Thread(target=self._save, args=(step, fill), name=f"save-{step}")
+        self._thread = threading.Thread(target=self._save, args=(step, fill, seal), name=f"save-{step}")
         self._thread.start()
 
     def wait(self) -> None:
@@ -177,18 +176,43 @@ class Saver:
             ) from error
         raise error
 
-    def _save(self, step: int, fill: Callable[[Path], None]) -> None:
+    def _save(self, step: int, fill: Callable[[Path], None], seal: Callable[[Path], None]) -> None:
         part = self._run / f".{step}.tmp"
         try:
-            part.mkdir()
+            if self._index == 0:
+                part.mkdir()
+            else:
+                _until(part.exists)
             fill(part)
+            _sync(part)
+            if self._index:
+                self._mark(part, self._index, DONE).touch()
+                return
+            self._collect(part)
+            seal(part)
             _sync(part)
             part.rename(self._run / str(step))
             _sync(self._run)
             self._prune(step)
         except BaseException as error:  # handed over to the training thread by `wait`
-            shutil.rmtree(part, ignore_errors=True)
             self._error = error
+            if self._index == 0:
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    self._mark(part, self._index, FAILED).touch()
+
+    def _collect(self, part: Path) -> None:
+        """Waits for the others' marks and removes them."""
+        for index in range(1, self._count):
+            done, failed = self._mark(part, index, DONE), self._mark(part, index, FAILED)
+            _until(lambda done=done, failed=failed: done.exists() or failed.exists())
+            if failed.exists():
+                raise UserError(f"{part}: process {index} could not write its part; it says why")
+            done.unlink()
+
+    def _mark(self, part: Path, index: int, word: str) -> Path:
+        return part / f".{index}.{word}"
 
     def _prune(self, latest: int) -> None:
         for step in steps(self._run):
@@ -196,20 +220,29 @@ class Saver:
                 shutil.rmtree(self._run / str(step))
 
 
+def _until(condition: Callable[[], bool]) -> None:
+    """Waits for other processes, as long as this one's training goes on."""
+    while not condition():
+        if not threading.main_thread().is_alive():
+            raise UserError("the training ended before all processes had written their part of the checkpoint")
+        time.sleep(0.1)
+
+
 def _sync(directory: Path) -> None:
     """Asks the system to put a directory's files on the disk, so that a rename never outruns its content."""
     for path in [*directory.glob("**/*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with contextlib.suppress(FileNotFoundError):  # another process's, under a name that was temporary
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def describe_difference(saved: Train, wanted: Train) -> str | None:
     """The first field in which a run cannot be continued because it would be another run; None if there is none."""
     free = {"num_steps", "out", "log_every", "save_every", "keep_every", "eval_every", "eval_batches", "init"}
-    free |= {"backend", "compute.remat"}
+    free |= {"backend", "compute.remat", "mesh.data", "mesh.fsdp", "mesh.min_size"}
     of_data = ("repo_id", "root", "cache_gb", "num_workers", "norm_stats")
     places = ("data", *(f"mixture.{name}" for name in wanted.mixture))
     free |= {f"{place}.{field}" for place in places for field in of_data}

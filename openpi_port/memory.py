@@ -6,6 +6,7 @@ B batch, S tokens of the whole sequence, T tokens per image, D width, F width of
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 from convert import layout, tables
@@ -49,17 +50,23 @@ def count_params(model: Pi0 | Pi0Fast, frozen: tuple[str, ...] = ()) -> tuple[in
     return layout.num_elements(shapes), layout.num_elements(trained)
 
 
-def plan(config: Train) -> Plan:
-    """Float32 weights, gradients, Adam's two moments and the average, and the activations of one batch."""
-    total, trained = count_params(config.model, config.frozen)
+def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
+    """Float32 weights, gradients, Adam's two moments and the average, and the activations of one batch.
+
+    Args:
+      config: the run.
+      shape: of the mesh (`meshes.shape`); what is planned is one device's part.
+    """
+    num_params, num_trained = count_params(config.model, config.frozen)
+    total, trained = (-(-count // shape[1]) for count in (num_params, num_trained))
     return Plan(
-        num_params=total,
-        num_trained=trained,
+        num_params=num_params,
+        num_trained=num_trained,
         weights=4 * total,
         gradients=4 * trained,
         optimizer=8 * trained,
         average=4 * trained if config.optimizer.ema else 0,
-        activations=config.batch_size * _activations(config),
+        activations=config.batch_size // math.prod(shape) * _activations(config),
     )
 
 

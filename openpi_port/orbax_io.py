@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,35 +103,68 @@ def write(path: str | Path, tensors: Mapping[str, Any], progress: Any = None) ->
     """
     path = Path(path)
     path.mkdir(parents=True)
-    started = time.time_ns()
     base = path.absolute().as_uri()
-    tree = {}
+    shapes = {}
     context = ts.Context()  # shared, so that the store is opened once
     small: ts.Transaction | None = None  # every commit waits for the disk, so small arrays share one
     waiting = 0
     for name in tensors:
         array = np.asarray(tensors[name])
-        keys = name.split("/")
         if array.nbytes < LARGE:
             small = small or ts.Transaction()
             waiting += array.nbytes
-        _write_array(base, ".".join(keys), array, context, small if array.nbytes < LARGE else None)
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{_key(name)}/"}
+        _write_array(kvstore, array, context, small if array.nbytes < LARGE else None)
         if small is not None and waiting >= LARGE:
             small.commit_async().result()
             small, waiting = None, 0
-        tree[repr(tuple(keys))] = {
-            "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dict's key
-            "value_metadata": {
-                "value_type": "np.ndarray",  # restorable without a sharding
-                "skip_deserialize": False,
-                "write_shape": list(array.shape),
-            },
-        }
+        shapes[name] = array.shape
         if progress is not None:
             progress(array.nbytes)
         del array  # before the next one is made
     if small is not None:
         small.commit_async().result()
+    _describe(path, shapes)
+
+
+def write_part(path: str | Path, tensors: Mapping[str, Any]) -> None:
+    """Writes some of the arrays of a checkpoint, while other processes write the others; then one calls `seal`.
+
+    Every array is a directory of its own, because a key-value store has one writer.
+
+    Args:
+      path: a directory, which others may have made.
+      tensors: "/"-joined name -> array.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    for name in tensors:
+        _write_array(f"{path.absolute().as_uri()}/{_key(name)}/", np.asarray(tensors[name]), ts.Context(), None)
+
+
+def seal(path: str | Path) -> None:
+    """Makes a checkpoint of what several `write_part` have written."""
+    files = sorted(Path(path).glob("*/.zarray"))
+    _describe(Path(path), {f.parent.name.replace(".", "/"): json.loads(f.read_text())["shape"] for f in files})
+
+
+def _key(name: str) -> str:
+    return name.replace("/", ".")
+
+
+def _describe(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Writes orbax's metadata: the tree of arrays and their shapes."""
+    tree = {}
+    for name, shape in shapes.items():
+        keys = name.split("/")
+        tree[repr(tuple(keys))] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dict's key
+            "value_metadata": {
+                "value_type": "np.ndarray",  # restorable without a sharding
+                "skip_deserialize": False,
+                "write_shape": list(shape),
+            },
+        }
     metadata = {
         "tree_metadata": tree,
         "use_zarr3": False,
@@ -140,23 +173,22 @@ def write(path: str | Path, tensors: Mapping[str, Any], progress: Any = None) ->
     }
     (path / TREE).write_text(json.dumps(metadata))
     handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-    times = {"init_timestamp_nsecs": started, "commit_timestamp_nsecs": time.time_ns()}
+    now = time.time_ns()
     (path / "_CHECKPOINT_METADATA").write_text(
         json.dumps(
             {
                 "item_handlers": handler,
                 "metrics": {},
                 "performance_metrics": {},
-                **times,
+                "init_timestamp_nsecs": now,
+                "commit_timestamp_nsecs": now,
                 "custom_metadata": {},
             }
         )
     )
 
 
-def _write_array(
-    base: str, path: str, array: np.ndarray, context: ts.Context, transaction: ts.Transaction | None
-) -> None:
+def _write_array(kvstore: Any, array: np.ndarray, context: ts.Context, transaction: ts.Transaction | None) -> None:
     # One chunk per leading index, so that a layer can be read alone.
     chunks = [1, *array.shape[1:]] if array.ndim > 2 else list(array.shape)
     metadata = {
@@ -165,7 +197,6 @@ def _write_array(
         "dtype": _zarr_dtype(array.dtype),
         "compressor": {"id": "zstd", "level": 1},
     }
-    kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
     spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata, "store_data_equal_to_fill_value": True}
     store = ts.open(spec, create=True, context=context, transaction=transaction).result()
     if transaction is not None or array.ndim < 3:

@@ -32,6 +32,7 @@ DTYPES = {  # in the order in which the official writer lays them out
     "BOOL": np.dtype("bool"),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = ".index.json"  # after the name of the file that is in parts
 MAX_HEADER = 100_000_000  # the official reader's limit
 
 
@@ -109,6 +110,43 @@ class Arrays(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.stored)
+
+
+def tensors(path: str | Path) -> dict[str, Stored]:
+    """The tensors of a file, or of the several that the index beside its place lists.
+
+    Raises:
+      UserError: neither is there, or one of them is damaged.
+    """
+    path = Path(path)
+    index = path.with_name(path.name + INDEX)
+    if path.exists() or not index.exists():
+        return Arrays(path).stored
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{index}: no weight_map in it ({type(e).__name__})") from None
+    opened = {file: Arrays(path.with_name(file)) for file in sorted(set(places.values()))}
+    lost = [name for name, file in places.items() if name not in opened[file]]
+    if lost:
+        raise UserError(f"{index}: says that {lost[0]} is in {places[lost[0]]}, but it is not")
+    return {name: opened[file].stored[name] for name, file in places.items()}
+
+
+def part_of(path: str | Path, index: int, count: int) -> Path:
+    """The file of part `index` (from 0) of `count`, as Hugging Face names them."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}-{index + 1:05d}-of-{count:05d}{path.suffix}")
+
+
+def seal(path: str | Path, count: int) -> None:
+    """Writes the index of `count` parts, which makes them one."""
+    path = Path(path)
+    parts = [Arrays(part_of(path, index, count)) for index in range(count)]
+    places = {name: part.path.name for part in parts for name in part}
+    size = sum(math.prod(t.shape) * t.dtype.itemsize for part in parts for t in part.stored.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    path.with_name(path.name + INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def write(

@@ -49,11 +49,8 @@ def make_checkpoint(path: Path, model: Pi0 | Pi0Fast = MODEL, **data: Any) -> Pa
     stats = {key: Stats(mean=rng.normal(size=14), std=rng.uniform(0.5, 2, 14)) for key in ("state", "actions")}
     weights = tables.translate(init.Fresh(model, 0), model, "flax", "torch")
 
-    def write_weights(directory: Path) -> None:
-        Backend("torch").weights.write_params(directory / "model.safetensors", dict(weights))
-
-    checkpoint.write(path, policy, {"": stats}, tokenizer.content, write_weights, lambda directory: None)
-    (path / "train_state").rmdir()
+    Backend("torch").weights.write_params(path / "model.safetensors", dict(weights))
+    checkpoint.describe(path, policy, {"": stats}, tokenizer.content)
     return path
 
 

@@ -193,6 +193,13 @@ def train_batches(
       UserError: B does not divide among the processes; while iterating, anything wrong with the data, or a worker
         that died.
     """
+    shape = _noise_shape(draws, action_horizon, action_dim)
+    makers = [_MakeSample(p.dataset, tuple(p.steps), seed, p.augment, shape, p.state_noise) for p in parts]
+    return _batches(places(parts, seed), makers, batch_size, start_step, num_workers, process_index, process_count)
+
+
+def places(parts: Sequence[Part], seed: int) -> grain.MapDataset[tuple[int, int]]:
+    """Index of a sample in a run to (which data set, row); every epoch has its own order."""
     rows = []
     for number, part in enumerate(parts):
         # As good as endless. grain's own endless length overflows once it is divided by the size of a batch of one.
@@ -200,11 +207,7 @@ def train_batches(
         # The first is shuffled as it would be alone; the others not alike, should they be equally long.
         own = seed if number == 0 else generator(seed, number, "mixture").integers(2**32)
         rows.append(grain.MapDataset.range(len(part.dataset)).shuffle(seed=int(own) % 2**32).repeat(epochs))
-    shape = _noise_shape(draws, action_horizon, action_dim)
-    mix = _Mix(Shares([part.weight for part in parts]), tuple(rows))
-    makers = [_MakeSample(p.dataset, tuple(p.steps), seed, p.augment, shape, p.state_noise) for p in parts]
-    places = grain.MapDataset.range(ENDLESS).map(mix)
-    return _batches(places, makers, batch_size, start_step, num_workers, process_index, process_count)
+    return grain.MapDataset.range(ENDLESS).map(_Mix(Shares([part.weight for part in parts]), tuple(rows)))
 
 
 def eval_batches(

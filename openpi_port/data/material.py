@@ -22,6 +22,18 @@ from openpi_port.tokenizers.paligemma import PromptTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
+class Sample:
+    """Where a training sample begins: a frame of an episode of a data set."""
+
+    repo_id: str
+    episode: int
+    frame: int
+
+    def __str__(self) -> str:
+        return f"{self.repo_id} episode {self.episode} frame {self.frame}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Member:
     """One data set of a run.
 
@@ -75,8 +87,29 @@ class Material:
         total = sum(member.data.weight for member in self.members.values())
         return "\n".join(f"{m.data.weight / total:.1%} of samples: {m.describe()}" for m in self.members.values())
 
-    def batches(self, start_step: int) -> loader.Batches:
-        """Training batches from that step on."""
+    def batches(self, start_step: int, process: tuple[int, int] = (0, 1)) -> loader.Batches:
+        """Training batches from that step on; of several processes (this one's number, how many) each gets its part."""
+        options = {"start_step": start_step, "num_workers": self.config.data.num_workers}
+        return loader.train_batches(self._parts(), **self._shape(), **options, **_process(process))
+
+    def validation_batches(self, process: tuple[int, int] = (0, 1)) -> loader.Batches:
+        """The same few validation batches at every call, mixed like those of training."""
+        members = [member for member in self.members.values() if member.validation is not None]
+        parts = [loader.Part(member.validation, member.steps, member.data.weight) for member in members]
+        batches = self.config.eval_batches
+        return loader.eval_batches(parts, **self._shape(), num_batches=batches, **_process(process))
+
+    def samples(self, step: int) -> list[Sample]:
+        """What the batch that leads to that step (from 1) is made of."""
+        members, size = list(self.members.values()), self.config.batch_size
+        places, found = loader.places(self._parts(), self.config.seed), []
+        for number, row in (places[i] for i in range((step - 1) * size, step * size)):
+            numbers = members[number].train.numbers(int(row))
+            episode, frame = int(numbers["episode_index"]), int(numbers["frame_index"])
+            found.append(Sample(members[number].data.repo_id, episode, frame))
+        return found
+
+    def _parts(self) -> list[loader.Part]:
         parts = []
         for member in self.members.values():
             data, state_noise = member.data, None
@@ -84,14 +117,7 @@ class Material:
                 state_noise = np.zeros(self.config.model.action_dim, np.float32)
                 state_noise[: len(member.norm_stats["state"].mean)] = data.state_noise
             parts.append(loader.Part(member.train, member.steps, data.weight, data.augment, state_noise))
-        num_workers = self.config.data.num_workers
-        return loader.train_batches(parts, **self._shape(), start_step=start_step, num_workers=num_workers)
-
-    def validation_batches(self) -> loader.Batches:
-        """The same few validation batches at every call, mixed like those of training."""
-        members = [member for member in self.members.values() if member.validation is not None]
-        parts = [loader.Part(member.validation, member.steps, member.data.weight) for member in members]
-        return loader.eval_batches(parts, **self._shape(), num_batches=self.config.eval_batches)
+        return parts
 
     def _shape(self) -> dict[str, int]:
         model = self.config.model
@@ -99,6 +125,10 @@ class Material:
             "batch_size": self.config.batch_size, "seed": self.config.seed, "draws": self.config.draws,
             "action_dim": model.action_dim, "action_horizon": model.action_horizon,
         }  # fmt: skip
+
+
+def _process(process: tuple[int, int]) -> dict[str, int]:
+    return {"process_index": process[0], "process_count": process[1]}
 
 
 def load(config: Train, norm_stats: Mapping[str, NormStats] | None = None, *, refuse: bool = True) -> Material:

@@ -70,9 +70,24 @@ def read_params(path: str | Path) -> dict[str, Any]:
     return dict(orbax_io.Arrays(path))
 
 
-def write_params(path: str | Path, mapping: Mapping[str, Any]) -> None:
-    """Writes canonical weights as a `params/` directory, one array at a time."""
-    orbax_io.write(path, mapping)
+def write_params(path: str | Path, mapping: Mapping[str, Any], part: tuple[int, int] = (0, 1)) -> None:
+    """Writes canonical weights as a `params/` directory, one array at a time.
+
+    Args:
+      path: the directory.
+      mapping: all arrays, or this process's share.
+      part: this process's number, and how many there are; when all have written, one calls `seal_params`.
+    """
+    if part[1] == 1:
+        orbax_io.write(path, mapping)
+    else:
+        orbax_io.write_part(path, mapping)
+
+
+def seal_params(path: str | Path, count: int) -> None:
+    """Makes the parts of `count` processes one."""
+    if count > 1:
+        orbax_io.seal(path)
 
 
 def _flat(model: nnx.Module) -> list[tuple[tuple, Any]]:

@@ -59,17 +59,31 @@ def load(
 
 
 def read_params(path: str | Path) -> dict[str, Any]:
-    """The arrays of a `model.safetensors` file or of the directory that holds it, as views of a memory map.
+    """The arrays of a `model.safetensors` file (or of its parts) or of the directory that holds it, read when indexed.
 
     Raises:
       UserError: no such file, not safetensors, or cut off.
     """
-    return dict(safetensors_io.Arrays(_file(path)))
+    return dict(safetensors_io.tensors(_file(path)))
 
 
-def write_params(path: str | Path, mapping: Mapping[str, Any]) -> None:
-    """Writes torch-named weights to a file, or to `model.safetensors` in a directory, one tensor at a time."""
-    safetensors_io.write(_file(path), mapping, {"format": "pt"})
+def write_params(path: str | Path, mapping: Mapping[str, Any], part: tuple[int, int] = (0, 1)) -> None:
+    """Writes torch-named weights to a file, or to `model.safetensors` in a directory, one tensor at a time.
+
+    Args:
+      path: the file.
+      mapping: all tensors, or this process's share.
+      part: this process's number, and how many there are; when all have written, one calls `seal_params`.
+    """
+    index, count = part
+    file = _file(path) if count == 1 else safetensors_io.part_of(_file(path), index, count)
+    safetensors_io.write(file, mapping, {"format": "pt"})
+
+
+def seal_params(path: str | Path, count: int) -> None:
+    """Makes the parts of `count` processes one."""
+    if count > 1:
+        safetensors_io.seal(_file(path), count)
 
 
 def _from_numpy(array: Any) -> torch.Tensor:
