@@ -31,18 +31,13 @@ def policy() -> Policy:
     """
     if CHECKPOINT.value is None:
         raise UserError("--checkpoint= names no policy: give a directory, gs://... or hf://user/name")
-    overrides = {} if ASSET.value is None else {"asset": ASSET.value}
     opened = Policy.from_pretrained(
         CHECKPOINT.value,
         BACKEND.value,
         device=DEVICE.value,
         dtype=DTYPE.value,
-        robot=ROBOT.value,
-        data=data(),
-        tokenizer=TOKENIZER.value,
-        default_prompt=PROMPT.value,
         num_steps=NUM_STEPS.value,
-        **overrides,
+        **parts(),
     )
     if FAST.value:
         opened.optimize()
@@ -52,6 +47,12 @@ def policy() -> Policy:
         flush=True,
     )
     return opened
+
+
+def parts() -> dict[str, Any]:
+    """What decides everything but the model's computation; arguments of `openpi_port.policy.open_parts`."""
+    given = {"robot": ROBOT.value, "data": data(), "tokenizer": TOKENIZER.value, "default_prompt": PROMPT.value}
+    return given if ASSET.value is None else {**given, "asset": ASSET.value}
 
 
 def data() -> dict[str, Any] | None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from frameworks import NAMES, Framework
-from small_policy import ACTION_DIM, FAST, HORIZON, MODEL
+from small_policy import ACTION_DIM, FAST, HORIZON, MODEL, make_checkpoint
 
-from openpi_port import init, masks, sequence
-from openpi_port.config import Data, Train
+from configs import pi0_aloha, pi0_fast_aloha, pi05_aloha, pi05_aloha_ki
+from experiments import inspect_page, inspect_pictures, inspect_subject
+from experiments.inspect_tokens import action_pieces, prompt_pieces
+from openpi_port import init, masks, sequence, transforms
+from openpi_port.config import Data, Train, build
 
 DATA = Data(repo_id="none", robot="aloha_sim", cameras={})
 PI05 = dataclasses.replace(MODEL, state_in="prompt", time_in="adarms")
@@ -94,3 +100,117 @@ def test_sequences_are_the_models(name, run, monkeypatch):
             keys = np.r_[: config.model.prefix_len, size : size + HORIZON]
             np.testing.assert_array_equal(ours.positions[size:], positions)
             np.testing.assert_array_equal(ours.mask[size:][:, keys], mask)
+
+
+def debug(module, **data):
+    """A config at debug size on the data set that ships, without a cache of frames on disk."""
+    config = build(Train, module.get_config("debug"))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, cache_gb=0.0, **data))
+
+
+def bad(findings):
+    return [f.text for f in findings if f.level == "bad"]
+
+
+@pytest.mark.parametrize(
+    ("module", "pieces", "blocks"),
+    [
+        (pi0_aloha, ["⟨bos⟩", "Transfer", "␣cube", "⏎"], "base_0_rgb prompt padding state actions"),
+        (pi0_fast_aloha, ["⟨bos⟩", "Task:", "␣transfer"], "base_0_rgb prompt action_tokens padding"),
+        (pi05_aloha_ki, ["⟨bos⟩", "Task:", "␣"],
+         "base_0_rgb prompt padding action_tokens padding_of_the_tokens actions"),
+    ],
+)  # fmt: skip
+def test_pages_of_configs(module, pieces, blocks):
+    subject = inspect_subject.of_config(debug(module))
+    samples, findings = inspect_subject.look(subject, 2)
+    assert len(samples) == 2 and not bad(findings)
+    first = samples[0]
+    said = prompt_pieces(subject, first)
+    assert [p.text for p in said][: len(pieces)] == pieces
+    assert " ".join(b.name.replace(" ", "_") for b in first.sequence.blocks) == blocks
+    if module is not pi0_aloha:  # 14 numbers
+        state = "".join(p.text for p in said if p.kind == "state").split("␣")
+        assert len([number for number in state if number]) == 14
+    tokens = action_pieces(subject, first) if module is pi05_aloha_ki else [p for p in said if p.kind == "tokens"]
+    if "tokens" in blocks:
+        assert tokens[-1].text == "⟨eos⟩" and tokens[-2].text == "|" and tokens[-3].text.startswith("a")
+        assert len(tokens) == next(b.stop - b.start for b in first.sequence.blocks if b.kind == "tokens")
+    page = inspect_page.page(subject, samples, findings)
+    assert page.count("data:image/png") == 2 * 3 + 2 and page.count("<polyline") >= 2 * 2 * 14
+    assert "Nothing suspicious was found" in page
+    assert "left_arm_waist" in page and "Transfer cube" in page and "<script" not in page and "http" not in page
+
+
+@dataclasses.dataclass(frozen=True)
+class Blind:
+    """A step that masks every camera."""
+
+    def forward(self, sample):
+        return {**sample, "image_mask": dict.fromkeys(sample["image_mask"], np.bool_(False))}
+
+
+@pytest.fixture(scope="module")
+def pi0():
+    return inspect_subject.of_config(debug(pi0_aloha))
+
+
+def test_tiny_ranges_are_flagged(pi0):
+    std = pi0.stats["actions"].std.copy()
+    std[3] = 1e-7
+    stats = {**pi0.stats, "actions": dataclasses.replace(pi0.stats["actions"], std=std)}
+    steps = [transforms.Normalize(stats, s.mode) if isinstance(s, transforms.Normalize) else s for s in pi0.steps]
+    subject = dataclasses.replace(pi0, stats=stats, steps=tuple(steps))
+    samples, findings = inspect_subject.look(subject, 1)
+    assert any("statistics: actions[3]" in text for text in bad(findings))
+    assert any("normalised actions[3] reaches" in text for text in bad(findings))
+    page = inspect_page.page(subject, samples[:0], findings)
+    assert page.count("<tr class='bad'>") == 1 and "Nothing suspicious" not in page
+
+
+def test_masked_cameras_are_flagged(pi0):
+    at = next(i for i, s in enumerate(pi0.steps) if isinstance(s, transforms.FillCameras)) + 1
+    subject = dataclasses.replace(pi0, steps=(*pi0.steps[:at], Blind(), *pi0.steps[at:]))
+    samples, findings = inspect_subject.look(subject, 1)
+    assert any("all cameras are masked" in text for text in bad(findings))
+    tokens = samples[0].sequence
+    assert inspect_pictures.label(tokens.blocks[0], tokens) == "base_0_rgb (16, masked)"
+    assert inspect_pictures.colour(tokens.blocks[0], tokens) == inspect_pictures.GREY
+
+
+def test_mistakes_of_a_config_are_flagged():
+    config = debug(pi05_aloha, norm="zscore")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_token_len=20))
+    _, findings = inspect_subject.look(inspect_subject.of_config(config), 2)
+    words = " / ".join(bad(findings))
+    assert "data.norm=zscore" in words and "2 of 2 prompts are cut to max_token_len=20" in words
+    fast = debug(pi0_fast_aloha)
+    fast = dataclasses.replace(fast, model=dataclasses.replace(fast.model, max_token_len=50))
+    subject = inspect_subject.of_config(fast)
+    samples, findings = inspect_subject.look(subject, 1)
+    assert not samples and any("max_token_len=50" in text for text in bad(findings))
+    page = inspect_page.page(subject, samples, findings)
+    assert "Statistics" in page and "Parameters" in page and "id='Cameras'" not in page
+
+
+def test_page_of_a_checkpoint_without_its_data(tmp_path):
+    subject = inspect_subject.of_checkpoint(str(make_checkpoint(tmp_path / "20")))
+    samples, findings = inspect_subject.look(subject, 4)
+    assert len(samples) == 1 and samples[0].actions is None
+    assert any("the data set none is not on this machine" in f.text for f in findings)
+    assert any("lacks are black and masked: right_wrist_0_rgb" in f.text for f in findings)
+    page = inspect_page.page(subject, samples, findings)
+    assert "class='masked'" in page and "id='Actions'" not in page and "step 20" in page
+
+
+def test_the_command(tmp_path):
+    out = tmp_path / "page.html"
+    command = [sys.executable, "-m", "experiments.inspect", f"--out={out}"]
+    run = lambda *more: subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: E731
+    done = run("--config=pi0_aloha:debug", "--samples=1", "--config.data.cache_gb=0.0")
+    assert done.returncode == 0, done.stderr
+    assert "1 samples" in done.stdout and out.read_text().startswith("<!doctype html>")
+    done = run()
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: give one of --config") and done.stderr.count("\n") == 1
+    )

@@ -1,0 +1,249 @@
+"""What there is to inspect: a config or a checkpoint, some of its samples on their way to the model, and what is odd.
+
+A actions in a chunk, J dimensions, H W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from openpi_port import normalize, policy, sequence, transforms
+from openpi_port.augment import augment
+from openpi_port.config import Pi0Fast, Train
+from openpi_port.data import material
+from openpi_port.data.datasets import open_datasets
+from openpi_port.data.frames import Frames
+from openpi_port.data.lerobot_meta import ASSETS
+from openpi_port.errors import UserError
+from openpi_port.rng import generator
+from openpi_port.tokenizers.fast_sequence import FastSequence
+from openpi_port.tokenizers.paligemma import PromptTokenizer
+
+LARGE = 10.0  # a normalised value that is worth a look
+DRAWS = 2  # augmentations shown of each image
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something odd: "bad" is a mistake in all likelihood, "note" only worth knowing."""
+
+    level: Literal["bad", "note"]
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample:
+    """One sample on its way.
+
+    Attributes:
+      where: in the data set.
+      prompt: as the data set has it.
+      images: camera -> uint8 [H, W, 3] as the model gets it, without augmentation.
+      augmented: camera -> as training sees it, DRAWS times; of cameras that are seen.
+      seen: camera -> its mask.
+      state, actions: [J] and [A, J] in the robot's units; no actions where there is no data set.
+      is_pad: bool [A], past the episode's end.
+      normalised: state and actions as the model gets them, before they are padded to its dimensions.
+      model: what the transforms made.
+      sequence: its tokens.
+    """
+
+    where: str
+    prompt: str
+    images: Mapping[str, np.ndarray]
+    augmented: Mapping[str, Sequence[np.ndarray]]
+    seen: Mapping[str, bool]
+    state: np.ndarray
+    actions: np.ndarray | None
+    is_pad: np.ndarray | None
+    normalised: Mapping[str, np.ndarray]
+    model: Mapping[str, Any]
+    sequence: sequence.Sequence
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """What is inspected.
+
+    Attributes:
+      title: for people.
+      config: the run; of a checkpoint its model and data, the rest is not known.
+      steps: raw sample to the model's.
+      stats, stats_from: the statistics, and where they are from.
+      tokenizer: of the prompt.
+      tokens: of prompt and actions, where actions become tokens.
+      frames: the training episodes; None where they can't be had.
+      names: of the state's dimensions and of the actions', where the data set has any.
+      findings: what was odd on the way here.
+    """
+
+    title: str
+    config: Train
+    steps: tuple[transforms.Transform, ...]
+    stats: normalize.NormStats
+    stats_from: str
+    tokenizer: PromptTokenizer
+    tokens: FastSequence | None
+    frames: Frames | None
+    findings: tuple[Finding, ...] = ()
+
+    def names(self, key: Literal["state", "actions"]) -> list[str]:
+        """Of the dimensions: the data set's, else numbers."""
+        size = len(self.stats[key].mean)
+        column = getattr(self.config.data, key)
+        feature = getattr(self.frames, "features", {}).get(column, {})
+        names = feature.get("names")
+        names = [n for part in names.values() for n in part] if isinstance(names, Mapping) else names
+        return [f"{i} {n}" for i, n in enumerate(names)] if names and len(names) == size else [*map(str, range(size))]
+
+
+def of_config(config: Train) -> Subject:
+    """What a training run of this config reads."""
+    read = material.load(config, refuse=False)
+    stats_from = config.data.norm_stats or f"Computed from {len(read.train.episodes)} training episodes"
+    return Subject(
+        f"{config.name}",
+        config, read.steps, read.norm_stats, stats_from, read.tokenizer, read.sequence, read.train,
+    )  # fmt: skip
+
+
+def of_checkpoint(path: str, **options: Any) -> Subject:
+    """A checkpoint, and the data that it names if they are on this machine.
+
+    Args:
+      path: any that `Policy.from_pretrained` opens.
+      **options: of `openpi_port.policy.open_parts`.
+    """
+    source, data, pieces = policy.open_parts(path, **options)
+    config = Train(name=Path(path).name, model=source.model, data=data)
+    tokens = pieces if isinstance(pieces, FastSequence) else None
+    if tokens is not None:
+        tokens.out_of_range = "clip"  # as in training
+    visible = isinstance(source.model, Pi0Fast) and source.model.missing_cameras == "visible"
+    steps = transforms.pipeline(data, source.model, source.norm_stats, pieces, missing_visible=visible)
+    frames, findings = None, ()
+    if (ASSETS / data.repo_id / "meta").is_dir() or Path(data.repo_id).is_dir():
+        frames, _ = open_datasets(data, horizon=source.model.action_horizon, image_size=source.model.vision.image_size)
+    else:
+        name = f"the data set {data.repo_id} is" if data.repo_id else "the data set that it was trained on is"
+        findings = (Finding("note", f"{name} not on this machine: one made-up observation is shown instead (grey "
+                            f"images, the mean state); --data='{{\"repo_id\": DIR}}' names another"),)  # fmt: skip
+    step = source.settings.get("step")
+    title = f"{path}: {source.format}" + (f", step {step}" if step is not None else "")
+    stats_from = f"The checkpoint's{f', {source.asset_id}' if source.asset_id else ''}"
+    return Subject(
+        title, config, steps, source.norm_stats, stats_from, tokens.text if tokens else pieces, tokens, frames, findings
+    )
+
+
+def look(subject: Subject, count: int) -> tuple[list[Sample], list[Finding]]:
+    """Takes samples, spread evenly over the data, through the steps, and collects what is odd.
+
+    Args:
+      subject: what to look at.
+      count: of samples.
+
+    Returns:
+      Samples (those that the steps refuse are missing), and findings.
+    """
+    samples, findings = [], [*subject.findings, *_of_stats(subject)]
+    rows = [i * len(subject.frames) // count for i in range(count)] if subject.frames is not None else [None]
+    for index, row in enumerate(rows):
+        raw = _made_up(subject) if row is None else subject.frames[row]
+        where = (
+            "a made-up observation" if row is None else f"episode {raw['episode_index']}, frame {raw['frame_index']}"
+        )
+        try:
+            samples.append(_sample(subject, raw, index, where))
+        except UserError as error:
+            findings.append(Finding("bad", f"{where}: {error}"))
+    for sample in samples:
+        findings += _of_sample(subject, sample)
+    if samples:
+        findings += _of_all(subject, samples)
+    return samples, findings
+
+
+def _sample(subject: Subject, raw: Mapping[str, Any], index: int, where: str) -> Sample:
+    sample, before, after = dict(raw), {}, {}
+    for step in subject.steps:
+        if isinstance(step, transforms.Delta | transforms.Normalize) and not before:
+            before, prompt = dict(sample), sample["prompt"]
+        sample = step.forward(sample)
+        if isinstance(step, transforms.Normalize):
+            after = {key: sample[key] for key in ("state", "actions") if key in sample}
+    seen = {c: bool(sample["image_mask"][c]) for c in subject.config.model.cameras}
+    real = {c: image for c, image in sample["image"].items() if c in before["image"]}
+    seed, kind = subject.config.seed, subject.config.data.augment
+    drawn = [augment(real, kind, generator(seed, index + i * 1000, "augment")) for i in range(DRAWS)]
+    return Sample(
+        where=where,
+        prompt=prompt,
+        images=sample["image"],
+        augmented={c: [draw[c] for draw in drawn] for c in real},
+        seen=seen,
+        state=before["state"],
+        actions=before.get("actions"),
+        is_pad=before.get("action_is_pad"),
+        normalised=after,
+        model=sample,
+        sequence=sequence.build(subject.config, sample),
+    )
+
+
+def _made_up(subject: Subject) -> dict[str, Any]:
+    """Grey images, the mean state, no actions; keys of the data set."""
+    data, size = subject.config.data, subject.config.model.vision.image_size
+    grey = {key: np.full((size, size, 3), 128, np.uint8) for key in data.cameras.values()}
+    state = subject.stats["state"].mean.astype(np.float32)
+    return {**grey, data.state: state, "prompt": data.prompt or "look"}
+
+
+def _of_stats(subject: Subject) -> list[Finding]:
+    data, model = subject.config.data, subject.config.model
+    found = [
+        Finding("bad", f"statistics: {tiny}, so that small deviations become huge inputs")
+        for tiny in normalize.tiny_ranges(subject.stats, data.norm)
+    ]
+    if data.norm == "zscore" and getattr(model, "state_in", "prompt") == "prompt":
+        found.append(Finding("bad", "the state is written into the prompt in 256 bins of [-1, 1], but data.norm=zscore "
+                             "does not bring it there: use quantile"))  # fmt: skip
+    absent = [c for c in model.cameras if c not in data.cameras]
+    if absent and len(absent) < len(model.cameras):
+        visible = isinstance(model, Pi0Fast) and model.missing_cameras == "visible"
+        how = "seen as black images, as openpi's FAST does" if visible else "black and masked"
+        found.append(Finding("note", f"cameras that the robot lacks are {how}: {', '.join(absent)}"))
+    return found
+
+
+def _of_sample(subject: Subject, sample: Sample) -> list[Finding]:
+    found = []
+    flat = [c for c in sample.augmented if subject.frames is not None and sample.images[c].std() < 1]
+    found += [Finding("bad", f"{sample.where}: {c} is all one colour") for c in flat]
+    cameras = subject.config.model.cameras
+    if not any(sample.seen[c] for c in cameras):
+        found.append(Finding("bad", f"{sample.where}: all cameras are masked: the model sees nothing"))
+    for key, values in sample.normalised.items():
+        values = np.abs(values[~sample.is_pad] if key == "actions" and sample.is_pad is not None else values[None])
+        for dim in np.flatnonzero(values.max(axis=0, initial=0) > LARGE):
+            found.append(Finding("bad", f"{sample.where}: normalised {key}[{dim}] reaches {values[:, dim].max():.3g}"))
+    return found
+
+
+def _of_all(subject: Subject, samples: Sequence[Sample]) -> list[Finding]:
+    found = []
+    if cut := subject.tokenizer.truncated:
+        length = subject.config.model.max_token_len
+        found.append(Finding("bad", f"{cut} of {len(samples)} prompts are cut to max_token_len={length}"))
+    blind = [s.where for s in samples if (~s.sequence.mask.any(axis=1) & s.sequence.valid).any()]
+    found += [Finding("bad", f"{where}: a valid token sees nothing") for where in blind]
+    masked = max(int((~s.sequence.mask.any(axis=1)).sum()) for s in samples)
+    if masked:
+        found.append(Finding("note", f"up to {masked} of {len(samples[0].sequence.valid)} rows of the mask are empty "
+                             "(padding, absent cameras); nothing reads what becomes of them"))  # fmt: skip
+    return found
