@@ -40,7 +40,8 @@ class Recorded:
             del out
             self._stream.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool, stream=self._stream):
+            how = {"pool": pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(self._graph, **how):
                 for tensor, source in zip(inputs, pinned, strict=True):
                     tensor.copy_(source, non_blocking=True)
                 self._out.copy_(call(*inputs), non_blocking=True)
