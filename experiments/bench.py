@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from convert import layout, tables
-from experiments import flags
+from experiments import flags, floors
 from openpi_port import memory
 from openpi_port.backends import Backend
 from openpi_port.config import Compute, Pi0, Pi0Fast, Train
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def inference(config: Train, backend: Backend, weights: dict[str, np.ndarray]) -> dict[str, float]:
-    """A chunk at batch 1: of 10 Euler steps, or of 50 tokens; with --fast also its parts."""
+    """A chunk at batch 1: of 10 Euler steps, or of 50 tokens; with --fast also its parts. Beside it the floor."""
     begin = time.perf_counter()
     model = backend.infer.load(config.model, weights, Compute(dtype=config.compute.dtype))
     if FAST.value:
@@ -70,10 +70,21 @@ def inference(config: Train, backend: Backend, weights: dict[str, np.ndarray]) -
     call()
     ready = time.perf_counter() - begin
     rows = {"inference/ready_s": ready, **summary("inference", timed(call, REPEAT.value))}
+
+    dtype = config.compute.dtype
+    rates = backend.device.rates(backend.device.find(None), dtype)
+    rows |= {"device/tflops": rates[0] / 1e12, "device/gb_per_s": rates[1] / 1e9}
+    cameras, prompt = (sum(v.sum() for v in batch["image_mask"].values()), batch["tokenized_prompt_mask"].sum())
+    parts = floors.inference(config.model, int(cameras), int(prompt), item=2 if dtype == "bfloat16" else 4)
+    floor = {name: 1e3 * work.seconds(rates) for name, work in parts.items()}
+    whole = sum(ms * {"step": 10, "token": TOKENS}.get(name, 1) for name, ms in floor.items())
+    rows |= {"inference/floor_ms": whole, "inference/over_floor": rows["inference/median_ms"] / whole}
     if FAST.value:
         for name, stage in model.stages(*arguments).items():
             stage()
             rows |= summary(f"inference/{name}", timed(stage, REPEAT.value))
+            rows |= {f"inference/{name}/floor_ms": floor[name]}
+            rows |= {f"inference/{name}/over_floor": rows[f"inference/{name}/median_ms"] / floor[name]}
     return rows
 
 
