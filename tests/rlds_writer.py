@@ -14,9 +14,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from openpi_port.data.tfrecord import _masked_crc
+from openpi_port.data.tfrecord import masked_crc
 
-DROID_ACTIONS = "action_dict/joint_velocity,action_dict/gripper_position"
 LENGTHS = ((3, 5), (4,))  # of the episodes of DROID's two files here
 
 Episode = Mapping[str, Sequence[Any]]  # feature of a step -> its values, pictures as arrays
@@ -49,7 +48,7 @@ def example(episode: Episode) -> bytes:
 def frame(data: bytes) -> bytes:
     """A record; the checksum of the data is not looked at."""
     length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", _masked_crc(memoryview(length))) + data + b"\0\0\0\0"
+    return length + struct.pack("<I", masked_crc(memoryview(length))) + data + b"\0\0\0\0"
 
 
 def write(root: Path, steps: Any, shards: Sequence[Sequence[Episode]], split: str = "train") -> Path:
@@ -86,6 +85,7 @@ def droid_steps() -> dict[str, Any]:
         "is_first": features.Scalar(np.bool_),
         "language_instruction": features.Text(),
         "language_instruction_2": features.Text(),
+        "language_instruction_3": features.Text(),
         "observation": {
             "exterior_image_1_left": features.Image(shape=(18, 32, 3)),
             "wrist_image_left": features.Image(shape=(18, 32, 3)),
@@ -93,6 +93,7 @@ def droid_steps() -> dict[str, Any]:
             "gripper_position": features.Tensor(shape=(1,), dtype=f64),
         },
         "action_dict": {
+            "joint_position": features.Tensor(shape=(7,), dtype=f64),
             "joint_velocity": features.Tensor(shape=(7,), dtype=f64),
             "gripper_position": features.Tensor(shape=(1,), dtype=f64),
         },
@@ -108,10 +109,12 @@ def droid_episode(number: int, length: int) -> dict[str, Any]:
         "is_first": np.arange(length) == 0,
         "language_instruction": ["" if number == 1 else f"task {number}"] * length,
         "language_instruction_2": ["in other words"] * length,
+        "language_instruction_3": [""] * length,
         "observation/exterior_image_1_left": pictures[0],
         "observation/wrist_image_left": pictures[1],
         "observation/joint_position": rng.normal(size=(length, 7)),
         "observation/gripper_position": rng.uniform(size=(length, 1)),
+        "action_dict/joint_position": rng.normal(size=(length, 7)),
         "action_dict/joint_velocity": rng.normal(size=(length, 7)),
         "action_dict/gripper_position": rng.uniform(size=(length, 1)),
         "embedding": rng.normal(size=(length, 512)),

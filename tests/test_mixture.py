@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlds_writer import DROID_ACTIONS, write_droid
+from rlds_writer import write_droid
 from test_loader import ACTIONS, DIM, Rows, Twice, assert_equal, image
 
 from configs import pi0_mixture
@@ -134,7 +134,7 @@ def config_for(tmp_path: Path, **changes) -> Train:
     if not other.exists():
         write_droid(tmp_path)
     toy = Data(
-        repo_id=str(other), robot="droid", cameras=droid.CAMERAS, state=droid.STATE, actions=DROID_ACTIONS,
+        repo_id=str(other), robot="droid", cameras=droid.CAMERAS, state=droid.STATE, actions=droid.RLDS_VELOCITIES,
         norm="quantile", weight=0.3, validation=0.4,
     )  # fmt: skip
     cameras = ("base_0_rgb", "left_wrist_0_rgb")

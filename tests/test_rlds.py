@@ -14,11 +14,11 @@ import pytest
 import rlds_writer
 import tensorflow_datasets as tfds
 from PIL import Image
-from rlds_writer import DROID_ACTIONS, EPISODES, LENGTHS, droid_episode, write_droid
+from rlds_writer import EPISODES, LENGTHS, droid_episode, write_droid
 
-from configs import pi0_lerobot
+from configs import pi0_lerobot, pi05_droid
 from experiments import train
-from openpi_port import starting
+from openpi_port import robots, starting, transforms
 from openpi_port.config import Data, Train, build
 from openpi_port.data import material, rlds_index
 from openpi_port.data.datasets import find, open_datasets
@@ -37,7 +37,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def open_droid(root: Path, **changes) -> RldsDataset:
-    arguments = {"cameras": droid.CAMERAS, "horizon": 4, "state": droid.STATE, "action": DROID_ACTIONS}
+    arguments = {"cameras": droid.CAMERAS, "horizon": 4, "state": droid.STATE, "action": droid.RLDS_VELOCITIES}
     return RldsDataset(root, **(arguments | changes))
 
 
@@ -72,7 +72,7 @@ def test_bridge_equals_tfds(shared, split):
 
 def test_droid(tmp_path):
     """Two files, parts of state and action apart, float64, PNG; the first instruction that is not empty."""
-    data = open_droid(write_droid(tmp_path).parent, task="language_instruction,language_instruction_2")
+    data = open_droid(write_droid(tmp_path).parent, task=droid.RLDS_TASK)
     assert len(data) == sum(map(sum, LENGTHS)) and [e.length for e in data.episodes] == [3, 5, 4]
     row = 0
     for episode in (e for part in EPISODES for e in part):
@@ -80,7 +80,7 @@ def test_droid(tmp_path):
             got = data[row]
             for key in (*droid.CAMERAS.values(), *droid.STATE.split(",")):
                 np.testing.assert_array_equal(got[key], np.asarray(episode[key][frame], got[key].dtype))
-            for key in DROID_ACTIONS.split(","):
+            for key in droid.RLDS_VELOCITIES.split(","):
                 np.testing.assert_array_equal(got[key][0], np.float32(episode[key][frame]))
                 np.testing.assert_array_equal(
                     got[key][-1], np.float32(episode[key][min(frame + 3, len(episode[key]) - 1)])
@@ -98,7 +98,7 @@ def test_droid(tmp_path):
 def test_frame_cache_changes_nothing(tmp_path):
     settings = Data(
         repo_id=str(write_droid(tmp_path)), robot="droid", cameras=droid.CAMERAS, state=droid.STATE,
-        actions=DROID_ACTIONS, prompt="x", validation=0.3,
+        actions=droid.RLDS_VELOCITIES, prompt="x", validation=0.3,
     )  # fmt: skip
     cached, validation = open_datasets(settings, horizon=2, image_size=16, cache=FrameCache(16, 1.0))
     plain, _ = open_datasets(settings, horizon=2, image_size=16)
@@ -206,6 +206,48 @@ def test_settings(tmp_path):
     embedded = dataclasses.replace(settings, repo_id="aloha_sim_transfer_cube")
     with pytest.raises(UserError, match="config.data.split='validation' is for RLDS"):
         find(embedded)
+
+
+def libero(root: Path) -> Path:
+    """The features of modified_libero_rlds."""
+    rng = np.random.default_rng(0)
+    image, length = tfds.features.Image(shape=(16, 16, 3)), 4
+    steps = {
+        "action": tfds.features.Tensor(shape=(7,), dtype=np.float32),
+        "language_instruction": tfds.features.Text(),
+        "observation": {
+            "image": image, "wrist_image": image,
+            "state": tfds.features.Tensor(shape=(8,), dtype=np.float32),
+            "joint_state": tfds.features.Tensor(shape=(7,), dtype=np.float32),
+        },
+    }  # fmt: skip
+    pictures = rng.integers(0, 256, (2, length, 16, 16, 3), np.uint8)
+    episode = {
+        "action": rng.normal(size=(length, 7)), "language_instruction": ["open the drawer"] * length,
+        "observation/image": pictures[0], "observation/wrist_image": pictures[1],
+        "observation/state": rng.normal(size=(length, 8)), "observation/joint_state": rng.normal(size=(length, 7)),
+    }  # fmt: skip
+    return rlds_writer.write(root / "libero" / "1.0.0", steps, [[episode]])
+
+
+@pytest.mark.parametrize(("name", "state_dim", "action_dim"), [("droid", 8, 8), ("libero", 8, 7)])
+def test_presets_fit_the_published_schemas(tmp_path, name, state_dim, action_dim):
+    """A raw step through the robot's own steps, with the names that the robots' files give."""
+    if name == "droid":
+        data = build(Train, pi05_droid.get_config("debug")).data
+        data = dataclasses.replace(data, repo_id=str(write_droid(tmp_path)))
+    else:
+        robot, root = robots.load(name), libero(tmp_path)
+        data = Data(repo_id=str(root), robot=name, cameras=robot.CAMERAS, state=robot.STATE, actions=robot.RLDS_ACTIONS)
+    train, _ = open_datasets(data, horizon=3, image_size=16)
+    raw = train[0]
+    sample = transforms.forward(transforms.before_normalize(data), raw)
+    assert sample["state"].shape == (state_dim,) and sample["actions"].shape == (3, action_dim)
+    assert set(sample["image"]) == set(data.cameras) and sample["prompt"] == raw["task"] != ""
+    if name == "droid":  # positions relative to the state, the gripper absolute
+        joints = raw["action_dict/joint_position"] - raw["observation/joint_position"]
+        np.testing.assert_array_equal(sample["actions"][:, :7], joints)
+        np.testing.assert_array_equal(sample["actions"][:, 7:], raw["action_dict/gripper_position"])
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from rlds_writer import DROID_ACTIONS, droid_episode, write_droid
+from rlds_writer import droid_episode, write_droid
 from test_aloha_hdf5 import write as write_hdf5
 
 from openpi_port.config import Data
@@ -33,7 +33,7 @@ def data_of(root: Path, **changes) -> Data:
 
 
 def droid_data(root: Path, **changes) -> Data:
-    return data_of(root, **({"state": droid.STATE, "actions": DROID_ACTIONS} | changes))
+    return data_of(root, **({"state": droid.STATE, "actions": droid.RLDS_VELOCITIES} | changes))
 
 
 def assert_same(data: Data, out: Path, fps: int, error: float) -> LeRobotDataset:
@@ -75,7 +75,7 @@ def test_droid_with_an_instruction_a_frame(tmp_path):
               for key in droid.CAMERAS.values()}  # fmt: skip
     data = droid_data(
         write_droid(tmp_path, [[episode | smooth, droid_episode(1, 3)]]),
-        task="language_instruction,language_instruction_2", cameras=droid.CAMERAS,
+        task=droid.RLDS_TASK, cameras=droid.CAMERAS,
     )  # fmt: skip
     convert(data, tmp_path / "out", fps=15, crf=1, skip={1})
     kept = LeRobotDataset(tmp_path / "out", cameras={}, horizon=1)
@@ -149,7 +149,7 @@ def test_pictures_that_video_cannot_hold(tmp_path):
 def test_the_command_line(tmp_path):
     root = write_droid(tmp_path)
     command = [sys.executable, "-m", "experiments.to_lerobot", f"--repo_id={root}", f"--state={droid.STATE}"]
-    arguments = [f"--actions={DROID_ACTIONS}", "--fps=15", f"--out={tmp_path / 'out'}"]
+    arguments = [f"--actions={droid.RLDS_VELOCITIES}", "--fps=15", f"--out={tmp_path / 'out'}"]
     for extra, code, words in (
         ([], 0, "3 episodes, 12 frames"),
         ([], 2, "exists already"),

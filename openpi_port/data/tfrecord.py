@@ -49,7 +49,7 @@ def records(content: memoryview, path: Path) -> Iterator[Span]:
     while position < len(content):
         if position + 12 <= len(content):
             length, checksum = struct.unpack_from("<QI", content, position)
-            if checksum != _masked_crc(content[position : position + 8]):
+            if checksum != masked_crc(content[position : position + 8]):
                 raise UserError(
                     f"{path}: tfrecord file is damaged at byte {position}, after {count} records (checksum of a length "
                     "is wrong); download the data set again"
@@ -133,7 +133,7 @@ def _crc_table() -> tuple[int, ...]:
 _CRC = _crc_table()
 
 
-def _masked_crc(content: memoryview) -> int:
+def masked_crc(content: memoryview) -> int:
     """The checksum as the format stores it: CRC-32C, rotated and offset."""
     crc = 0xFFFFFFFF
     for byte in content:

@@ -18,6 +18,11 @@ CAMERAS = {
 }
 STATE = "observation/joint_position,observation/gripper_position"
 ACTIONS = "actions"
+# the same in DROID's own RLDS data set, whose names of cameras and state are those above
+RLDS_VELOCITIES = "action_dict/joint_velocity,action_dict/gripper_position"
+RLDS_POSITIONS = "action_dict/joint_position,action_dict/gripper_position"  # with config.data.delta=POSITION_DELTA
+RLDS_TASK = "language_instruction,language_instruction_2,language_instruction_3"
+POSITION_DELTA = (True,) * 7 + (False,)
 # pi0-FAST was trained with other names for the same two; its third camera, base_1_rgb, is black
 FAST_CAMERAS = {
     "base_0_rgb": "observation/exterior_image_1_left",

@@ -18,6 +18,7 @@ CAMERAS = {
 }
 STATE = "observation/state"
 ACTIONS = "actions"
+RLDS_ACTIONS = "action"  # of the RLDS version (modified_libero_rlds), whose other names are those above
 
 
 def steps(data: Data) -> tuple[Transform, ...]:
