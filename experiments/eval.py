@@ -28,7 +28,7 @@ from tqdm import tqdm
 from experiments import eval_report, flags, open_loop, policy_flags
 from openpi_port.errors import UserError, near
 from openpi_port.serving.client import Client
-from openpi_port.sim import aloha, gl, pictures, rollout
+from openpi_port.sim import aloha, gl, latency, pictures, rollout
 
 PREFIX, INSTRUCTIONS, DATASET = "aloha_", "aloha_instructions", "dataset"
 ENVS = (*(PREFIX + task for task in aloha.TASKS), INSTRUCTIONS, DATASET)
@@ -39,6 +39,8 @@ SEED = absl_flags.DEFINE_integer("seed", 0, "the first seed; data were collected
 SERVER = absl_flags.DEFINE_string("server", None, "ws://host:port of experiments.serve, instead of --checkpoint")
 EXPERT = absl_flags.DEFINE_bool("expert", False, "the scripted expert plays, which checks the simulation")
 REPLAN = absl_flags.DEFINE_integer("replan", 25, "actions played per chunk", 1)
+CHUNKS = absl_flags.DEFINE_enum("chunks", "open_loop", latency.STYLES, "how chunks follow one another")
+LATENCY = absl_flags.DEFINE_float("latency", 0.0, "s from an observation to its chunk, injected (docs/real_time.md)", 0)
 MAX_STEPS = absl_flags.DEFINE_integer("max_steps", 400, "control steps (20 ms) per episode", 1)
 WORKERS = absl_flags.DEFINE_integer("workers", None, "simulations at once; default: one per core, 16 at most", 1)
 OUT = absl_flags.DEFINE_string("out", None, "directory of the results; default: eval/ENV/WHAT")
@@ -107,8 +109,13 @@ def driver(workers: int, stack: contextlib.ExitStack) -> Driver:
     policy = policy_flags.policy()
     if policy.horizon < REPLAN.value:
         raise UserError(f"--replan={REPLAN.value}, but the policy's chunks have {policy.horizon} actions")
-    policy.warmup(range(1, workers + 1))
+    policy.warmup(range(1, workers + 1), realtime=CHUNKS.value == "realtime")
     return Driver(policy.infer_batch, policy.noise_shape, policy.metadata)
+
+
+def steps_late() -> int:
+    """--latency in control steps, rounded up."""
+    return math.ceil(round(LATENCY.value * aloha.FPS, 6))
 
 
 def setting(task: str, **fields: Any) -> rollout.Setting:
@@ -117,6 +124,8 @@ def setting(task: str, **fields: Any) -> rollout.Setting:
         task,
         max_steps=MAX_STEPS.value,
         replan=REPLAN.value,
+        chunks=CHUNKS.value,
+        latency=steps_late(),
         prompt=policy_flags.PROMPT.value,
         films=VIDEO.value,
         frames_every=pictures.FRAMES_EVERY,

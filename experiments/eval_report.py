@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from openpi_port.sim import aloha, pictures, rollout, wilson
+from openpi_port.sim import aloha, latency, pictures, rollout, wilson
 
 RESULTS, TRAJECTORIES = "results.json", "trajectories"
 
@@ -38,17 +38,27 @@ def numbers(
     infer_ms = [1e3 * s for _, s in calls]
     sim_ms = 1e3 * sum(e.sim_seconds for e in episodes) / steps
     held = sum(e.end == setting.task for e in episodes)
+    kinks = [latency.kinks(e.actions, list(e.borders)) for e in episodes]
+    at, elsewhere = (np.concatenate(part) for part in zip(*kinks, strict=True))
     print(
         f"{successes} of {count} episodes succeeded: {successes / count:.0%} (95% interval {low:.1%} to {high:.1%}); "
         f"{held} still did at the end\n"
         f"{1e3 * seconds / steps:.1f} ms a control step over all; simulation {sim_ms:.1f} ms in its process"
         + (f"; inference {np.median(infer_ms):.1f} ms a chunk (median of {len(calls)} calls)" if calls else "")
     )
+    if len(at):
+        print(
+            f"the step of the joints' targets changes by {1e3 * at.mean():.1f} mrad where chunks meet "
+            f"(mean of {len(at)}), by {1e3 * elsewhere.mean():.1f} elsewhere"
+        )
     return {
         "env": f"aloha_{setting.task}",
         "policy": dict(about),
         "prompt": setting.prompt or aloha.TASKS[setting.task].instruction,
         "replan": setting.replan,
+        "chunks": setting.chunks,
+        "latency_steps": setting.latency,
+        "kinks_rad": {"at_borders": float(at.mean()), "elsewhere": float(elsewhere.mean())} if len(at) else None,
         "max_steps": setting.max_steps,
         "after_success": setting.after,
         "episodes": count,

@@ -24,7 +24,7 @@ from PIL import Image
 
 from openpi_port.errors import UserError
 from openpi_port.rng import draw_noise
-from openpi_port.sim import aloha, expert
+from openpi_port.sim import aloha, expert, latency
 
 IMAGE_SIZE = 224  # as in the data (experiments/collect.py)
 Act = Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]]
@@ -39,6 +39,8 @@ class Setting:
       max_steps: control steps (20 ms) until an episode counts as failed.
       after: control steps played on after the first success, to see whether it lasts.
       replan: actions played per chunk.
+      chunks: how one chunk follows the other, see latency.py.
+      latency: control steps from an observation to its chunk.
       prompt: instead of the task's own instruction.
       films: of how many of the first seeds pictures are kept, for a video.
       frames_every: keep every n-th picture of those.
@@ -50,11 +52,20 @@ class Setting:
     max_steps: int = 400
     after: int = 50
     replan: int = 25
+    chunks: latency.Style = "open_loop"
+    latency: int = 0
     prompt: str | None = None
     films: int = 0
     frames_every: int = 2
     frame_size: int = 112
     render: bool = True
+
+    def __post_init__(self) -> None:
+        if self.chunks != "open_loop" and self.latency >= self.replan:
+            raise UserError(
+                f"--chunks={self.chunks} asks every {self.replan} steps (--replan), which must be more than the "
+                f"{self.latency} steps of --latency"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +77,7 @@ class Episode:
       end: the task, this one or another of the scene, that was fulfilled in most of the last ten steps (a contact may
         flicker); None where none was.
       diverged: the commands were so wild that the physics gave up, which ends the episode.
+      borders: control steps where another chunk, or a wait for it, began.
     """
 
     seed: int
@@ -77,6 +89,7 @@ class Episode:
     rewards: np.ndarray  # int [T]
     frames: np.ndarray | None  # uint8 [N, H, W, 3]
     sim_seconds: float
+    borders: tuple[int, ...] = ()
 
 
 def rollout(
@@ -95,7 +108,7 @@ def rollout(
       Episodes, in the order of the seeds within each group of `workers`.
 
     Raises:
-      UserError: no OpenGL, no such task, chunks shorter than `replan`, or a process died.
+      UserError: no OpenGL, no such task, chunks too short for `replan` and `latency`, or a process died.
     """
     filmed = frozenset(seeds[: setting.films])
     with contextlib.ExitStack() as stack:
@@ -111,6 +124,7 @@ def _group(
     setting: Setting, playing: Mapping[int, _Robot], act: Act | None, noise_shape: tuple[int, int] | None
 ) -> Iterator[Episode]:
     """One episode on each robot, which has been told to reset."""
+    players = {seed: latency.Player(setting.chunks, setting.replan, setting.latency) for seed in playing}
     if act is None:
         for robot in playing.values():
             robot.receive()
@@ -121,19 +135,17 @@ def _group(
         observations = {seed: robot.receive() for seed, robot in playing.items()}
         call = 0
         while observations:
+            observations = {s: {**o, **players[s].question()} for s, o in observations.items()}
             if noise_shape is not None:
                 observations = {s: {**o, "noise": draw_noise(s, call, noise_shape)} for s, o in observations.items()}
-            for (seed, _), result in zip(observations.items(), act(list(observations.values())), strict=True):
-                chunk = np.asarray(result["actions"])
-                if len(chunk) < setting.replan:
-                    raise UserError(f"--replan={setting.replan}, but the policy's chunks have {len(chunk)} actions")
-                playing[seed].send("play", chunk[: setting.replan])
+            for (seed, o), result in zip(observations.items(), act(list(observations.values())), strict=True):
+                playing[seed].send("play", players[seed].answer(np.asarray(result["actions"]), o["state"]))
             answers = {seed: playing[seed].receive() for seed in observations}
             observations = {seed: observation for seed, observation in answers.items() if observation is not None}
             call += 1
-    for robot in playing.values():
+    for seed, robot in playing.items():
         robot.send("episode")
-        yield robot.receive()
+        yield dataclasses.replace(robot.receive(), borders=tuple(players[seed].borders))
 
 
 class _Robot:
