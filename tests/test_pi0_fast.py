@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -509,11 +510,15 @@ def run(config: Train, out, *, resume: bool = False, **changes):
 
 
 def test_move_between_frameworks(job, tmp_path):
-    """Two steps in torch and two in Flax are four in Flax, and the checkpoint holds both tokenizers and opens."""
-    path, want = run(job, tmp_path / "a", backend="flax", num_steps=4)
+    """Two steps in one framework and two in the other are four in one, either way; the checkpoint holds both tokenizers
+    and opens."""
+    path, want = run(job, tmp_path / "a", backend="flax", num_steps=4, save_every=2, keep_every=2)
     run(job, tmp_path / "b", backend="torch", num_steps=2)
     _, moved = run(job, tmp_path / "b", backend="flax", num_steps=4, resume=True)
     np.testing.assert_allclose(moved, want, atol=1e-4, rtol=0)
+    shutil.copytree(path / "2", tmp_path / "c" / job.name / "2")
+    _, back = run(job, tmp_path / "c", backend="torch", num_steps=4, resume=True)
+    np.testing.assert_allclose(back, want[2:], atol=1e-4, rtol=0)
     assert checkpoint.read_policy(path / "4").train.model == job.model
     assert (path / "4" / "tokenizer.model").exists()
     assert fast.load(str(path / "4" / "fast_tokenizer")).token_bytes == fast.load(job.fast_tokenizer).token_bytes
