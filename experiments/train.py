@@ -83,7 +83,7 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
     ):
         while trainer.step < config.num_steps and not stopping:
             batch = window.wait_for(batches)
-            window.add(trainer.update(batch))
+            window.add({**trainer.update(batch), **lost(batch)})
             stopping = stop.asked()
             bar.update()
             step, last = trainer.step, trainer.step == config.num_steps
@@ -179,6 +179,11 @@ def finish(config: Train, run: Path, step: int, backend: Backend) -> None:
         f"  go on:    the same command with --resume --config.num_steps={2 * config.num_steps}\n"
         f"  curves:   tensorboard --logdir={run}"
     )
+
+
+def lost(batch: Mapping[str, Any]) -> dict[str, float]:
+    """What FAST tokens lose of a batch's actions: coefficients clipped per chunk, and the share of chunks cut."""
+    return {key: float(np.mean(batch[key])) for key in ("actions_clipped", "actions_cut") if key in batch}
 
 
 class Window:

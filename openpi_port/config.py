@@ -287,6 +287,8 @@ class Train:
       tokenizer: "paligemma", "small" (ships with the project) or a path to a SentencePiece model.
       fast_tokenizer: of pi0-FAST's actions: a processor's directory, a name on the Hugging Face hub, or one that ships
         ("fast_aloha"). Also of the action tokens that `insulate` adds.
+      allow_truncation: cuts pi0-FAST's sequences that exceed max_token_len, as openpi does, and reports their share;
+        otherwise such a sequence ends the run.
       init: a checkpoint to start from (local, gs://, hf://); None starts from fresh weights.
       frozen: regular expressions over parameter paths (Flax names); what matches any is not trained. `LORA_ONLY`
         freezes the language model and the expert except their adapters.
@@ -310,6 +312,7 @@ class Train:
     backend: Literal["flax", "torch"] = "flax"
     tokenizer: str = "paligemma"
     fast_tokenizer: str = "physical-intelligence/fast"
+    allow_truncation: bool = False
     init: str | None = None
     frozen: tuple[str, ...] = ()
     batch_size: int = 32

@@ -11,6 +11,7 @@ Axis letters: B batch, A actions (horizon), J the model's action dimensions, D t
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -52,11 +53,14 @@ class Policy:
       max_guidance: limit of the pull towards the previous chunk, where an observation brings one (real-time chunking).
       max_delay: of `config.Train`; such a model is given the previous chunk's actions and needs no pull.
       metadata: what a server tells its clients, beside what the policy knows of itself.
+      constrained: pi0-FAST writes only what is a whole chunk. False lets it write anything, as openpi does; what is no
+        chunk is then an error, and counted.
 
     Attributes:
       model, data, stats: as given.
       horizon: A.
       noise_shape: (A, J); None for pi0-FAST, which takes the likeliest tokens and needs no noise.
+      decoded, malformed: chunks that pi0-FAST has written, and how many of them were none.
       metadata: names and sizes, ready for JSON or msgpack.
     """
 
@@ -72,6 +76,7 @@ class Policy:
         max_guidance: float = MAX_GUIDANCE,
         max_delay: int = 0,
         metadata: Mapping[str, Any] | None = None,
+        constrained: bool = True,
     ) -> None:
         if num_steps < 1:
             raise UserError(f"num_steps={num_steps}: at least one step is needed")
@@ -90,8 +95,9 @@ class Policy:
         self._continuation: Continuation | None = None
         if self.noise_shape is not None:
             self._continuation = Continuation(*self.noise_shape, action_dim, max_delay, max_guidance)
-        # Decoding that can only end in a whole chunk.
-        self._grammar = grammar.build(tokenizer, self.horizon, action_dim) if self.noise_shape is None else None
+        self.decoded = self.malformed = 0
+        grammatical = self.noise_shape is None and constrained
+        self._grammar = grammar.build(tokenizer, self.horizon, action_dim) if grammatical else None
         self.metadata = {
             "robot": data.robot,
             "cameras": dict(data.cameras),
@@ -122,6 +128,7 @@ class Policy:
         num_steps: int = 10,
         seed: int = 0,
         max_guidance: float = MAX_GUIDANCE,
+        constrained: bool = True,
         **overrides: Any,
     ) -> Policy:
         """Opens a checkpoint with all that belongs to it.
@@ -140,6 +147,7 @@ class Policy:
           num_steps: Euler steps per chunk.
           seed: of the noise.
           max_guidance: see the class.
+          constrained: see the class.
           **overrides: see `load_model`; `asset="trossen"` chooses among openpi's statistics.
 
         Raises:
@@ -156,7 +164,7 @@ class Policy:
         about = {"checkpoint": str(path), "backend": backend, "dtype": dtype, "step": source.settings.get("step")}
         return cls(
             model, settings, source.norm_stats, pieces, num_steps=num_steps, seed=seed, max_guidance=max_guidance,
-            max_delay=source.settings.get("train", {}).get("max_delay", 0), metadata=about,
+            max_delay=source.settings.get("train", {}).get("max_delay", 0), metadata=about, constrained=constrained,
         )  # fmt: skip
 
     def infer(
@@ -248,9 +256,23 @@ class Policy:
             timing = {"infer_ms": (time.perf_counter() - start) * 1e3}
         results = []
         for sample, answer in zip(samples, answers, strict=False):
-            back = transforms.inverse(self._steps, {kind: np.asarray(answer), "state": sample["state"]})
+            back = self._back({kind: np.asarray(answer), "state": sample["state"]})
             results.append({"actions": np.asarray(back["actions"], np.float32), "policy_timing": dict(timing)})
         return results
+
+    def _back(self, answer: transforms.Sample) -> transforms.Sample:
+        """The model's answer in the robot's units."""
+        if "tokens" not in answer:
+            return transforms.inverse(self._steps, answer)
+        self.decoded += 1
+        try:
+            tokens = np.array(grammar.until_end(answer["tokens"]))
+            return transforms.inverse(self._steps, {**answer, "tokens": tokens})
+        except fast.MalformedTokens as error:
+            self.malformed += 1
+            rate = f"{self.malformed} of {self.decoded} chunks malformed ({self.malformed / self.decoded:.1%})"
+            logging.getLogger(__name__).warning("pi0-FAST, unconstrained: %s", rate)
+            raise UserError(f"pi0-FAST wrote what is no chunk of actions ({error}); {rate}") from error
 
     def optimize(self) -> Policy:
         """Prepares the model for fast inference (`pi_*/fast/prepare.py`): the same answers, computed another way.

@@ -361,7 +361,8 @@ class TokenizeFast:
     lerobot_dim: int = 0
 
     def forward(self, sample: Sample) -> Sample:
-        """Adds "tokenized_prompt", "tokenized_prompt_mask", "token_ar_mask", "token_loss_mask", all [T].
+        """Adds "tokenized_prompt", "tokenized_prompt_mask", "token_ar_mask", "token_loss_mask", all [T], and what
+        training loses of the actions (`FastSequence.encode`).
 
         The actions stay for the loader to look at; the model reads them from the tokens.
         """
@@ -395,9 +396,8 @@ class TokenizeActions:
     max_len: int
 
     def forward(self, sample: Sample) -> Sample:
-        """Adds "action_tokens" int32 [N] and "action_tokens_mask" bool [N]."""
-        tokens, mask = self.sequence.encode_actions(sample["actions"], self.max_len)
-        return {**sample, "action_tokens": tokens, "action_tokens_mask": mask}
+        """Adds "action_tokens" int32 [N], "action_tokens_mask" bool [N] and "actions_clipped" int32 []."""
+        return {**sample, **self.sequence.encode_actions(sample["actions"], self.max_len)}
 
     def inverse(self, sample: Sample) -> Sample:
         """Nothing: the actions come from the flow."""

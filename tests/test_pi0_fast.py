@@ -506,6 +506,7 @@ def run(config: Train, out, *, resume: bool = False, **changes):
     path = out / config.name
     train.train(config, path, starting.point(path, config, resume=resume))
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["actions_clipped"] == line["actions_cut"] == 0 for line in lines if "loss" in line)
     return path, [line["loss"] for line in lines if "loss" in line]
 
 
@@ -547,8 +548,19 @@ def test_state_noise_reaches_the_prompt(job):
 
 def test_sequences_that_do_not_fit(job):
     short = dataclasses.replace(job, model=dataclasses.replace(job.model, max_token_len=60))
-    with pytest.raises(UserError, match="max_token_len=60"):
+    with pytest.raises(UserError, match=r"max_token_len=60.*allow_truncation=True"):
         next(material.load(short).batches(0))
+    batch = next(material.load(dataclasses.replace(short, allow_truncation=True)).batches(0))
+    assert train.lost(batch) == {"actions_clipped": 0, "actions_cut": 1}
+
+
+def test_clipped_coefficients_are_counted(job):
+    """Statistics of smaller actions make larger numbers than the tokenizer has; every batch says how many."""
+    stats = material.load(job).members[""].norm_stats
+    narrow = dataclasses.replace(stats["actions"], q01=stats["actions"].q01 / 3, q99=stats["actions"].q99 / 3)
+    wide = dataclasses.replace(job, allow_truncation=True)
+    batch = next(material.load(wide, {"": {**stats, "actions": narrow}}).batches(0))
+    assert train.lost(batch)["actions_clipped"] > 1
 
 
 def test_configs():

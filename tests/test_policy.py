@@ -191,6 +191,26 @@ def test_pi0_fast_writes_whole_chunks(tmp_path):
         opened.infer({**observation_of(0), "noise": np.zeros((HORIZON, 14))})
 
 
+def test_pi0_fast_without_grammar(tmp_path, caplog):
+    """As openpi decodes: what is no chunk is an error, never zeros, and the rate of such is logged."""
+    path = make_checkpoint(tmp_path / "20", FAST)
+    opened = Policy.from_pretrained(path, "torch", device="cpu", constrained=False)
+    for count in (1, 2):
+        with pytest.raises(UserError, match=f"no chunk of actions .*{count} of {count} chunks malformed"):
+            opened.infer(observation_of(0))
+    assert (opened.malformed, opened.decoded) == (2, 2)
+    assert "2 of 2 chunks malformed (100.0%)" in caplog.text
+    whole = Policy.from_pretrained(path, "torch", device="cpu")
+    tokens = whole.model.decode(_stacked(whole.prepare(observation_of(0))), 200, grammar=whole._grammar)
+    opened.model.decode = lambda *_, **__: tokens  # a model that has learned
+    np.testing.assert_array_equal(opened.infer(observation_of(0))["actions"], whole.infer(observation_of(0))["actions"])
+    assert (opened.malformed, opened.decoded) == (2, 3)
+
+
+def _stacked(sample):
+    return {k: _stacked(v) if isinstance(v, dict) else np.asarray(v)[None] for k, v in sample.items()}
+
+
 def test_faults_of_a_checkpoint(checkpoint, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)

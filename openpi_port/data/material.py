@@ -159,7 +159,9 @@ def load(config: Train, norm_stats: Mapping[str, NormStats] | None = None, *, re
     sequence = None
     if isinstance(model, Pi0Fast) or config.insulate:
         action_tokens = fast.load(config.fast_tokenizer)
-        sequence = FastSequence(tokenizer, action_tokens, model.vocab_size, out_of_range="clip")
+        sequence = FastSequence(
+            tokenizer, action_tokens, model.vocab_size, allow_truncation=config.allow_truncation, out_of_range="clip"
+        )
     cache = FrameCache(model.vision.image_size, config.data.cache_gb) if config.data.cache_gb else None
     members = {}
     for name, data in config.datasets.items():

@@ -125,9 +125,7 @@ class FastTokenizer:
     def encode_coefficients(self, coefficients: np.ndarray, out_of_range: OutOfRange = "error") -> list[list[int]]:
         """As `encode`, from integers [B, A, J]."""
         codes = coefficients - self.min_token
-        wrong = (codes < 0) | (codes >= SURROGATES)
-        if codes.size and (wrong.any() or not self._writable[: codes.max() + 1].all()):
-            wrong |= ~self._writable[np.where(wrong, 0, codes)]
+        wrong = self.beyond(coefficients)
         if wrong.any():
             if out_of_range == "error":
                 b, f, j = (int(i) for i in np.argwhere(wrong)[0])
@@ -147,6 +145,14 @@ class FastTokenizer:
             self.clipped += int(wrong.sum())
             codes = np.where(wrong, self._nearest(codes), codes)
         return self._bpe.encode(codes.reshape(len(codes), -1))
+
+    def beyond(self, coefficients: np.ndarray) -> np.ndarray:
+        """bool [B, A, J]: which integers have no character, because the data that were fitted had none so large."""
+        codes = coefficients - self.min_token
+        wrong = (codes < 0) | (codes >= SURROGATES)
+        if codes.size and (wrong.any() or not self._writable[: codes.max() + 1].all()):
+            wrong |= ~self._writable[np.where(wrong, 0, codes)]
+        return wrong
 
     def _nearest(self, codes: np.ndarray) -> np.ndarray:
         """The nearest code points that can be written."""

@@ -80,17 +80,20 @@ class FastSequence:
 
         Returns:
           "tokenized_prompt" int32, "tokenized_prompt_mask" bool, "token_ar_mask" int32 (1 on what is causal) and
-          "token_loss_mask" bool, each [T].
+          "token_loss_mask" bool, each [T]; with actions also what was lost: "actions_clipped" int32 [], coefficients
+          that were moved into the tokenizer's range, and "actions_cut" bool [], whether tokens did not fit.
 
         Raises:
           UserError: the actions do not fit, unless truncation is allowed; or a coefficient is out of range.
         """
         prefix = self.text.fast_prefix(prompt, state, keep_case=lerobot)
-        bos = self.bos if lerobot else []
+        bos, lost = self.bos if lerobot else [], {}
         if actions is None:
             ids = self.text.cut(prefix, max_len - len(bos), prompt) + bos
         else:
-            ids = [*prefix, *bos, *self.action_part(actions)]
+            chunk, clipped = self._chunk(actions)
+            ids = [*prefix, *bos, *self.prompt_ids, *chunk]
+            lost = {"actions_clipped": clipped, "actions_cut": np.bool_(len(ids) > max_len)}
             if len(ids) > max_len:
                 self._count_truncation(len(prefix), len(ids), max_len)
         used, start = min(len(ids), max_len), max_len if actions is None else min(len(prefix), max_len)
@@ -103,13 +106,14 @@ class FastSequence:
             "tokenized_prompt_mask": place < used,
             "token_ar_mask": postfix.astype(np.int32),
             "token_loss_mask": postfix & (place >= start + len(bos)),
+            **lost,
         }
 
     def action_part(self, actions: np.ndarray) -> list[int]:
         """[A, J] to "Action: ", the chunk, "|" and end of sequence, as ids of the model's vocabulary."""
-        return [*self.prompt_ids, *self._chunk(actions)]
+        return [*self.prompt_ids, *self._chunk(actions)[0]]
 
-    def encode_actions(self, actions: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def encode_actions(self, actions: np.ndarray, max_len: int) -> dict[str, np.ndarray]:
         """The actions alone, to follow a prompt that ends in "Action: ", as pi0.5's does.
 
         Args:
@@ -117,19 +121,21 @@ class FastSequence:
           max_len: N.
 
         Returns:
-          int32 [N], the chunk, "|", end of sequence and zeros, and bool [N], true on tokens.
+          "action_tokens" int32 [N], the chunk, "|", end of sequence and zeros; "action_tokens_mask" bool [N], true on
+          tokens; "actions_clipped" int32 [], as `encode`.
 
         Raises:
           UserError: they do not fit; or a coefficient is out of range.
         """
-        ids = self._chunk(actions)
+        ids, clipped = self._chunk(actions)
         if len(ids) > max_len:
             raise UserError(
                 f"FAST: {len(ids)} action tokens do not fit into config.max_action_tokens={max_len}: raise it"
             )
         tokens = np.zeros(max_len, np.int32)
         tokens[: len(ids)] = ids
-        return tokens, np.arange(max_len) < len(ids)
+        mask = np.arange(max_len) < len(ids)
+        return {"action_tokens": tokens, "action_tokens_mask": mask, "actions_clipped": clipped}
 
     def decode_actions(self, tokens: Sequence[int], horizon: int, dim: int) -> np.ndarray:
         """What the model generated to a chunk.
@@ -156,10 +162,12 @@ class FastSequence:
                 raise MalformedTokens(f"token {start + place} ({ids[start + place]}) is no action token")
         return self.fast.decode([chunk], horizon, dim)[0]
 
-    def _chunk(self, actions: np.ndarray) -> list[int]:
-        """[A, J] to the chunk, "|" and end of sequence."""
-        chunk = self.fast.encode(actions[None], self.out_of_range)[0]
-        return [*(self.first_id - k for k in chunk), *self.end_ids, self.text.eos_id]
+    def _chunk(self, actions: np.ndarray) -> tuple[list[int], np.int32]:
+        """[A, J] to the chunk, "|" and end of sequence, and how many coefficients had to be clipped."""
+        coefficients = self.fast.coefficients(actions[None])
+        chunk = self.fast.encode_coefficients(coefficients, self.out_of_range)[0]
+        clipped = np.int32(self.fast.beyond(coefficients).sum())
+        return [*(self.first_id - k for k in chunk), *self.end_ids, self.text.eos_id], clipped
 
     def _count_truncation(self, prefix: int, needed: int, max_len: int) -> None:
         message = (
@@ -167,7 +175,7 @@ class FastSequence:
             f"config.model.max_token_len={max_len}"
         )
         if not self.allow_truncation:
-            raise UserError(f"{message}: raise it, lower the scale, or allow truncation")
+            raise UserError(f"{message}: raise it, fit a coarser tokenizer, or cut with --config.allow_truncation=True")
         self.truncated_actions += 1
         if self.truncated_actions == 1:
             logging.getLogger(__name__).warning("%s; cut (further ones are only counted)", message)
