@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import scipy.fft
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from tokenizers import Tokenizer
 
 from openpi_port import transforms
@@ -139,6 +139,7 @@ def _universal(shared):
     size=st.sampled_from([0.3, 2.0]),
     seed=st.integers(0, 2**31),
 )
+@example(horizon=2, dim=1, scale=50.5, size=2.0, seed=0)  # hardly any merges
 def test_fitted_tokenizers_round_trip(horizon, dim, scale, size, seed):
     rng = np.random.default_rng(seed)
     data = smooth(rng, 40, horizon, dim, size)

@@ -77,7 +77,7 @@ class FastBpe:
                 continue  # only letters are never split into words by the library
             whole = len(text) == 1 or (
                 rank.get(text, never) <= min(taken_right.get(text[0], never), taken_left.get(text[1], never))
-                and rank.get(text, never) < SWEEPS
+                and rank.get(text, never) < min(SWEEPS, never)
             )
             self._enter[code] = (vocab[text], NONE) if whole else [vocab[t] for t in text]
 
