@@ -10,7 +10,7 @@ import numpy as np
 
 from convert import layout, tables
 from experiments import inspect_pictures as pictures
-from experiments.inspect_subject import Finding, Sample, Subject
+from experiments.inspect_subject import Finding, Part, Sample, Subject
 from experiments.inspect_tokens import Piece, action_pieces, prompt_pieces
 from openpi_port import memory, normalize, webpage
 from openpi_port.config import Pi0Fast, to_dict
@@ -61,8 +61,8 @@ def page(subject: Subject, samples: Sequence[Sample], findings: Sequence[Finding
         ("Cameras", _cameras(subject, samples) if samples else []),
         ("Tokens", _tokens(subject, samples[0], samples) if samples else []),
         ("Attention", _attention(subject, samples) if samples else []),
-        ("Actions", _actions(subject, [s for s in samples if s.actions is not None])),
-        ("Statistics", _statistics(subject)),
+        ("Actions", [line for part in subject.parts for line in _actions(subject, part, samples)]),
+        ("Statistics", [line for part in subject.parts for line in _statistics(subject, part)]),
         ("Parameters", _parameters(subject)),
         ("Configuration", [f"<details><summary>all fields</summary><pre>{_json(subject)}</pre></details>"]),
     ]
@@ -75,20 +75,23 @@ def page(subject: Subject, samples: Sequence[Sample], findings: Sequence[Finding
 
 
 def _summary(subject: Subject) -> str:
-    model, data = subject.config.model, subject.config.data
+    model = subject.config.model
     kind = "pi0-FAST" if isinstance(model, Pi0Fast) else "pi0" if model.state_in == "suffix" else "pi0.5"
     if subject.config.insulate:
         kind += " with knowledge insulation"
     total, _ = memory.count_params(model)
-    frames = (
-        "" if subject.frames is None else f", {len(subject.frames.episodes)} episodes, {len(subject.frames)} frames"
-    )
-    words = (
-        f"{kind}, size {model.size}, {total / 1e6:,.1f} M parameters. Data: {data.repo_id or 'none named'}{frames}; "
-        f"robot {data.robot}, normalised by {data.norm}, augmentation {data.augment}. Chunks of {model.action_horizon} "
-        f"actions."
-    )
-    return f"<p class='about'>{escape(words)}</p>"
+    lines = [
+        f"{kind}, size {model.size}, {total / 1e6:,.1f} M parameters, chunks of {model.action_horizon} actions.",
+        *(f"Data: {_about(part)}." for part in subject.parts),
+    ]
+    return f"<p class='about'>{'<br>'.join(escape(line) for line in lines)}</p>"
+
+
+def _about(part: Part) -> str:
+    data = part.data
+    size = "" if part.frames is None else f", {len(part.frames.episodes)} episodes, {len(part.frames)} frames"
+    how = f"robot {data.robot}, normalised by {data.norm}, augmentation {data.augment}"
+    return f"{data.repo_id or 'none named'}{size}, {how}"
 
 
 def _json(subject: Subject) -> str:
@@ -111,17 +114,17 @@ def _cameras(subject: Subject, samples: Sequence[Sample]) -> list[str]:
         "Each camera as the model gets it, then as training does after augmentation. A masked camera takes its place "
         "in the sequence, but no token sees it."
     )
-    sources = subject.config.data.cameras
-    cells, heads = [], []
+    cells, heads, draws = [], [], {}
     for camera in subject.config.model.cameras:
-        source = sources.get(camera, "the robot has none")
-        draws = len(samples[0].augmented.get(camera, ()))
-        heads += [f"<b>{escape(camera)}</b><br>{escape(source)}", *[f"augmented {i + 1}" for i in range(draws)]]
+        source = " / ".join(dict.fromkeys(p.data.cameras.get(camera, "the robot has none") for p in subject.parts))
+        draws[camera] = max(len(sample.augmented.get(camera, ())) for sample in samples)
+        heads += [f"<b>{escape(camera)}</b><br>{escape(source)}", *[f"augmented {i + 1}" for i in range(draws[camera])]]
     cells += [f"<div class='head'>{head}</div>" for head in ("", *heads)]
     for sample in samples:
         cells.append(f"<div class='head'>{escape(sample.where)}<br>“{escape(sample.prompt)}”</div>")
         for camera in subject.config.model.cameras:
-            photos = [sample.images[camera], *sample.augmented.get(camera, ())]
+            augmented = sample.augmented.get(camera, [sample.images[camera]] * draws[camera])
+            photos = [sample.images[camera], *augmented]
             kind = "" if sample.seen[camera] else " class='masked'"
             cells += [f"<div{kind}>{webpage.photo(photo, camera)}</div>" for photo in photos]
     columns = f"grid-template-columns: 9rem repeat({len(heads)}, 150px)"
@@ -209,31 +212,37 @@ def _attention(subject: Subject, samples: Sequence[Sample]) -> list[str]:
     ]
 
 
-def _actions(subject: Subject, samples: Sequence[Sample]) -> list[str]:
+def _actions(subject: Subject, part: Part, samples: Sequence[Sample]) -> list[str]:
+    samples = [s for s in samples if s.part is part and s.actions is not None]
     if not samples:
         return []
-    delta = [i for i, is_delta in enumerate(subject.config.data.delta) if is_delta]
+    delta = [i for i, is_delta in enumerate(part.data.delta) if is_delta]
     relative = f" Dimensions {', '.join(map(str, delta))} become differences to the state first." if delta else ""
-    names = subject.names("actions")
+    names = part.names("actions")
     return [
-        "<h3>In the robot's units</h3><p class='about'>A colour per sample; the dot is the state before the chunk, "
-        "dotted what is repeated after the episode's end.</p>",
+        f"<h3>{_of(subject, part)}In the robot's units</h3><p class='about'>A colour per sample; the dot is the state "
+        "before the chunk, dotted what is repeated after the episode's end.</p>",
         pictures.chunks(samples, names, "robot"),
-        f"<h3>As the model is trained on them</h3><p class='about'>Normalised by {subject.config.data.norm}.{relative} "
+        f"<h3>As the model is trained on them</h3><p class='about'>Normalised by {part.data.norm}.{relative} "
         "The band is [-1, 1]; all panels have the same axis.</p>",
         pictures.chunks(samples, names, "model"),
     ]
 
 
-def _statistics(subject: Subject) -> list[str]:
-    tiny = {(t.key, t.dim): str(t) for t in normalize.tiny_ranges(subject.stats, subject.config.data.norm)}
+def _of(subject: Subject, part: Part) -> str:
+    """Which data set a heading is about, where there are several."""
+    return escape(f"{part.data.repo_id}: ") if len(subject.parts) > 1 else ""
+
+
+def _statistics(subject: Subject, part: Part) -> list[str]:
+    tiny = {(t.key, t.dim): str(t) for t in normalize.tiny_ranges(part.stats, part.data.norm)}
     out = [
-        f"<p class='about'>{escape(subject.stats_from)}. The bar is q01 to q99 within the dimension's own minimum "
-        f"and maximum, with the mean and its standard deviation below.</p>"
+        f"<p class='about'>{_of(subject, part)}{escape(part.stats_from)}. The bar is q01 to q99 within the dimension's "
+        f"own minimum and maximum, with the mean and its standard deviation below.</p>"
     ]
-    for key, stats in subject.stats.items():
+    for key, stats in part.stats.items():
         fields = [f for f in ("mean", "std", "q01", "q99", "min", "max") if getattr(stats, f) is not None]
-        names = subject.names(key) if key in ("state", "actions") else [str(i) for i in range(len(stats.mean))]
+        names = part.names(key) if key in ("state", "actions") else [str(i) for i in range(len(stats.mean))]
         rows, kinds = [], []
         for dim, name in enumerate(names):
             numbers = [f"{getattr(stats, field)[dim]:.4g}" for field in fields]

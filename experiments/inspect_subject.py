@@ -14,7 +14,8 @@ import numpy as np
 
 from openpi_port import normalize, policy, sequence, transforms
 from openpi_port.augment import augment
-from openpi_port.config import Pi0Fast, Train
+from openpi_port.check_sample import split_keys
+from openpi_port.config import Data, Pi0Fast, Train
 from openpi_port.data import material
 from openpi_port.data.datasets import open_datasets
 from openpi_port.data.frames import Frames
@@ -37,14 +38,40 @@ class Finding:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """One data set, and the way from it to the model.
+
+    Attributes:
+      data: its settings.
+      steps: raw sample to the model's.
+      stats, stats_from: the statistics, and where they are from.
+      frames: the training episodes; None where they can't be had.
+    """
+
+    data: Data
+    steps: tuple[transforms.Transform, ...]
+    stats: normalize.NormStats
+    stats_from: str
+    frames: Frames | None
+
+    def names(self, key: Literal["state", "actions"]) -> list[str]:
+        """Of the dimensions: the data set's, else numbers."""
+        size = len(self.stats[key].mean)
+        feature = getattr(self.frames, "features", {}).get(getattr(self.data, key), {})
+        names = feature.get("names")
+        names = [n for part in names.values() for n in part] if isinstance(names, Mapping) else names
+        return [f"{i} {n}" for i, n in enumerate(names)] if names and len(names) == size else [*map(str, range(size))]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
     """One sample on its way.
 
     Attributes:
-      where: in the data set.
+      part: the data set that it is from, and `where` in it.
       prompt: as the data set has it.
       images: camera -> uint8 [H, W, 3] as the model gets it, without augmentation.
-      augmented: camera -> as training sees it, DRAWS times; of cameras that are seen.
+      augmented: camera -> as training sees it, DRAWS times; of cameras that the data set has.
       seen: camera -> its mask.
       state, actions: [J] and [A, J] in the robot's units; no actions where there is no data set.
       is_pad: bool [A], past the episode's end.
@@ -53,6 +80,7 @@ class Sample:
       sequence: its tokens.
     """
 
+    part: Part
     where: str
     prompt: str
     images: Mapping[str, np.ndarray]
@@ -73,43 +101,28 @@ class Subject:
     Attributes:
       title: for people.
       config: the run; of a checkpoint its model and data, the rest is not known.
-      steps: raw sample to the model's.
-      stats, stats_from: the statistics, and where they are from.
+      parts: its data sets.
       tokenizer: of the prompt.
       tokens: of prompt and actions, where actions become tokens.
-      frames: the training episodes; None where they can't be had.
-      names: of the state's dimensions and of the actions', where the data set has any.
       findings: what was odd on the way here.
     """
 
     title: str
     config: Train
-    steps: tuple[transforms.Transform, ...]
-    stats: normalize.NormStats
-    stats_from: str
+    parts: tuple[Part, ...]
     tokenizer: PromptTokenizer
     tokens: FastSequence | None
-    frames: Frames | None
     findings: tuple[Finding, ...] = ()
-
-    def names(self, key: Literal["state", "actions"]) -> list[str]:
-        """Of the dimensions: the data set's, else numbers."""
-        size = len(self.stats[key].mean)
-        column = getattr(self.config.data, key)
-        feature = getattr(self.frames, "features", {}).get(column, {})
-        names = feature.get("names")
-        names = [n for part in names.values() for n in part] if isinstance(names, Mapping) else names
-        return [f"{i} {n}" for i, n in enumerate(names)] if names and len(names) == size else [*map(str, range(size))]
 
 
 def of_config(config: Train) -> Subject:
     """What a training run of this config reads."""
     read = material.load(config, refuse=False)
-    stats_from = config.data.norm_stats or f"Computed from {len(read.train.episodes)} training episodes"
-    return Subject(
-        f"{config.name}",
-        config, read.steps, read.norm_stats, stats_from, read.tokenizer, read.sequence, read.train,
-    )  # fmt: skip
+    parts = []
+    for member in read.members.values():
+        stats_from = member.data.norm_stats or f"computed from {len(member.train.episodes)} training episodes"
+        parts.append(Part(member.data, member.steps, member.norm_stats, stats_from, member.train))
+    return Subject(config.name, config, tuple(parts), read.tokenizer, read.sequence)
 
 
 def of_checkpoint(path: str, **options: Any) -> Subject:
@@ -120,24 +133,31 @@ def of_checkpoint(path: str, **options: Any) -> Subject:
       **options: of `openpi_port.policy.open_parts`.
     """
     source, data, pieces = policy.open_parts(path, **options)
-    config = Train(name=Path(path).name, model=source.model, data=data)
+    model = source.model
     tokens = pieces if isinstance(pieces, FastSequence) else None
     if tokens is not None:
         tokens.out_of_range = "clip"  # as in training
-    visible = isinstance(source.model, Pi0Fast) and source.model.missing_cameras == "visible"
-    steps = transforms.pipeline(data, source.model, source.norm_stats, pieces, missing_visible=visible)
+    visible = isinstance(model, Pi0Fast) and model.missing_cameras == "visible"
+    steps = transforms.pipeline(data, model, source.norm_stats, pieces, missing_visible=visible)
     frames, findings = None, ()
-    if (ASSETS / data.repo_id / "meta").is_dir() or Path(data.repo_id).is_dir():
-        frames, _ = open_datasets(data, horizon=source.model.action_horizon, image_size=source.model.vision.image_size)
+    if data.repo_id and ((ASSETS / data.repo_id / "meta").is_dir() or Path(data.repo_id).is_dir()):
+        frames, _ = open_datasets(data, horizon=model.action_horizon, image_size=model.vision.image_size)
     else:
-        name = f"the data set {data.repo_id} is" if data.repo_id else "the data set that it was trained on is"
-        findings = (Finding("note", f"{name} not on this machine: one made-up observation is shown instead (grey "
-                            f"images, the mean state); --data='{{\"repo_id\": DIR}}' names another"),)  # fmt: skip
+        text = (
+            f"the data set {data.repo_id or 'that it was trained on'} is not on this machine: one made-up observation "
+            'is shown instead (grey images, the mean state); --data=\'{"repo_id": "DIR"}\' names another'
+        )
+        findings = (Finding("note", text),)
     step = source.settings.get("step")
     title = f"{path}: {source.format}" + (f", step {step}" if step is not None else "")
-    stats_from = f"The checkpoint's{f', {source.asset_id}' if source.asset_id else ''}"
+    stats_from = "the checkpoint's" + (f", {source.asset_id}" if source.asset_id else "")
     return Subject(
-        title, config, steps, source.norm_stats, stats_from, tokens.text if tokens else pieces, tokens, frames, findings
+        title,
+        Train(name=Path(path).name, model=model, data=data),
+        (Part(data, steps, source.norm_stats, stats_from, frames),),
+        tokens.text if tokens else pieces,
+        tokens,
+        findings,
     )
 
 
@@ -146,47 +166,50 @@ def look(subject: Subject, count: int) -> tuple[list[Sample], list[Finding]]:
 
     Args:
       subject: what to look at.
-      count: of samples.
+      count: of samples, of each data set.
 
     Returns:
       Samples (those that the steps refuse are missing), and findings.
     """
-    samples, findings = [], [*subject.findings, *_of_stats(subject)]
-    rows = [i * len(subject.frames) // count for i in range(count)] if subject.frames is not None else [None]
-    for index, row in enumerate(rows):
-        raw = _made_up(subject) if row is None else subject.frames[row]
-        where = (
-            "a made-up observation" if row is None else f"episode {raw['episode_index']}, frame {raw['frame_index']}"
-        )
-        try:
-            samples.append(_sample(subject, raw, index, where))
-        except UserError as error:
-            findings.append(Finding("bad", f"{where}: {error}"))
+    samples, findings = [], list(subject.findings)
+    for part in subject.parts:
+        findings += _of_part(subject, part)
+        rows = [i * len(part.frames) // count for i in range(count)] if part.frames is not None else [None]
+        for index, row in enumerate(rows):
+            raw = _made_up(subject, part) if row is None else part.frames[row]
+            where = "a made-up observation"
+            if row is not None:
+                where = f"episode {raw['episode_index']}, frame {raw['frame_index']}"
+                where = f"{part.data.repo_id}, {where}" if len(subject.parts) > 1 else where
+            try:
+                samples.append(_sample(subject, part, raw, index, where))
+            except UserError as error:
+                findings.append(Finding("bad", f"{where}: {error}"))
     for sample in samples:
-        findings += _of_sample(subject, sample)
+        findings += _of_sample(sample)
     if samples:
         findings += _of_all(subject, samples)
     return samples, findings
 
 
-def _sample(subject: Subject, raw: Mapping[str, Any], index: int, where: str) -> Sample:
+def _sample(subject: Subject, part: Part, raw: Mapping[str, Any], index: int, where: str) -> Sample:
     sample, before, after = dict(raw), {}, {}
-    for step in subject.steps:
+    for step in part.steps:
         if isinstance(step, transforms.Delta | transforms.Normalize) and not before:
             before, prompt = dict(sample), sample["prompt"]
         sample = step.forward(sample)
         if isinstance(step, transforms.Normalize):
             after = {key: sample[key] for key in ("state", "actions") if key in sample}
-    seen = {c: bool(sample["image_mask"][c]) for c in subject.config.model.cameras}
     real = {c: image for c, image in sample["image"].items() if c in before["image"]}
-    seed, kind = subject.config.seed, subject.config.data.augment
+    seed, kind = subject.config.seed, part.data.augment
     drawn = [augment(real, kind, generator(seed, index + i * 1000, "augment")) for i in range(DRAWS)]
     return Sample(
+        part=part,
         where=where,
         prompt=prompt,
         images=sample["image"],
         augmented={c: [draw[c] for draw in drawn] for c in real},
-        seen=seen,
+        seen={c: bool(sample["image_mask"][c]) for c in subject.config.model.cameras},
         state=before["state"],
         actions=before.get("actions"),
         is_pad=before.get("action_is_pad"),
@@ -196,19 +219,20 @@ def _sample(subject: Subject, raw: Mapping[str, Any], index: int, where: str) ->
     )
 
 
-def _made_up(subject: Subject) -> dict[str, Any]:
+def _made_up(subject: Subject, part: Part) -> dict[str, Any]:
     """Grey images, the mean state, no actions; keys of the data set."""
-    data, size = subject.config.data, subject.config.model.vision.image_size
-    grey = {key: np.full((size, size, 3), 128, np.uint8) for key in data.cameras.values()}
-    state = subject.stats["state"].mean.astype(np.float32)
-    return {**grey, data.state: state, "prompt": data.prompt or "look"}
+    size = subject.config.model.vision.image_size
+    grey = {key: np.full((size, size, 3), 128, np.uint8) for key in part.data.cameras.values()}
+    columns = split_keys(part.data.state)
+    state = np.array_split(part.stats["state"].mean.astype(np.float32), len(columns))
+    return {**grey, **dict(zip(columns, state, strict=True)), "prompt": part.data.prompt or "look"}
 
 
-def _of_stats(subject: Subject) -> list[Finding]:
-    data, model = subject.config.data, subject.config.model
+def _of_part(subject: Subject, part: Part) -> list[Finding]:
+    data, model = part.data, subject.config.model
     found = [
         Finding("bad", f"statistics: {tiny}, so that small deviations become huge inputs")
-        for tiny in normalize.tiny_ranges(subject.stats, data.norm)
+        for tiny in normalize.tiny_ranges(part.stats, data.norm)
     ]
     if data.norm == "zscore" and getattr(model, "state_in", "prompt") == "prompt":
         found.append(Finding("bad", "the state is written into the prompt in 256 bins of [-1, 1], but data.norm=zscore "
@@ -221,12 +245,11 @@ def _of_stats(subject: Subject) -> list[Finding]:
     return found
 
 
-def _of_sample(subject: Subject, sample: Sample) -> list[Finding]:
+def _of_sample(sample: Sample) -> list[Finding]:
     found = []
-    flat = [c for c in sample.augmented if subject.frames is not None and sample.images[c].std() < 1]
+    flat = [c for c in sample.augmented if sample.part.frames is not None and sample.images[c].std() < 1]
     found += [Finding("bad", f"{sample.where}: {c} is all one colour") for c in flat]
-    cameras = subject.config.model.cameras
-    if not any(sample.seen[c] for c in cameras):
+    if not any(sample.seen.values()):
         found.append(Finding("bad", f"{sample.where}: all cameras are masked: the model sees nothing"))
     for key, values in sample.normalised.items():
         values = np.abs(values[~sample.is_pad] if key == "actions" and sample.is_pad is not None else values[None])

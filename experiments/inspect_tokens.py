@@ -41,7 +41,7 @@ def prompt_pieces(subject: Subject, sample: Sample) -> list[Piece]:
             in_state = "State:" in read and ";" not in (read + text).partition("State:")[2]
             read += text
             kind: Kind = "tokens" if causal else "state" if in_state else "prompt"
-            piece = Piece(i, _visible(subject.tokenizer, i, text, first=not pieces), kind)
+            piece = Piece(i, _visible(subject.tokenizer, i, text, bos=int(ids[0])), kind)
         pieces.append(piece)
     return pieces
 
@@ -67,10 +67,10 @@ def _action(tokens: FastSequence, i: int) -> Piece | None:
     return Piece(i, f"a{k}", "tokens", f": action token {k} stands for {count} coefficient{'s' * (count != 1)}")
 
 
-def _visible(tokenizer: PromptTokenizer, i: int, text: str, first: bool = False) -> str:
+def _visible(tokenizer: PromptTokenizer, i: int, text: str, bos: int | None = None) -> str:
     """A piece of text with marks for what can't be seen."""
     if i == tokenizer.eos_id:
         return "⟨eos⟩"
     if not text:
-        return "⟨bos⟩" if first else "⟨empty⟩"
+        return "⟨bos⟩" if i == bos else "⟨empty⟩"
     return text.replace(" ", "␣").replace("\n", "⏎")

@@ -155,12 +155,23 @@ def pi0():
     return inspect_subject.of_config(debug(pi0_aloha))
 
 
+def test_page_of_a_mixture():
+    config = debug(pi0_aloha)
+    other = dataclasses.replace(config.data, cache_gb=8.0, episodes=(3, 4), prompt="hand it over")
+    subject = inspect_subject.of_config(dataclasses.replace(config, mixture={"other": other}))
+    samples, findings = inspect_subject.look(subject, 1)
+    assert [s.prompt for s in samples] == ["Transfer cube", "hand it over"] and not bad(findings)
+    page = inspect_page.page(subject, samples, findings)
+    assert page.count("In the robot's units") == 2 and page.count("Data: aloha_sim_transfer_cube") == 2
+
+
 def test_tiny_ranges_are_flagged(pi0):
-    std = pi0.stats["actions"].std.copy()
+    (part,) = pi0.parts
+    std = part.stats["actions"].std.copy()
     std[3] = 1e-7
-    stats = {**pi0.stats, "actions": dataclasses.replace(pi0.stats["actions"], std=std)}
-    steps = [transforms.Normalize(stats, s.mode) if isinstance(s, transforms.Normalize) else s for s in pi0.steps]
-    subject = dataclasses.replace(pi0, stats=stats, steps=tuple(steps))
+    stats = {**part.stats, "actions": dataclasses.replace(part.stats["actions"], std=std)}
+    steps = [transforms.Normalize(stats, s.mode) if isinstance(s, transforms.Normalize) else s for s in part.steps]
+    subject = dataclasses.replace(pi0, parts=(dataclasses.replace(part, stats=stats, steps=tuple(steps)),))
     samples, findings = inspect_subject.look(subject, 1)
     assert any("statistics: actions[3]" in text for text in bad(findings))
     assert any("normalised actions[3] reaches" in text for text in bad(findings))
@@ -169,8 +180,10 @@ def test_tiny_ranges_are_flagged(pi0):
 
 
 def test_masked_cameras_are_flagged(pi0):
-    at = next(i for i, s in enumerate(pi0.steps) if isinstance(s, transforms.FillCameras)) + 1
-    subject = dataclasses.replace(pi0, steps=(*pi0.steps[:at], Blind(), *pi0.steps[at:]))
+    (part,) = pi0.parts
+    at = next(i for i, s in enumerate(part.steps) if isinstance(s, transforms.FillCameras)) + 1
+    part = dataclasses.replace(part, steps=(*part.steps[:at], Blind(), *part.steps[at:]))
+    subject = dataclasses.replace(pi0, parts=(part,))
     samples, findings = inspect_subject.look(subject, 1)
     assert any("all cameras are masked" in text for text in bad(findings))
     tokens = samples[0].sequence
