@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rlds_writer import write_droid
 from test_loader import ACTIONS, DIM, Rows, Twice, assert_equal, image
 
-from configs import pi0_mixture
+from configs import pi0_fast_aloha, pi0_mixture, pi05_aloha_ki
 from convert import formats, target
 from experiments import train
 from openpi_port import Policy, checkpoint, starting
@@ -180,6 +180,26 @@ def test_batches_of_two_robots(ran):
         assert toys.sum() == 2, "what seven tenths of four, rounded down, leave"
         assert not batch["actions"][toys][..., 8:].any() and batch["actions"][~toys][..., 8:].any()
         stream.close()
+
+
+@pytest.mark.parametrize("other", [pi0_fast_aloha, pi05_aloha_ki])
+def test_robots_of_other_sizes_as_tokens(tmp_path, monkeypatch, other):
+    """pi0-FAST pads no actions, as it reads tokens, yet a batch must be stacked; knowledge insulation has both."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = build(Train, other.get_config("debug"))
+    toy = config_for(tmp_path).mixture["toy"]
+    toy = dataclasses.replace(toy, cameras={"base_0_rgb": toy.cameras["base_0_rgb"]}, prompt="x")
+    room = {"max_token_len": 900} if other is pi0_fast_aloha else {}  # noise makes long sequences
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, **room), max_action_tokens=900, mixture={"toy": toy},
+        batch_size=4,
+    )  # fmt: skip
+    stream = material.load(config).batches(0)
+    batch = next(stream)
+    stream.close()
+    toys = ~batch["actions"][..., 8:].any((1, 2))
+    assert batch["actions"].shape == (4, config.model.action_horizon, 14) and toys.sum() == 1
+    assert batch["token_loss_mask" if room else "action_tokens_mask"].any(1).all()
 
 
 def test_any_of_the_robots_can_be_deployed(ran, tmp_path):
