@@ -18,7 +18,9 @@ ROBOT = flags.DEFINE_string("robot", None, "a file of openpi_port/robots; for ch
 DATA = flags.DEFINE_string("data", None, 'JSON of config.Data\'s fields that are to differ: {"cameras": {...}}')
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "paligemma, small or a path, for checkpoints that bring none")
 PROMPT = flags.DEFINE_string("prompt", None, "instruction for observations that bring none")
-ASSET = flags.DEFINE_string("asset", None, "which of several data sets' statistics in openpi's assets/")
+ASSET = flags.DEFINE_string(
+    "asset", None, "which of several data sets: their statistics in openpi's assets/, their robot in a mixture of ours"
+)
 FAST = flags.DEFINE_bool("fast", False, "prepare the model for fast inference; computes the same")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 10, "Euler steps per chunk", 1)
 

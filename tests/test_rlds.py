@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -114,10 +115,13 @@ def test_a_file_is_scanned_once(tmp_path, monkeypatch):
     root = write_droid(tmp_path)
     one = open_droid(root)
     scan, scanned = rlds_index.scan, []
-    monkeypatch.setattr(rlds_index, "scan", lambda m, s: scanned.append(s.path.name) or scan(m, s))
+    monkeypatch.setattr(rlds_index, "scan", lambda m, s, p: scanned.append(s.path.name) or scan(m, s, p))
     np.testing.assert_array_equal(open_droid(root).numbers(3)["action_dict/joint_velocity"],
                                   one.numbers(3)["action_dict/joint_velocity"])  # fmt: skip
     assert scanned == []
+    if Path("/proc/self/fd").exists():
+        still_open = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        assert not [path for path in still_open if path.endswith(".npz")], "there may be thousands"
     changed = [EPISODES[0], [droid_episode(9, 6)]]
     write_droid(tmp_path / "other", changed)
     path = sorted(root.glob("*.tfrecord*"))[1]

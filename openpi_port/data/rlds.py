@@ -80,7 +80,10 @@ class RldsDataset(Frames):
         for what, keys in wanted.items():
             for key in keys:
                 source.check(key, what)
-        chosen, indexes = self._choose(episodes)
+        numbers = [names.number(key) for key in (*wanted["state column"], *wanted["action column"])]
+        texts = [name(key) for key in wanted["instruction"] for name in (names.text, names.words)]
+        places = [names.spans(key) for key in wanted["camera"]]
+        chosen, indexes = self._choose(episodes, [names.LENGTHS, *numbers, *texts, *places])
         super().__init__(
             source.root, chosen, cameras=cameras, horizon=horizon, state=state, action=action, image_size=image_size,
             cache=cache,
@@ -95,21 +98,23 @@ class RldsDataset(Frames):
         if cache is not None:
             cache.plan({(e.path, key): e.rows for e in chosen for key in self.camera_keys})
 
-    def _choose(self, numbers: Sequence[int] | None) -> tuple[tuple[Episode, ...], dict[Path, names.Index]]:
-        """The chosen episodes in their order, and the indexes of their files."""
+    def _choose(
+        self, numbers: Sequence[int] | None, arrays: Sequence[str]
+    ) -> tuple[tuple[Episode, ...], dict[Path, names.Index]]:
+        """The chosen episodes in their order, and these arrays of their files."""
         numbers = choose(self.metadata.root, self.metadata.numbers, numbers)
         ends = np.cumsum([shard.episodes for shard in self.metadata.shards])
         which = np.searchsorted(ends, numbers, side="right")
         found, indexes = {}, {}
-        progress = tqdm(sorted(set(which.tolist())), "reading RLDS files", unit=" files", delay=PATIENCE)
-        for shard_number in progress:
-            shard = self.metadata.shards[shard_number]
-            indexes[shard.path] = index = names.load(self.metadata, shard)
-            starts = np.concatenate([[0], np.cumsum(index[names.LENGTHS])])
-            before = int(ends[shard_number]) - shard.episodes
-            for i in range(shard.episodes):
-                first, end = int(starts[i]), int(starts[i + 1])
-                found[before + i] = Episode(before + i, end - first, shard.path, first, int(starts[-1]))
+        shards = [(i, self.metadata.shards[i]) for i in sorted(set(which.tolist()))]
+        total = sum(shard.episodes for _, shard in shards)
+        with tqdm(total=total, desc="reading RLDS files", unit=" episodes", delay=PATIENCE) as bar:
+            for i, shard in shards:
+                indexes[shard.path] = index = names.load(self.metadata, shard, arrays, bar.update)
+                ends_here = np.cumsum(index[names.LENGTHS])
+                for j, (length, end) in enumerate(zip(index[names.LENGTHS].tolist(), ends_here.tolist(), strict=True)):
+                    number = int(ends[i]) - shard.episodes + j
+                    found[number] = Episode(number, length, shard.path, end - length, int(ends_here[-1]))
         return tuple(found[n] for n in numbers), indexes
 
     def _gather(self, indexes: Mapping[Path, names.Index], name: str) -> np.ndarray:

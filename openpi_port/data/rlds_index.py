@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from openpi_port.errors import UserError
 _VERSION = 1
 LENGTHS = "lengths"  # i64 [E], steps of each episode; the other arrays are named by the functions below
 Index = Mapping[str, np.ndarray]
+Progress = Callable[[int], object]
 
 
 def number(key: str) -> str:
@@ -48,8 +49,14 @@ def words(key: str) -> str:
     return f"words/{key}"
 
 
-def load(metadata: RldsMetadata, shard: Shard) -> Index:
-    """The index of a file, from the cache or by a scan of the file; arrays are read when they are asked for.
+def load(metadata: RldsMetadata, shard: Shard, arrays: Collection[str], progress: Progress) -> Index:
+    """Arrays of a file's index, from the cache or by a scan of the file.
+
+    Args:
+      metadata: of the data set.
+      shard: the file.
+      arrays: which ones; the others are not read.
+      progress: told of episodes as they are done.
 
     Raises:
       UserError: the file is missing or damaged, or the cache can't be written.
@@ -63,13 +70,21 @@ def load(metadata: RldsMetadata, shard: Shard) -> Index:
     name = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
     path = directory / f"{name}.npz"
     try:
-        return np.load(path)
-    except (OSError, ValueError, zipfile.BadZipFile):  # not there yet, or spoilt
-        pass
-    index = scan(metadata, shard)
+        with np.load(path) as file:
+            index = {array: file[array] for array in arrays}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there yet, or spoilt
+        index = scan(metadata, shard, progress)
+        _write(path, index, shard.path.name)
+        return {array: index[array] for array in arrays}
+    progress(shard.episodes)
+    return index
+
+
+def _write(path: Path, index: Index, what: str) -> None:
+    """Writes an index, whole or not at all."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=directory)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 np.savez(file, **index)
@@ -78,23 +93,22 @@ def load(metadata: RldsMetadata, shard: Shard) -> Index:
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"{directory}: the index of {shard.path.name} can't be written ({error.strerror}); make room, or set "
+            f"{path.parent}: the index of {what} can't be written ({error.strerror}); make room, or set "
             "XDG_CACHE_HOME to another place"
         ) from error
-    return index
 
 
-def scan(metadata: RldsMetadata, shard: Shard) -> dict[str, np.ndarray]:
+def scan(metadata: RldsMetadata, shard: Shard, progress: Progress) -> dict[str, np.ndarray]:
     """Reads a whole file.
 
     Raises:
       UserError: it is cut off or damaged, or its episodes are not what features.json and dataset_info.json say.
     """
     content = tfrecord.open_mapped(shard.path)
-    episodes = [
-        _episode(metadata, content, record, f"{shard.path}: episode {i} of the file")
-        for i, record in enumerate(tfrecord.records(content, shard.path))
-    ]
+    episodes = []
+    for i, record in enumerate(tfrecord.records(content, shard.path)):
+        episodes.append(_episode(metadata, content, record, f"{shard.path}: episode {i} of the file"))
+        progress(1)
     if len(episodes) != shard.episodes:
         raise UserError(
             f"{shard.path}: has {len(episodes)} episodes, dataset_info.json says {shard.episodes}; download the data "

@@ -101,9 +101,10 @@ def load_metadata(root: Path, split: str = "") -> RldsMetadata:
         raise UserError(
             f"{root}: {INFO} or {FEATURES} can't be read ({reason}); download the data set again"
         ) from error
-    if info.file_format.value != "tfrecord":
+    file_format = getattr(info.file_format, "value", "tfrecord")  # which the oldest don't say
+    if file_format != "tfrecord":
         raise UserError(
-            f"{root / INFO}: files are {info.file_format.value}; only tfrecord is read: write the data set again with "
+            f"{root / INFO}: files are {file_format}; only tfrecord is read: write the data set again with "
             "tensorflow-datasets' file_format='tfrecord'"
         )
     steps = features[STEPS] if isinstance(features, tfds.features.FeaturesDict) and STEPS in features else None
