@@ -121,7 +121,7 @@ def dataset(source: Source, size: int) -> dict[str, Any]:
     config = checkpoint.read_policy(source.path).train
     tokenizer = source.path / checkpoint.TOKENIZER
     config = dataclasses.replace(
-        config, batch_size=size, eval_batches=1, data=dataclasses.replace(config.data, augment="none"),
+        config, batch_size=size, eval_batches=1, max_delay=0, data=dataclasses.replace(config.data, augment="none"),
         tokenizer=str(tokenizer) if tokenizer.exists() else config.tokenizer,
     )  # fmt: skip
     loaded = material.load(config, checkpoint.read_norm_stats(source.path, config))

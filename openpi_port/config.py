@@ -293,6 +293,8 @@ class Train:
       frozen: regular expressions over parameter paths (Flax names); what matches any is not trained. `LORA_ONLY`
         freezes the language model and the expert except their adapters.
       draws: of noise and time per sample; several share one pass over images and prompt.
+      max_delay: above 0, training-time real-time chunking: the first actions of a chunk, from none to so many, are
+        given as they are, with flow time 0, and the loss is on the others (docs/real_time.md).
       insulate: knowledge insulation, for pi0.5: the expert's gradient stops at the language model's keys and values,
         and the language model learns to write the actions as FAST tokens instead. What is deployed is the same model.
       max_action_tokens: of `insulate`, the most that a chunk may have with its two end marks.
@@ -317,6 +319,7 @@ class Train:
     frozen: tuple[str, ...] = ()
     batch_size: int = 32
     draws: int = 1
+    max_delay: int = 0
     insulate: bool = False
     max_action_tokens: int = 250
     flow_weight: float = 1.0
@@ -333,6 +336,13 @@ class Train:
     def __post_init__(self) -> None:
         if isinstance(self.model, Pi0Fast) and self.draws != 1:
             raise UserError(f"config.draws={self.draws}: pi0-FAST draws neither noise nor time; leave it at 1")
+        if not 0 <= self.max_delay < self.model.action_horizon:
+            raise UserError(
+                f"config.max_delay={self.max_delay}: from 0 to {self.model.action_horizon - 1}, so that of a chunk's "
+                f"{self.model.action_horizon} actions one at least is to learn"
+            )
+        if isinstance(self.model, Pi0Fast) and self.max_delay:
+            raise UserError(f"config.max_delay={self.max_delay}: pi0-FAST has no flow times; leave it at 0")
         if self.insulate and getattr(self.model, "state_in", None) != "prompt":
             raise UserError(
                 "config.insulate=True is for pi0.5 (model.state_in='prompt'): its language model must see the state to "

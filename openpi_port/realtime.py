@@ -47,6 +47,20 @@ def soft_mask(horizon: int, delay: int, left: int) -> np.ndarray:
     return np.float32(fade * np.expm1(fade) / np.expm1(1.0))
 
 
+def own_times(time: np.ndarray, delay: int, horizon: int) -> np.ndarray:
+    """Flow times of the single actions, of which the first `delay` are given and so have 0, that of data.
+
+    Args:
+      time: [...].
+      delay: d.
+      horizon: A.
+
+    Returns:
+      f32 [..., A].
+    """
+    return np.where(np.arange(horizon) < delay, np.float32(0), np.float32(time)[..., None])
+
+
 def guidance(time: Any, limit: float) -> Any:
     """The weight of the pull at a flow time (equations 2 and 4 of arXiv 2506.07339).
 

@@ -52,6 +52,19 @@ def draw_noise(seed: int, index: int, shape: Sequence[int]) -> np.ndarray:
     return generator(seed, index, "noise").standard_normal(shape, np.float32)
 
 
+def draw_delay(seed: int, index: int, most: int) -> int:
+    """How many actions of a sample's chunk are given, for training-time real-time chunking (arXiv 2512.05964).
+
+    Args:
+      seed, index: see `generator`.
+      most: the largest delay.
+
+    Returns:
+      An integer from 0 to `most`, each as likely as the others.
+    """
+    return int(generator(seed, index, "delay").integers(0, most, endpoint=True))
+
+
 def draw_time(seed: int, index: int, shape: Sequence[int] = ()) -> np.ndarray:
     """Flow-matching times: Beta(1.5, 1) * 0.999 + 0.001, so in [0.001, 1]; 1 is noise, 0 is data.
 

@@ -32,7 +32,8 @@ from openpi_port import transforms
 from openpi_port.augment import Kind, augment
 from openpi_port.data.mixture import Shares
 from openpi_port.errors import UserError
-from openpi_port.rng import draw_noise, draw_time, generator
+from openpi_port.realtime import own_times
+from openpi_port.rng import draw_delay, draw_noise, draw_time, generator
 
 Batch = dict[str, Any]
 ENDLESS = 2**48  # samples
@@ -75,6 +76,7 @@ class _MakeSample:
     seed: int
     augment: Kind
     noise_shape: tuple[int, ...]
+    max_delay: int = 0
     state_noise: np.ndarray | None = None
 
     def __call__(self, index: int, row: int) -> dict[str, Any]:
@@ -90,11 +92,16 @@ class _MakeSample:
         mask = sample.get("image_mask", {})
         seen = {camera: image for camera, image in sample["image"].items() if mask.get(camera, True)}
         changed = augment(seen, self.augment, generator(self.seed, index, "augment"))
+        time = draw_time(self.seed, index, self.noise_shape[:-2])
+        if self.max_delay:  # one real action at least is left to learn
+            real = int((~sample["action_is_pad"]).sum())
+            delay = min(draw_delay(self.seed, index, self.max_delay), real - 1)
+            time = own_times(time, delay, self.noise_shape[-2])
         return {
             **sample,
             "image": {camera: changed.get(camera, image) for camera, image in sample["image"].items()},
             "noise": draw_noise(self.seed, index, self.noise_shape),
-            "time": draw_time(self.seed, index, self.noise_shape[:-2]),
+            "time": time,
         }
 
 
@@ -166,6 +173,7 @@ def train_batches(
     action_dim: int,
     action_horizon: int,
     draws: int = 1,
+    max_delay: int = 0,
     start_step: int = 0,
     num_workers: int = 0,
     process_index: int = 0,
@@ -179,6 +187,7 @@ def train_batches(
       seed: of order, noise, time and augmentation.
       action_dim, action_horizon: J and A of the noise.
       draws: R; above 1, every sample brings R draws of noise and time.
+      max_delay: above 0, actions have times of their own: 0 for the first ones, up to so many, drawn per sample.
       start_step: the first batch's number; where a resumed run goes on.
       num_workers: processes of this process that load; 0 loads in threads. A program that uses workers must
         guard its start with `if __name__ == "__main__"`, because workers import its main module.
@@ -187,14 +196,14 @@ def train_batches(
 
     Returns:
       Batches with every leaf of a sample stacked, and "noise" f32 [B,A,J], "time" f32 [B]; with several draws
-      [B,R,A,J] and [B,R].
+      [B,R,A,J] and [B,R]; with `max_delay` times have a last axis A.
 
     Raises:
       UserError: B does not divide among the processes; while iterating, anything wrong with the data, or a worker
         that died.
     """
     shape = _noise_shape(draws, action_horizon, action_dim)
-    makers = [_MakeSample(p.dataset, tuple(p.steps), seed, p.augment, shape, p.state_noise) for p in parts]
+    makers = [_MakeSample(p.dataset, tuple(p.steps), seed, p.augment, shape, max_delay, p.state_noise) for p in parts]
     return _batches(places(parts, seed), makers, batch_size, start_step, num_workers, process_index, process_count)
 
 
@@ -218,6 +227,7 @@ def eval_batches(
     action_dim: int,
     action_horizon: int,
     draws: int = 1,
+    max_delay: int = 0,
     num_batches: int,
     process_index: int = 0,
     process_count: int = 1,
@@ -229,7 +239,8 @@ def eval_batches(
 
     Args:
       num_batches: at most; less where the data sets have not that many.
-      parts, batch_size, seed, action_dim, action_horizon, draws, process_index, process_count: see `train_batches`.
+      parts, batch_size, seed, action_dim, action_horizon, draws, max_delay, process_index, process_count: see
+        `train_batches`.
 
     Returns:
       min(num_batches, samples // batch_size) batches, at least one.
@@ -241,7 +252,7 @@ def eval_batches(
         for part, n in zip(parts, shares.counts(count), strict=True)
     ]
     shape = _noise_shape(draws, action_horizon, action_dim)
-    makers = [_MakeSample(part.dataset, tuple(part.steps), seed, "none", shape) for part in parts]
+    makers = [_MakeSample(part.dataset, tuple(part.steps), seed, "none", shape, max_delay) for part in parts]
     places = grain.MapDataset.range(count).map(_Mix(shares, tuple(rows)))
     return _batches(places, makers, batch_size, 0, 0, process_index, process_count)
 

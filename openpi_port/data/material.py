@@ -123,6 +123,7 @@ class Material:
         model = self.config.model
         return {
             "batch_size": self.config.batch_size, "seed": self.config.seed, "draws": self.config.draws,
+            "max_delay": self.config.max_delay,
             "action_dim": model.action_dim, "action_horizon": model.action_horizon,
         }  # fmt: skip
 

@@ -148,6 +148,8 @@ class Trainer:
     def _mean(self, loss: jax.Array, batch: Batch) -> jax.Array:
         """Of a loss [B, A] over the actions that count."""
         counted = jnp.ones_like(loss) if self.config.loss_on_padding else 1.0 - batch["action_is_pad"]
+        if self.config.max_delay:  # what is given, in all draws alike, is not learned
+            counted = counted * (batch["time"].reshape(len(loss), -1, loss.shape[1])[:, 0] > 0)
         return (loss * counted).sum() / counted.sum()
 
 

@@ -180,6 +180,8 @@ class _Loss(nn.Module):
     def _mean(self, loss: Tensor, batch: Batch) -> Tensor:
         """Of a loss [B, A] over the actions that count, which are not equally many on all devices."""
         counted = torch.ones_like(loss) if self.config.loss_on_padding else 1.0 - batch["action_is_pad"].float()
+        if self.config.max_delay:  # what is given, in all draws alike, is not learned
+            counted = counted * (batch["time"].reshape(len(loss), -1, loss.shape[1])[:, 0] > 0)
         return (loss * counted).sum() / (_total(counted.sum()) / devices.count())
 
 
