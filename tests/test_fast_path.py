@@ -10,11 +10,10 @@ import pytest
 from frameworks import NAMES, Framework, batch_of, golden_model
 from small_policy import MODEL, make_checkpoint, observation_of
 
-from experiments import floors
 from openpi_port import Policy, UserError, init
 from openpi_port import batch as batches
 from openpi_port import grammar as grammars
-from openpi_port.config import EXPERT, LANGUAGE, SIGLIP, Lora, Pi0, Pi0Fast
+from openpi_port.config import Lora, Pi0Fast
 from openpi_port.rng import draw_noise
 from openpi_port.tokenizers import fast as fast_tokenizer
 from openpi_port.tokenizers import paligemma
@@ -157,15 +156,3 @@ def test_decoding_whole_chunks(fast_framework):
         np.testing.assert_array_equal(a, b)
     two = {k: {c: a[:2] for c, a in v.items()} if isinstance(v, dict) else v[:2] for k, v in batch.items()}
     np.testing.assert_array_equal(fast.decode(two, 40, 0.0, 5, grammar), plain.decode(two, 40, 0.0, 5, grammar))
-
-
-def test_floors():
-    """At the sizes of `base`: figures worked out by hand. Three cameras and 48 tokens; pi0-FAST two and 180."""
-    sizes = {"vision": SIGLIP["base"], "language": LANGUAGE["base"]}
-    work = floors.inference(Pi0(**sizes, expert=EXPERT["base"]), 3, 48)
-    assert work["vision"].operations == pytest.approx(0.661e12, rel=0.01)
-    assert work["prefix"].operations == pytest.approx(3.16e12, rel=0.01)
-    assert work["step"].operations == pytest.approx(38e9, rel=0.1)
-    assert work["step"].bytes == pytest.approx(638e6, rel=0.01)
-    assert floors.inference(Pi0Fast(**sizes), 2, 180)["token"].bytes == pytest.approx(3.98e9, rel=0.01)
-    assert work["step"].seconds((800e12, 3.35e12)) == pytest.approx(0.19e-3, rel=0.01)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from openpi_port.config import Compute
 
@@ -45,26 +42,6 @@ def describe(device: jax.Device) -> tuple[str, int]:
 def peak(device: jax.Device) -> int:
     """The most bytes that were in use on the device so far; 0 where that isn't counted (CPU)."""
     return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
-
-
-def rates(device: jax.Device, dtype: str) -> tuple[float, float]:
-    """What the device reaches: operations a second of a large product, bytes a second of a copy (read and written)."""
-    size = 1024 if device.platform == "cpu" else 8192
-    x = jax.device_put(jax.random.normal(jax.random.key(0), (size, size)).astype(dtype), device)
-    long = jax.device_put(jnp.zeros(size * size * 2, jnp.uint32), device)
-    product, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x ^ 1)
-    work = 2 * size**3, 2 * long.nbytes
-    return tuple(w / _seconds(f, a) for w, f, a in zip(work, (product, copy), (x, long), strict=True))
-
-
-def _seconds(call: Callable[..., Any], *args: jax.Array) -> float:
-    """The median of some calls."""
-    times = []
-    for _ in range(9):
-        begin = time.perf_counter()
-        jax.block_until_ready(call(*args))
-        times.append(time.perf_counter() - begin)
-    return sorted(times)[4]
 
 
 def precision(compute: Compute) -> contextlib.AbstractContextManager:

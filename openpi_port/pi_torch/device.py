@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -55,27 +54,6 @@ def describe(device: torch.device) -> tuple[str, int]:
 def peak(device: torch.device) -> int:
     """The most bytes that were in use on the device so far; 0 where that isn't counted (CPU)."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-
-
-def rates(device: torch.device, dtype: str) -> tuple[float, float]:
-    """What the device reaches: operations a second of a large product, bytes a second of a copy (read and written)."""
-    size = 8192 if device.type == "cuda" else 1024
-    x = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-    long = torch.empty(size * size * 8, dtype=torch.uint8, device=device)
-    work = 2 * size**3, 2 * long.numel()
-    return tuple(w / _seconds(call, device) for w, call in zip(work, (lambda: x @ x, long.clone), strict=True))
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """The median of some calls."""
-    times = []
-    for _ in range(9):
-        begin = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return sorted(times)[4]
 
 
 @contextlib.contextmanager

@@ -9,10 +9,12 @@ Server and clients are separate processes, as in life. Exit status 1 if a reply 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -59,8 +61,13 @@ def serve(connection: Connection, seconds: float) -> None:
             return
 
 
-def overhead(url: str, rounds: int) -> None:
-    """Round trips of three 224 px images."""
+def round_trips(rounds: int) -> list[float]:
+    """Seconds of round trips of three 224 px images, to a server in a process of its own and back."""
+    with server(0.0) as url:
+        return _round_trips(url, rounds)
+
+
+def _round_trips(url: str, rounds: int) -> list[float]:
     image = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
     observation = {"images": {"a": image, "b": image, "c": image}, "state": np.zeros(14), "prompt": "do it"}
     times = []
@@ -68,9 +75,8 @@ def overhead(url: str, rounds: int) -> None:
         for _ in range(rounds + 20):
             start = time.perf_counter()
             client.infer(observation)
-            times.append(1e3 * (time.perf_counter() - start))
-    p10, p50, p90 = np.percentile(times[20:], (10, 50, 90))
-    print(f"{rounds} round trips of three 224 px images: median {p50:.2f} ms, 10% {p10:.2f} ms, 90% {p90:.2f} ms")
+            times.append(time.perf_counter() - start)
+    return times[20:]
 
 
 def soak(url: str, clients: int, seconds: float) -> int:
@@ -129,20 +135,29 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=600.0)
     arguments = parser.parse_args()
-    ours, theirs = get_context("spawn").Pipe()
-    delay = 0.0 if arguments.what == "overhead" else 0.005
-    server = get_context("spawn").Process(target=serve, args=(theirs, delay), daemon=True)
-    server.start()
-    theirs.close()
-    url = ours.recv()
-    try:
-        if arguments.what == "overhead":
-            overhead(url, arguments.rounds)
-            return 0
+    if arguments.what == "overhead":
+        p10, p50, p90 = 1e3 * np.percentile(round_trips(arguments.rounds), (10, 50, 90))
+        print(
+            f"{arguments.rounds} round trips of three 224 px images: median {p50:.2f} ms, 10% {p10:.2f} ms, "
+            f"90% {p90:.2f} ms"
+        )
+        return 0
+    with server(0.005) as url:
         return 1 if soak(url, arguments.clients, arguments.seconds) else 0
+
+
+@contextlib.contextmanager
+def server(delay: float) -> Iterator[str]:
+    """The address of a server in a process of its own, whose model takes `delay` seconds."""
+    ours, theirs = get_context("spawn").Pipe()
+    process = get_context("spawn").Process(target=serve, args=(theirs, delay), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours.recv()
     finally:
         ours.close()
-        server.join(15)
+        process.join(15)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,276 @@
+"""The parts of `experiments.bench`: each measures one thing and returns its figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from convert import layout, tables
+from experiments import bench_floor as floors
+from experiments import bench_report as report
+from experiments.bench_floor import Rates, Work
+from experiments.bench_report import Figure
+from openpi_port import memory
+from openpi_port.backends import Backend
+from openpi_port.config import Compute, Pi0, Pi0Fast, Train
+from openpi_port.data import benchmark as loading
+from openpi_port.errors import UserError
+from openpi_port.serving import benchmark as serving
+from openpi_port.tokenizers import fast as fast_tokenizers
+from openpi_port.tokenizers import paligemma
+
+EULER_STEPS, TOKENS = 10, 50  # of a chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is measured, and how often.
+
+    Attributes:
+      config: the run whose model, data and batch size these are.
+      rates: of the device.
+      fast: inference by the prepared model.
+      repeat: timed calls.
+      steps: timed training steps.
+    """
+
+    config: Train
+    rates: Rates
+    fast: bool
+    repeat: int
+    steps: int
+
+    @property
+    def backend(self) -> Backend:
+        """The framework."""
+        return Backend(self.config.backend)
+
+    @property
+    def size(self) -> int:
+        """Bytes of a weight in the working dtype."""
+        return floors.SIZES[self.config.compute.dtype]
+
+
+def rates(config: Train) -> Rates:
+    """Measures the device: copying, and a product of large matrices in the working dtype."""
+    backend = Backend(config.backend)
+    device = backend.device.find(None)
+    on_cpu = backend.device.describe(device)[0].startswith("CPU")
+    copied, side = (2**27, 1024) if on_cpu else (2**30, 8192)
+    return Rates(
+        backend.probe.copy_rate(device, copied), backend.probe.product_rate(device, config.compute.dtype, side)
+    )
+
+
+def inference(setting: Setting) -> Iterator[Figure]:
+    """A chunk at batch 1 from the host's memory to the host's: 10 Euler steps, or 50 tokens; and its parts."""
+    config, backend = setting.config.model, setting.backend
+    weights = random_weights(config, setting.config.backend)
+    begin = time.perf_counter()
+    model = backend.infer.load(config, weights, setting.config.compute)
+    del weights
+    if setting.fast:
+        model = backend.fast.optimize(model)
+    flows = isinstance(config, Pi0)
+    batch = random_batch(config, 1) if flows else random_prompt(config, 1)
+    arguments = (batch, batch["noise"]) if flows else (batch, TOKENS)
+    call = model.sample_actions if flows else model.decode
+    call(*arguments)
+    yield Figure("inference/ready", time.perf_counter() - begin, "s")
+
+    work = parts_of_a_chunk(config, batch, setting.size)
+    *_, (last, each) = work.items()
+    repeats = EULER_STEPS if flows else TOKENS
+    whole = sum(w.seconds(setting.rates) * (repeats if name == last else 1) for name, w in work.items())
+    taken = timed(partial(call, *arguments), setting.repeat, "a chunk")
+    yield report.times("inference/chunk", taken, whole)
+    if setting.fast:
+        for name, stage in model.stages(*arguments).items():
+            stage()
+            seconds = timed(stage, setting.repeat, name)
+            yield report.times(f"inference/{name}", seconds, work[name].seconds(setting.rates))
+    else:  # the plain model is one program: a step is the difference of chunks with one and with all
+        first = timed(partial(call, *arguments[:1], *_one(arguments)), setting.repeat + 1, "one step")[1:]
+        floor = whole - (repeats - 1) * each.seconds(setting.rates)
+        yield report.times(f"inference/chunk of one {last}", first, floor)
+        step = (float(np.median(taken)) - float(np.median(first))) / (repeats - 1)
+        yield Figure(f"inference/{last}", 1e3 * step, "ms", floor=1e3 * each.seconds(setting.rates))
+
+
+def train(setting: Setting) -> Iterator[Figure]:
+    """Optimizer steps on one batch that lies ready."""
+    config, backend = setting.config, setting.backend
+    trainer = backend.train.Trainer(config, random_weights(config.model, config.backend))
+    batch = training_batch(config)
+    begin = time.perf_counter()
+    float(trainer.update(batch)["loss"])
+    yield Figure("train/first step", time.perf_counter() - begin, "s")
+    taken = timed(lambda: float(trainer.update(batch)["loss"]), setting.steps, "training")
+    passes, optimizer = floors.training_step(config)
+    floor = passes.seconds(setting.rates) + optimizer.seconds(setting.rates)
+    yield report.times("train/step", taken, floor)
+    yield Figure("train/throughput", config.batch_size / float(np.median(taken)), "samples/s", better="higher")
+    yield Figure("train/planned memory", memory.plan(config).total / memory.GIB, "GiB")
+    if peak := backend.device.peak(backend.device.find(None)):
+        yield Figure("train/peak memory", peak / memory.GIB, "GiB")
+
+
+def attention(setting: Setting) -> Iterator[Figure]:
+    """Every attention backend that the device has, on the shapes of vision, prefix and suffix; forward and backward."""
+    backend, config = setting.backend, setting.config.model
+    device, dtype = backend.device.find(None), setting.config.compute.dtype
+    vision, language = config.vision, config.language
+    text = (language.num_heads, language.num_kv_heads, language.head_dim)
+    shapes = {
+        "vision": (vision.num_tokens, vision.num_tokens, (*[vision.num_heads] * 2, vision.width // vision.num_heads)),
+        "prefix": (config.prefix_len, config.prefix_len, text),
+    }
+    if isinstance(config, Pi0):
+        shapes["suffix"] = (config.suffix_len, config.prefix_len + config.suffix_len, text)
+    on_cpu = backend.device.describe(device)[0].startswith("CPU")
+    for name in backend.attention.BACKENDS:
+        compute = Compute(dtype=dtype, attention=name)
+        try:
+            backend.attention.resolve(compute, device)
+        except UserError:  # not on this device
+            continue
+        if name == "splash" and on_cpu:  # interpreted there, which says nothing
+            continue
+        for part, (queries, keys, heads) in shapes.items():
+            for backward in (False, True):
+                label = f"attention/{name}/{part}" + ("/with gradients" if backward else "")
+                try:
+                    call = backend.probe.attention(device, compute, queries, keys, heads, backward=backward)
+                    call()
+                except (NotImplementedError, RuntimeError) as error:  # a kernel that doesn't take this shape
+                    print(f"  {label}: not measured: {' '.join(str(error).split()):.120}", flush=True)
+                    continue
+                work = Work(4 * queries * keys * heads[0] * heads[2], 2 * keys * heads[1] * heads[2] * setting.size)
+                floor = ((3.5 if backward else 1) * work).seconds(setting.rates)
+                yield report.times(label, timed(call, setting.repeat, label), floor)
+
+
+def tokenizer(setting: Setting) -> Iterator[Figure]:
+    """Prompts, and chunks of actions as FAST tokens, there and back."""
+    config = setting.config
+    text = paligemma.load(config.tokenizer)
+    prompts = [f"Transfer cube number {i} to the other arm" for i in range(100)]
+    taken = timed(lambda: [text.encode_text(p, bos=True) for p in prompts], setting.repeat, "prompts")
+    yield Figure("tokenizer/prompts", 100 / float(np.median(taken)), "prompts/s", better="higher")
+    actions = fast_tokenizers.load("fast_aloha")
+    angle = np.linspace(0, 3, 50)[:, None] + np.random.default_rng(0).uniform(0, 6, (100, 1, 14))
+    chunks = (0.9 * np.sin(angle)).astype(np.float32)
+    taken = timed(lambda: actions.encode(chunks, out_of_range="nearest"), setting.repeat, "chunks to tokens")
+    yield Figure("tokenizer/FAST encode", 100 / float(np.median(taken)), "chunks/s", better="higher")
+    tokens = actions.encode(chunks, out_of_range="nearest")
+    taken = timed(lambda: actions.decode(tokens, 50, 14), setting.repeat, "tokens to chunks")
+    yield Figure("tokenizer/FAST decode", 100 / float(np.median(taken)), "chunks/s", better="higher")
+
+
+def loader(setting: Setting) -> Iterator[Figure]:
+    """Samples per second and core of the data pipeline, three cameras at 224 px; see `openpi_port.data.benchmark`."""
+    speed = loading.measure(setting.config.data)
+    for name in ("warm", "cold", "uncached"):
+        yield Figure(f"loader/{name}", getattr(speed, name), "samples/s per core", better="higher")
+
+
+def server(setting: Setting) -> Iterator[Figure]:
+    """Round trips of three 224 px images through a server whose model takes no time."""
+    yield report.times("server/overhead", serving.round_trips(20 * setting.repeat))
+
+
+PARTS: dict[str, Callable[[Setting], Iterator[Figure]]] = {
+    f.__name__: f for f in (inference, train, attention, tokenizer, loader, server)
+}
+
+
+def parts_of_a_chunk(config: Pi0 | Pi0Fast, batch: dict[str, Any], size: int) -> dict[str, Work]:
+    """Vision, prefix, and one step or token, of what the batch has."""
+    images = sum(bool(np.any(mask)) for mask in batch["image_mask"].values())
+    tokens = images * config.vision.num_tokens + int(batch["tokenized_prompt_mask"].sum(1).max())
+    work = {
+        "vision": floors.vision(config.vision, config.language.width, images, size),
+        "prefix": floors.prefix(config.language, tokens, size),
+    }
+    if isinstance(config, Pi0):
+        return work | {"step": floors.euler_step(config, tokens, size)}
+    return work | {"token": floors.token(config, tokens + TOKENS // 2, size)}
+
+
+def timed(call: Callable[[], Any], repeat: int, what: str) -> list[float]:
+    """Seconds of each of `repeat` calls."""
+    taken = []
+    for _ in tqdm(range(repeat), what, leave=False, delay=2):
+        begin = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - begin)
+    return taken
+
+
+def _one(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """What follows the batch for a chunk of one step or token: (noise, steps) or (tokens,)."""
+    return (1,) if isinstance(arguments[1], int) else (arguments[1], 1)
+
+
+def random_weights(model: Pi0 | Pi0Fast, side: str) -> dict[str, np.ndarray]:
+    """Tensors of the right shapes and scale, made of one block of noise over and over: quick to make at any size."""
+    block = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
+    shapes = layout.side_shapes(tables.entries(model), side)
+    return {n: np.resize(block, math.prod(s)).reshape(s) / np.float32(math.sqrt(s[-1])) for n, s in shapes.items()}
+
+
+def random_batch(model: Pi0, size: int, draws: int = 1) -> dict[str, Any]:
+    """A batch of noise with every camera present and a full prompt."""
+    rng = np.random.default_rng(0)
+    chunk = (size, model.action_horizon, model.action_dim)
+    drawn = (size,) if draws == 1 else (size, draws)
+    pixels = model.vision.image_size
+    return {
+        "image": {c: rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8) for c in model.cameras},
+        "image_mask": {c: np.ones(size, bool) for c in model.cameras},
+        "state": rng.standard_normal(chunk[::2], np.float32),
+        "tokenized_prompt": rng.integers(0, model.vocab_size, (size, model.max_token_len)).astype(np.int32),
+        "tokenized_prompt_mask": np.ones((size, model.max_token_len), bool),
+        "actions": rng.standard_normal(chunk, np.float32),
+        "action_is_pad": np.zeros(chunk[:2], bool),
+        "noise": rng.standard_normal((*drawn, *chunk[1:]), np.float32),
+        "time": rng.uniform(0.001, 1, drawn).astype(np.float32),
+    }
+
+
+def random_prompt(model: Pi0Fast, size: int) -> dict[str, Any]:
+    """What pi0-FAST reads: two cameras and a prompt of 180 tokens, as far as the model has room for both."""
+    rng = np.random.default_rng(0)
+    pixels, length = model.vision.image_size, model.max_token_len
+    return {
+        "image": {c: rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8) for c in model.cameras},
+        "image_mask": {c: np.full(size, i < 2) for i, c in enumerate(model.cameras)},
+        "tokenized_prompt": rng.integers(2, model.vocab_size, (size, length)).astype(np.int32),
+        "tokenized_prompt_mask": np.tile(np.arange(length) < min(180, length - 1), (size, 1)),
+    }
+
+
+def training_batch(config: Train) -> dict[str, Any]:
+    """Noise with all that the run's loss reads."""
+    model, size = config.model, config.batch_size
+    rng = np.random.default_rng(1)
+    if isinstance(model, Pi0Fast):
+        where = np.tile(np.arange(model.max_token_len) >= model.max_token_len // 2, (size, 1))
+        full = {
+            "tokenized_prompt_mask": np.ones_like(where),
+            "image_mask": {c: np.ones(size, bool) for c in model.cameras},
+        }
+        return random_prompt(model, size) | full | {"token_ar_mask": where.astype(np.int32), "token_loss_mask": where}
+    batch = random_batch(model, size, config.draws)
+    if config.insulate:
+        shape = (size, config.max_action_tokens)
+        batch["action_tokens"] = rng.integers(0, model.vocab_size, shape).astype(np.int32)
+        batch["action_tokens_mask"] = np.ones(shape, bool)
+    return batch

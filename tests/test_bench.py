@@ -1,0 +1,131 @@
+"""`experiments.bench`: floors against figures counted by hand, every part at test size, what is left on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+from frameworks import NAMES
+from small_policy import FAST, MODEL
+
+from configs import pi0_aloha
+from experiments import bench, bench_floor, bench_parts, bench_report
+from experiments.bench_floor import Rates
+from experiments.bench_report import Figure
+from openpi_port.config import EXPERT, LANGUAGE, SIGLIP, Pi0, Pi0Fast, Train, build
+from openpi_port.errors import UserError
+
+RATES = Rates(bytes=3e12, operations=8e14)
+BASE = Pi0(SIGLIP["base"], LANGUAGE["base"], EXPERT["base"])
+
+
+@pytest.fixture
+def config():
+    return dataclasses.replace(build(Train, pi0_aloha.get_config("debug")), model=MODEL, batch_size=2, draws=1)
+
+
+def setting(config, **changes):
+    return bench_parts.Setting(config, RATES, **{"fast": True, "repeat": 2, "steps": 2, **changes})
+
+
+def test_floors_at_base_size():
+    """Against the counts of the design: TFLOP, GB."""
+
+    def tera(work):
+        return work.operations / 1e12
+
+    assert tera(bench_floor.vision(BASE.vision, 2048, 3, 2)) == pytest.approx(0.661, rel=0.01)
+    for tokens, want in {560: 2.15, 816: 3.16, 968: 3.76}.items():
+        assert tera(bench_floor.prefix(BASE.language, tokens, 2)) == pytest.approx(want, rel=0.01)
+    step = bench_floor.euler_step(BASE, 816, 2)
+    assert (tera(step), step.bytes / 1e9) == pytest.approx((0.038, 0.641), rel=0.02)
+    fast = Pi0Fast(SIGLIP["base"], LANGUAGE["base"])
+    assert bench_floor.token(fast, 700, 2).bytes / 1e9 == pytest.approx(5.03, rel=0.01)
+    passes, optimizer = bench_floor.training_step(build(Train, pi0_aloha.get_config("base")))
+    cameras = dataclasses.replace(build(Train, pi0_aloha.get_config("base")), batch_size=32)
+    assert len(cameras.model.cameras) == 3 and tera(passes) / 32 == pytest.approx(12.1, rel=0.02)
+    assert optimizer.seconds(Rates(3.35e12, 8e14)) == pytest.approx(0.035, rel=0.02)
+
+
+def test_the_larger_time_is_the_floor():
+    work = bench_floor.Work(8e12, 3e9)  # 10 ms of products, 1 ms of copying
+    assert work.seconds(RATES) == pytest.approx(0.01)
+    assert (2 * work + bench_floor.Work(0, 3e11)).seconds(RATES) == pytest.approx(0.102)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
+def test_inference(config, backend, fast):
+    figures = list(bench_parts.inference(setting(dataclasses.replace(config, backend=backend), fast=fast)))
+    parts = ["vision", "prefix", "step"] if fast else ["chunk of one step", "step"]
+    assert [f.name for f in figures] == [f"inference/{n}" for n in ("ready", "chunk", *parts)]
+    assert all(f.floor > 0 for f in figures[1:])
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_tokens(config, backend, monkeypatch):
+    monkeypatch.setattr(bench_parts, "TOKENS", 3)
+    config = dataclasses.replace(config, backend=backend, model=FAST)
+    names = [f.name for f in bench_parts.inference(setting(config))]
+    assert names[-3:] == ["inference/vision", "inference/prefix", "inference/token"]
+
+
+def test_train(config):
+    config = dataclasses.replace(config, backend="torch")  # which needs no compiling; the other has the same methods
+    named = {f.name: f for f in bench_parts.train(setting(config))}
+    assert named["train/throughput"].value == pytest.approx(2 / (named["train/step"].value / 1e3), rel=1e-6)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_attention_and_rates(config, backend):
+    chosen = setting(dataclasses.replace(config, backend=backend), repeat=1)
+    named = {f.name: f for f in bench_parts.attention(chosen)}
+    assert named["attention/plain/suffix/with gradients"].floor > named["attention/plain/suffix"].floor
+    probe, device = chosen.backend.probe, chosen.backend.device.find("cpu")
+    assert probe.copy_rate(device, 2**20) > 0 < probe.product_rate(device, "float32", 64)
+
+
+def test_tokenizers_and_server(config):
+    named = [f.name for part in ("tokenizer", "server") for f in bench_parts.PARTS[part](setting(config, repeat=1))]
+    assert named == ["tokenizer/prompts", "tokenizer/FAST encode", "tokenizer/FAST decode", "server/overhead"]
+
+
+def test_files(tmp_path):
+    about = {"config": "x", "backend": "flax", "device": "CPU"}
+    for name, step in {"a": 20.0, "b": 10.0}.items():
+        figures = [
+            Figure("inference/step", step, "ms", 1.2 * step, 5.0),
+            Figure("train/throughput", step, "samples/s", better="higher"),
+        ]
+        bench_report.write(tmp_path / f"{name}.json", about | {"day": name}, figures)
+    assert bench_report.read(tmp_path / "b.json")[1] == figures
+    text = bench_report.compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert "day: a -> b" in text and "2x" in text and "0.5x" in text and "device" not in text
+    bench_report.plot(tmp_path / "b.png", about, figures)
+    assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json", "b.png"]
+    (tmp_path / "other.json").write_text(json.dumps([1]))
+    for bad in ("other.json", "none.json", "b.png"):
+        with pytest.raises(UserError, match=bad):
+            bench_report.read(tmp_path / bad)
+
+
+def test_interrupted(config, monkeypatch, tmp_path, capsys):
+    """Ctrl-C shows what there is and leaves no file."""
+
+    def part(_):
+        yield Figure("part/first", 1.0, "ms")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "PARTS", {"part": part})
+    monkeypatch.setattr(bench, "rates", lambda _: RATES)
+    monkeypatch.setattr(bench.flags, "config", lambda: config)
+    values = {"COMPARE": None, "ONLY": ["part"], "FAST": False, "REPEAT": 1, "STEPS": 1, "PLOT": None}
+    for name, value in {**values, "JSON": str(tmp_path / "a.json")}.items():
+        monkeypatch.setattr(bench, name, SimpleNamespace(value=value))
+    monkeypatch.setattr(bench.flags, "CONFIG", SimpleNamespace(value=1))
+    assert bench.main() == 130
+    assert "part/first" in (out := capsys.readouterr().out) and "no file written" in out
+    assert not list(tmp_path.iterdir())
