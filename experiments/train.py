@@ -80,6 +80,7 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
         tqdm(
             total=config.num_steps, initial=start.step, unit="step", dynamic_ncols=True, disable=processes.index > 0
         ) as bar,
+        saver,
     ):
         while trainer.step < config.num_steps and not stopping:
             batch = window.wait_for(batches)
@@ -107,7 +108,6 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
                 window.check(step)  # never save what a bad loss has spoilt
                 save(saver, config, data, trainer, backend, process)
         batches.close()
-        saver.wait()
     if processes.index == 0:
         finish(config, run, trainer.step, backend)
 

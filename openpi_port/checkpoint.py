@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from openpi_port.config import Train, build, to_dict
 from openpi_port.errors import UserError
@@ -175,6 +175,14 @@ class Saver:
                 f"{self._run}: the checkpoint could not be written ({reason}); finished ones: {have}"
             ) from error
         raise error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Finishes what is being written, unless other processes may be gone that would have to help."""
+        if self._count == 1 or kind is None or issubclass(kind, UserError):
+            self.wait()
 
     def _save(self, step: int, fill: Callable[[Path], None], seal: Callable[[Path], None]) -> None:
         part = self._run / f".{step}.tmp"

@@ -312,3 +312,43 @@ def test_pi05_trains(tmp_path, backend):
     config = dataclasses.replace(config, out=str(tmp_path), backend=backend, num_steps=3, log_every=1, eval_batches=1)
     curve = losses(run(config))
     assert len(curve) == 3 and np.isfinite(curve).all()
+
+
+# --- faults while training -------------------------------------------------------------------------------------------
+
+
+def test_nan_stops_with_the_batch_named_and_the_last_good_checkpoint(tmp_path, monkeypatch):
+    """A loss that is not finite in step 3, for once: what is on disk is from before, and resuming gives the curve."""
+    straight = run(config_for(tmp_path / "a", backend="torch", num_steps=5))
+    trainer = Backend("torch").train.Trainer
+    update = trainer.update
+
+    def spoilt(self, batch):
+        return update(self, {**batch, "actions": batch["actions"] * np.nan} if self.step == 2 else batch)
+
+    config = config_for(tmp_path / "b", backend="torch", num_steps=5, save_every=1, log_every=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "update", spoilt)
+        with pytest.raises(UserError, match=r"the loss of step 3 is nan: stopped.*episode \d+ frame \d+.*bad_batch_3"):
+            run(config)
+    directory = Path(config.out) / config.name
+    assert checkpoint.steps(directory) == [2]
+    report = json.loads((directory / "bad_batch_3.json").read_text())
+    data = material.load(config)
+    batches, frames = data.batches(2), data.deployed.train
+    states, stats = next(batches)["state"], data.deployed.norm_stats["state"]
+    batches.close()
+    rows = {(n["episode_index"], n["frame_index"]): n for n in map(frames.numbers, range(len(frames)))}
+    for sample, state in zip(report["samples"], states, strict=True):
+        found = rows[sample["episode"], sample["frame"]]["observation.state"]
+        np.testing.assert_allclose(state, (found - stats.mean) / (stats.std + 1e-6), atol=1e-4)
+    resumed = run(dataclasses.replace(config, log_every=1), resume=True)
+    np.testing.assert_array_equal(losses(resumed)[-3:], losses(straight)[-3:])
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
+    window = train.Window(tmp_path, material.load(config_for(tmp_path)))
+    window.add({"loss": 1.0, "grad_norm": 1.0})
+    window.add({"loss": 1.0, "grad_norm": float("inf")})
+    with pytest.raises(UserError, match=r"the grad_norm of step 7 is inf"):
+        window.check(7)
