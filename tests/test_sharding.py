@@ -7,14 +7,17 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from spread import config, train
+from test_train import caches, config_for, losses, run  # noqa: F401 (a fixture)
 
-from openpi_port import meshes
+from openpi_port import checkpoint, meshes
+from openpi_port.backends import NAMES, Backend
 from openpi_port.config import Mesh
 from openpi_port.errors import UserError
 
@@ -104,3 +107,69 @@ def test_no_more_devices_than_there_are():
     with pytest.raises(UserError, match=r"config.mesh: data=3 times fsdp=1 is 3 devices"):
         train("torch", Mesh(data=3))
     assert config(Mesh()).mesh.data == -1
+
+
+def test_killed_in_a_step_torchrun_goes_on_and_one_process_takes_over(tmp_path):
+    """Step 1 in one process, 2 to 4 in two (killed once in step 3), 5 in one: the curve of one that went through."""
+    straight = run(config_for(tmp_path / "a", backend="torch", num_steps=5))
+    run(config_for(tmp_path / "b", backend="torch", num_steps=1))
+    flags = ["--config=pi0_aloha:debug", "--config.backend=torch", "--config.batch_size=2", "--config.num_steps=4"]
+    flags += ["--config.optimizer.peak_lr=3e-4", "--config.log_every=1", "--config.save_every=1"]
+    flags += ["--config.eval_every=100", "--config.eval_batches=1", f"--config.out={tmp_path / 'b'}"]
+    flags += ["--config.mesh.fsdp=2", "--config.mesh.min_size=1024", "--resume"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
+    command = [sys.executable, *launcher, f"--master-port={free_port()}", str(ROOT / "tests" / "spread_cli.py")]
+    done = subprocess.run([*command, *flags], env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "failed (exitcode: " in done.stderr and "Traceback" not in done.stderr
+    moved = run(config_for(tmp_path / "b", backend="torch", num_steps=5), resume=True)
+    np.testing.assert_allclose(losses(moved), losses(straight), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_parts_written_by_two_processes_are_one_checkpoint(tmp_path, backend):
+    weights = Backend(backend).weights
+    arrays = {f"gemma/{i}/kernel": np.full((i + 1, 3), i, np.float32) for i in range(5)}
+    arrays["gemma/scale"] = np.float32([1, 2]).astype("bfloat16")
+    owners = meshes.owners({name: array.nbytes for name, array in arrays.items()}, 2)
+    savers = [checkpoint.Saver(tmp_path, 10, (i, 2)) for i in range(2)]
+
+    def fill(index: int, directory: Path) -> None:
+        mine = {name: array for name, array in arrays.items() if owners[name] == index}
+        weights.write_params(directory / weights.PARAMS, mine, (index, 2))
+
+    def seal(directory: Path) -> None:
+        weights.seal_params(directory / weights.PARAMS, 2)
+        (directory / checkpoint.POLICY).write_text("{}")
+
+    for index in (1, 0):
+        savers[index].save(3, partial(fill, index), seal)
+    for saver in savers:
+        saver.wait()
+    assert checkpoint.steps(tmp_path) == [3] and not list((tmp_path / "3").glob(".*"))
+    read = weights.read_params(tmp_path / "3" / weights.PARAMS)
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert np.asarray(read[name]).tobytes() == array.tobytes() and read[name].dtype == array.dtype
+    if backend == "flax":
+        import orbax.checkpoint as ocp
+
+        tree = ocp.PyTreeCheckpointer().restore(tmp_path / "3" / "params")
+        np.testing.assert_array_equal(tree["gemma"]["4"]["kernel"], arrays["gemma/4/kernel"])
+
+
+def test_a_part_that_fails_leaves_no_checkpoint(tmp_path):
+    savers = [checkpoint.Saver(tmp_path, 10, (i, 2)) for i in range(2)]
+
+    def fill(index: int, directory: Path) -> None:
+        if index == 1:
+            with open("/dev/full", "wb", buffering=0) as file:
+                file.write(b"x")
+
+    for index in (0, 1):
+        savers[index].save(3, partial(fill, index))
+    with pytest.raises(UserError, match="the disk is full"):
+        savers[1].wait()
+    with pytest.raises(UserError, match="process 1 could not write its part"):
+        savers[0].wait()
+    assert list(tmp_path.iterdir()) == []

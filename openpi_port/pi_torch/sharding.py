@@ -55,8 +55,12 @@ def join() -> tuple[int, int]:
         device = devices.find(None)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            store, rank, count = next(dist.rendezvous("env://"))
+            # With a fixed port, torchrun's next attempt finds the store with the addresses of the one that failed.
+            store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"the processes of the run don't find each other: {' '.join(str(error).split())}") from None
     return dist.get_rank(), dist.get_world_size()
