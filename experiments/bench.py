@@ -3,6 +3,7 @@
     python -m experiments.bench --config=pi0_aloha:base --fast --only=inference
     python -m experiments.bench --config=pi0_aloha:mini --config.backend=torch --json=a.json --plot=a.png
     python -m experiments.bench --compare=a.json,b.json
+    torchrun --nproc-per-node=2 -m experiments.bench --config=pi0_aloha:base --config.backend=torch --only=train
 
 Inference is the wall clock from an observation in the host's memory to actions in the host's memory; its parts lie on
 the device. Times are medians, with the 90th percentile beside them. The floor of a part follows from its shapes and
@@ -23,6 +24,7 @@ from absl import flags as absl_flags
 from experiments import bench_report as report
 from experiments import flags
 from experiments.bench_parts import PARTS, Setting, rates
+from experiments.processes import Processes
 from openpi_port.backends import Backend
 from openpi_port.config import Train
 from openpi_port.errors import UserError, near
@@ -49,21 +51,23 @@ def main() -> int:
         if name not in PARTS:
             raise UserError(f"--only={name}: {near(name, PARTS)}")
     config = flags.config()
+    processes = Processes(Backend(config.backend))
+    say = processes.say
     setting = Setting(config, rates(config), FAST.value, REPEAT.value, STEPS.value)
     about = describe(setting)
-    print(", ".join(f"{key} {value}" for key, value in about.items() if key != "command"), flush=True)
+    say(", ".join(f"{key} {value}" for key, value in about.items() if key != "command"))
     figures: list[report.Figure] = []
     try:
         for figure in measured(setting, ONLY.value):
             figures.append(figure)
-            print(f"  {figure.name}: {figure.value:.4g} {figure.unit}", flush=True)
+            say(f"  {figure.name}: {figure.value:.4g} {figure.unit}")
     except KeyboardInterrupt:
-        print(f"{report.table(figures)}\ninterrupted: no file written", flush=True)
+        say(f"{report.table(figures)}\ninterrupted: no file written")
         return 130
-    print(report.table(figures))
-    if JSON.value:
+    say(report.table(figures))
+    if JSON.value and processes.index == 0:
         report.write(JSON.value, about, figures)
-    if PLOT.value:
+    if PLOT.value and processes.index == 0:
         report.plot(PLOT.value, about, figures)
     return 0
 
@@ -92,6 +96,7 @@ def describe(setting: Setting) -> dict[str, Any]:
         "dtype": config.compute.dtype,
         "batch_size": config.batch_size,
         "device": backend.device.describe(backend.device.find(None))[0],
+        "devices": backend.device.count(),
         "bandwidth": f"{best.bytes / 1e9:,.0f} GB/s",
         "products": f"{best.operations / 1e12:.3g} TFLOP/s",
         "versions": _versions(config),

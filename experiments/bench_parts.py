@@ -17,7 +17,7 @@ from experiments import bench_floor as floors
 from experiments import bench_report as report
 from experiments.bench_floor import Rates, Work
 from experiments.bench_report import Figure
-from openpi_port import memory
+from openpi_port import memory, meshes
 from openpi_port.backends import Backend
 from openpi_port.config import Compute, Pi0, Pi0Fast, Train
 from openpi_port.data import benchmark as loading
@@ -105,19 +105,22 @@ def inference(setting: Setting) -> Iterator[Figure]:
 
 
 def train(setting: Setting) -> Iterator[Figure]:
-    """Optimizer steps on one batch that lies ready."""
+    """Optimizer steps on one batch that lies ready; of several processes each has its part of it."""
     config, backend = setting.config, setting.backend
+    _, count = backend.sharding.join()
+    shape = meshes.shape(config.mesh, backend.device.count(), count, config.batch_size)
     trainer = backend.train.Trainer(config, random_weights(config.model, config.backend))
-    batch = training_batch(config)
+    batch = training_batch(dataclasses.replace(config, batch_size=config.batch_size // count))
     begin = time.perf_counter()
     float(trainer.update(batch)["loss"])
     yield Figure("train/first step", time.perf_counter() - begin, "s")
     taken = timed(lambda: float(trainer.update(batch)["loss"]), setting.steps, "training")
-    passes, optimizer = floors.training_step(config)
+    share = dataclasses.replace(config, batch_size=config.batch_size // math.prod(shape))
+    passes, optimizer = floors.training_step(share)
     floor = passes.seconds(setting.rates) + optimizer.seconds(setting.rates)
     yield report.times("train/step", taken, floor)
     yield Figure("train/throughput", config.batch_size / float(np.median(taken)), "samples/s", better="higher")
-    yield Figure("train/planned memory", memory.plan(config).total / memory.GIB, "GiB")
+    yield Figure("train/planned memory", memory.plan(config, shape).total / memory.GIB, "GiB")
     if peak := backend.device.peak(backend.device.find(None)):
         yield Figure("train/peak memory", peak / memory.GIB, "GiB")
 
