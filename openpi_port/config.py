@@ -284,7 +284,8 @@ class Train:
       mixture: further data sets that are learned along with it, by name; each with its own robot, cameras, transforms
         and statistics. `cache_gb` and `num_workers` of `data` count for all.
       backend: "flax" or "torch".
-      tokenizer: "paligemma", "small" (ships with the project) or a path to a SentencePiece model.
+      tokenizer: "paligemma", "small" or "small_numbers" (which ship with the project; the latter has one token for each
+        number of a state in the prompt), or a path to a SentencePiece model.
       fast_tokenizer: of pi0-FAST's actions: a processor's directory, a name on the Hugging Face hub, or one that ships
         ("fast_aloha"). Also of the action tokens that `insulate` adds.
       allow_truncation: cuts pi0-FAST's sequences that exceed max_token_len, as openpi does, and reports their share;

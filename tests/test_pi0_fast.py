@@ -547,8 +547,8 @@ def test_state_noise_reaches_the_prompt(job):
 
 
 def test_sequences_that_do_not_fit(job):
-    short = dataclasses.replace(job, model=dataclasses.replace(job.model, max_token_len=60))
-    with pytest.raises(UserError, match=r"max_token_len=60.*allow_truncation=True"):
+    short = dataclasses.replace(job, model=dataclasses.replace(job.model, max_token_len=40))
+    with pytest.raises(UserError, match=r"max_token_len=40.*allow_truncation=True"):
         next(material.load(short).batches(0))
     batch = next(material.load(dataclasses.replace(short, allow_truncation=True)).batches(0))
     assert train.lost(batch) == {"actions_clipped": 0, "actions_cut": 1}

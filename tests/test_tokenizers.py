@@ -72,9 +72,17 @@ def test_truncation_is_counted_and_logged_once(caplog):
     np.testing.assert_array_equal(tokens, full[:4])
 
 
-def test_small_is_what_the_script_makes(small):
-    assert train_small.train() == paligemma.SMALL.read_bytes()
-    assert paligemma.SMALL.stat().st_size < 250_000 and small.vocab_size <= 512
+@pytest.mark.parametrize("name, whole, size", [("small", (), 512), ("small_numbers", train_small.NUMBERS, 769)])
+def test_small_is_what_the_script_makes(name, whole, size):
+    tokenizer = paligemma.load(name)
+    assert train_small.train(whole) == tokenizer.content
+    assert len(tokenizer.content) < 20_000 and tokenizer.vocab_size == size
+
+
+def test_every_number_of_a_state_is_a_token():
+    tokenizer = paligemma.load("small_numbers")
+    prompts = [tokenizer.fast_prefix("Transfer cube", np.full(14, x)) for x in np.linspace(-1.1, 1, 300)]
+    assert {len(p) for p in prompts} == {23} and len({p[7] for p in prompts}) == 257
 
 
 def test_small_has_paligemmas_special_ids_and_short_prompts(small):
@@ -115,7 +123,7 @@ def test_paligemma_comes_from_a_cache_or_its_public_place(shared, tmp_path, monk
     monkeypatch.setattr(paligemma, "PALIGEMMA_URL", (tmp_path / "nowhere").as_uri())
     with pytest.raises(UserError, match="openpi_port/paligemma_tokenizer.model.*--config.tokenizer="):
         paligemma.load("paligemma")
-    monkeypatch.setattr(paligemma, "PALIGEMMA_URL", paligemma.SMALL.as_uri())
+    monkeypatch.setattr(paligemma, "PALIGEMMA_URL", (paligemma.ASSETS / "small.model").as_uri())
     with pytest.raises(UserError, match="512 pieces instead of 257152"):
         paligemma.load("paligemma")
     assert not list(tmp_path.rglob("*.model")) and not list(tmp_path.rglob("*.part"))

@@ -17,7 +17,8 @@ import sentencepiece
 
 from openpi_port.errors import UserError
 
-SMALL = Path(__file__).parent.parent / "assets" / "tokenizers" / "small.model"  # see train_small.py
+ASSETS = Path(__file__).parent.parent / "assets" / "tokenizers"
+SHIPPED = ("small", "small_numbers")  # see train_small.py
 # gs://big_vision/paligemma_tokenizer.model; the bucket is public, so plain HTTPS needs no further package
 PALIGEMMA_URL = "https://storage.googleapis.com/big_vision/paligemma_tokenizer.model"
 TIMEOUT_S = 30.0
@@ -41,7 +42,7 @@ class PromptTokenizer:
 
     def __init__(self, model: str | os.PathLike | bytes):
         name = "tokenizer" if isinstance(model, bytes) else f"tokenizer {os.fspath(model)}"
-        remedy = "--config.tokenizer= takes paligemma, small or the path of a SentencePiece model"
+        remedy = "--config.tokenizer= takes paligemma, small, small_numbers or the path of a SentencePiece model"
         try:
             content = model if isinstance(model, bytes) else Path(model).read_bytes()
         except OSError as error:
@@ -130,14 +131,14 @@ def load(spec: str) -> PromptTokenizer:
     """The tokenizer that a config names.
 
     Args:
-      spec: a path; "small", which ships; or "paligemma", which is looked for in the caches of this project and
-        of openpi and otherwise downloaded from its public place (4 MB).
+      spec: a path; "small" or "small_numbers", which ship; or "paligemma", which is looked for in the caches of this
+        project and of openpi and otherwise downloaded from its public place (4 MB).
 
     Raises:
       UserError: it can't be had, with the reason and the remedy.
     """
-    if spec == "small":
-        return PromptTokenizer(SMALL)
+    if spec in SHIPPED:
+        return PromptTokenizer(ASSETS / f"{spec}.model")
     if spec == "paligemma":
         return PromptTokenizer(_paligemma())
     return PromptTokenizer(spec)

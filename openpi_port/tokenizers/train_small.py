@@ -1,9 +1,12 @@
-"""Trains the small SentencePiece model that ships: `python -m openpi_port.tokenizers.train_small`.
+"""Trains the small SentencePiece models that ship: `python -m openpi_port.tokenizers.train_small`.
 
 512 pieces instead of PaliGemma's 257,152, for sizes that train on a laptop: an embedding table that large would be
 most of the model. The text is composed here, instructions as robot data sets have them and states as pi0.5 writes
 them, so the model is ours to ship. Any other text still encodes without loss, byte by byte. Special ids and
 normalisation are PaliGemma's (pad 0, eos 1, bos 2, unk 3, no dummy prefix, spaces kept).
+
+`small_numbers` has 256 more pieces, so that every number of a state is one token and every joint has its place: what a
+large model learns in spite of digits, a small one should not have to.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from pathlib import Path
 
 import sentencepiece
 
-OUT = Path(__file__).parent.parent / "assets" / "tokenizers" / "small.model"
+OUT = Path(__file__).parent.parent / "assets" / "tokenizers"
 VOCAB_SIZE = 512
+NUMBERS = tuple(f"\u2581{i}" for i in range(-1, 256))  # the bins of a state, with the space before them
 
 VERBS = (
     "pick up the|put the|place the|move the|push the|pull the|grasp the|lift the|transfer the|insert the|stack the|"
@@ -55,16 +59,20 @@ def sentences(seed: int = 0) -> Iterator[str]:
         yield " " + " ".join(str(rng.randint(0, 255)) for _ in range(rng.randint(6, 14)))
 
 
-def train() -> bytes:
-    """The model file's bytes; the same at every call with the same version of sentencepiece."""
+def train(whole: tuple[str, ...] = ()) -> bytes:
+    """The model file's bytes; the same at every call with the same version of sentencepiece.
+
+    Args:
+      whole: what is one token each, beside the symbols; it makes the vocabulary larger by about as much.
+    """
     out = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=sentences(),
         model_writer=out,
         model_type="bpe",
-        vocab_size=VOCAB_SIZE,
+        vocab_size=VOCAB_SIZE + len(whole),
         byte_fallback=True,
-        user_defined_symbols=list(SYMBOLS),
+        user_defined_symbols=[*SYMBOLS, *whole],
         pad_id=0,
         eos_id=1,
         bos_id=2,
@@ -79,13 +87,15 @@ def train() -> bytes:
 
 
 def main() -> None:
-    """Writes the file that ships."""
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_bytes(train())
-    model = sentencepiece.SentencePieceProcessor(model_file=str(OUT))
-    for text in ("Transfer cube", "pick up the red cube", " 131 200 177 147 34 173 66 226 14 115"):
-        print(f"{text!r}: {model.encode(text, out_type=str)}")
-    print(f"{OUT}: {OUT.stat().st_size} bytes, {model.vocab_size()} pieces")
+    """Writes the files that ship."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    for name, whole in (("small", ()), ("small_numbers", NUMBERS)):
+        path = OUT / f"{name}.model"
+        path.write_bytes(train(whole))
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        for text in ("Transfer cube", "pick up the red cube", " 131 200 177 147 34 173 66 226 14 115"):
+            print(f"{text!r}: {model.encode(text, out_type=str)}")
+        print(f"{path}: {path.stat().st_size} bytes, {model.vocab_size()} pieces")
 
 
 if __name__ == "__main__":
