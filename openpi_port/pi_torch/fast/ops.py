@@ -169,13 +169,14 @@ def start(x: Tensor, scale: Tensor) -> Residual:
         from openpi_port.pi_torch.fast import kernels
 
         return kernels.start(x, scale)
-    return Residual(x, (x.float() * scale).to(x.dtype), x.float().square().sum(-1, keepdim=True))
+    x32 = x.float()
+    return Residual(x, (x32 * scale).to(x.dtype), torch.linalg.vecdot(x32, x32)[:, None])
 
 
 def normed_linear(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
     """`norm(x) @ w.T + bias`, in float32: w [F, D], bias float32 [F] or None; float32 [M, F]."""
     norm = torch.rsqrt(stream.squares.sum(-1, keepdim=True) / w.shape[1] + EPS)
-    y = F.linear(stream.scaled, w).float() * norm
+    y = F.linear((stream.scaled * norm).to(w.dtype), w).float()  # in plain torch it is cheaper to divide first
     return y if bias is None else y + bias
 
 
