@@ -25,14 +25,6 @@ B, T, S, D, N, H, F, J = 2, 11, 70, 128, 4, 32, 256, 14
 M, AT = B * T, S - T
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """In the interpreter nothing is launched early, and bfloat16 can't be multiplied."""
-    if not GPU:
-        monkeypatch.setattr(tiles, "PDL", False)
-        monkeypatch.setattr(tiles, "AHEAD", False)
-
-
 @pytest.fixture
 def make():
     """Random arrays: `make.x` in the working dtype, `make.f` in float32."""

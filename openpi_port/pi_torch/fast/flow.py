@@ -73,11 +73,10 @@ def run(blocks: Sequence[Block], norms: Sequence[Norm], stream: Residual, past: 
     """
     for i, block in enumerate(blocks):
         attn, mlp, after = norms[2 * i : 2 * i + 3]
-        following = blocks[(i + 1) % len(blocks)]
         q = ops.normed_qkv(stream, block.qkv, attn.bias, past.turns, past.k[i], past.v[i], past.at)
-        y = ops.attend(q, past.k[i], past.v[i], past.seen, ahead=(block.o, block.gate_up))
+        y = ops.attend(q, past.k[i], past.v[i], past.seen)
         stream = ops.add_projected(stream, y, block.o, attn.gate, mlp.scale)
-        y = ops.normed_geglu(stream, block.gate_up, mlp.bias, ahead=(block.down, following.qkv))
+        y = ops.normed_geglu(stream, block.gate_up, mlp.bias)
         stream = ops.add_projected(stream, y, block.down, mlp.gate, after.scale)
     return stream
 

@@ -9,8 +9,6 @@ by as many programs as the chip has processors, and what comes before and after 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +19,6 @@ from openpi_port.pi_torch.fast.ops import EPS, MASKED, Residual, Seen
 from openpi_port.pi_torch.fast.pack import Entry
 
 LOG2E = 1.4426950408889634
-MANY = 2048  # rows from which attention is no longer small
 _EPS: tl.constexpr = tl.constexpr(EPS)
 _LOG2E: tl.constexpr = tl.constexpr(LOG2E)
 _MASKED: tl.constexpr = tl.constexpr(MASKED)
@@ -144,51 +141,10 @@ def _place(at):
     return 0 if at is None else tl.load(at)
 
 
-# ---- launching early
-
-
-def _pdl() -> dict[str, bool]:
-    """How a kernel is launched that begins with `_begin`."""
-    return {"PDL": True, "launch_pdl": True} if tiles.PDL else {"PDL": False}
-
-
-@triton.jit
-def _begin(PDL: tl.constexpr):
-    """Lets the next kernel come onto the chip, where it waits; then waits for the one before."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def _send_for(weights, lines, THREADS: tl.constexpr):
-    """Has the cache fetch weights, `lines` times 2048 bytes of them, shared among all programs; waits for nothing."""
-    program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
-    programs = tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)
-    for begin in range(program * THREADS, lines, programs * THREADS):
-        line = tl.minimum(begin + tl.arange(0, THREADS), lines - 1)
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], 2048; mov.b32 $0, 0;",
-            "=r,l",
-            [weights + line.to(tl.int64) * 1024],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-def _ahead(weights: Sequence[Tensor]) -> dict[str, object]:
-    """The arguments for `_send_for` of at most two matrices; those that the cache can't hold are left out."""
-    small = [w for w in weights if tiles.AHEAD and w.numel() * w.element_size() <= tiles.CACHED]
-    first, second = (*small, None, None)[:2]
-    lines = [0 if w is None else w.numel() // 1024 for w in (first, second)]
-    return {"first": first, "second": second, "first_lines": lines[0], "second_lines": lines[1]}
-
-
 # ---- attention
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, ahead: Sequence[Tensor] = ()) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     """Rows of queries against a span of keys per program; several spans are joined by a second kernel.
 
     All heads share their keys, so token and head together number the rows. The softmax is kept in base 2.
@@ -203,29 +159,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, ahead: Sequence[Tensor] 
     if splits > 1:
         part = torch.empty((splits, size * rows, dim), dtype=torch.float32, device=q.device)
         weight = torch.empty((splits, size * rows), dtype=torch.float32, device=q.device)
-    pdl = _pdl() if rows <= MANY else {"PDL": False}
     _attend[(triton.cdiv(rows, tile.rows), splits, size)](
-        q, k, v, seen.valid, seen.limits, part, weight, rows, keys, k.stride(0), span, **_ahead(ahead),
+        q, k, v, seen.valid, seen.limits, part, weight, rows, keys, k.stride(0), span,
         HEADS=q.shape[1] // dim, H=dim, PADDED=triton.next_power_of_2(dim), BM=tile.rows, BN=tile.keys,
-        SPLIT=splits > 1, THREADS=32 * tile.warps, num_warps=tile.warps, num_stages=tile.stages, **pdl,
+        SPLIT=splits > 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if splits > 1:
         padded = {"PADDED": triton.next_power_of_2(dim), "PARTS": triton.next_power_of_2(splits)}
-        _join[(size * rows,)](part, weight, out, size * rows, SPLITS=splits, H=dim, **padded, num_warps=2, **pdl)
+        _join[(size * rows,)](part, weight, out, size * rows, SPLITS=splits, H=dim, **padded, num_warps=2)
     return out
 
 
 @triton.jit
 def _attend(
-    q, k, v, valid, limits, out, weight, R, S, stride, span, first, second, first_lines, second_lines,
+    q, k, v, valid, limits, out, weight, R, S, stride, span,
     HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLIT: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
-    if first is not None:
-        _send_for(first, first_lines, THREADS)
-    if second is not None:
-        _send_for(second, second_lines, THREADS)
-    _begin(PDL)
     sample, split = tl.program_id(2).to(tl.int64), tl.program_id(1)
     row, dim = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, PADDED)
     place = (sample * R + row)[:, None] * H + dim[None]
@@ -264,9 +214,7 @@ def _attend(
 @triton.jit
 def _join(
     part, weight, out, rows, SPLITS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    _begin(PDL)
     row, split, dim = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, PADDED)
     w = tl.load(weight + split * rows + row, split < SPLITS, _MASKED)
     w = tl.exp2(w - tl.max(w))
@@ -298,7 +246,7 @@ def normed_qkv(
     _normed_qkv[(w.shape[0] // tile.columns, triton.cdiv(rows, tile.rows))](
         stream.scaled, stream.squares, w, bias, turns, at, q, k, v, rows, rows // size, k.stride(0),
         HEADS=heads, H=dim, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
-        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **_pdl(),
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return q
 
@@ -307,9 +255,8 @@ def normed_qkv(
 def _normed_qkv(
     x, squares, w, bias, turns, at, q, k, v, M, T, stride,
     HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    _begin(PDL)
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
     acc = tl.zeros((BM, BN), tl.float32)
@@ -338,31 +285,26 @@ def _normed_qkv(
         tl.store(v + offset[:, None] + channel[None], value, inside)
 
 
-def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None, ahead: Sequence[Tensor] = ()) -> Tensor:
+def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
     """A program makes some channels of the gate and the same of the other half."""
     rows, width = stream.x.shape
     out, parts = w.shape[0] // 2, stream.squares.shape[1]
     tile = tiles.streaming("gate_up", rows, out, width)
     y = torch.empty((rows, out), dtype=w.dtype, device=w.device)
     _normed_geglu[(out // tile.columns, triton.cdiv(rows, tile.rows))](
-        stream.scaled, stream.squares, w, bias, y, rows, **_ahead(ahead), THREADS=32 * tile.warps,
+        stream.scaled, stream.squares, w, bias, y, rows,
         F=out, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
-        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **_pdl(),
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
 
 
 @triton.jit
 def _normed_geglu(
-    x, squares, w, bias, y, M, first, second, first_lines, second_lines, THREADS: tl.constexpr,
+    x, squares, w, bias, y, M,
     F: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    if first is not None:
-        _send_for(first, first_lines, THREADS)
-    if second is not None:
-        _send_for(second, second_lines, THREADS)
-    _begin(PDL)
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
     gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
@@ -390,7 +332,7 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
     _add_projected[(columns, tile.splits, triton.cdiv(rows, tile.rows))](
         a, w, stream.x, gate, scale, part, stream.arrived, x, scaled, squares, rows,
         D=width, F=deep, SPLITS=tile.splits,
-        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **_pdl(),
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return Residual(x, scaled, squares, stream.arrived)
 
@@ -399,9 +341,8 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
 def _add_projected(
     a, w, before, gate, scale, part, arrived, x, scaled, squares, M,
     D: tl.constexpr, F: tl.constexpr, SPLITS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    _begin(PDL)
     split, columns = tl.program_id(1), tl.num_programs(0)
     row, col = tl.program_id(2) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
@@ -449,7 +390,6 @@ def enter(x_t: Tensor, state: Tensor | None, entry: Entry, bias: Tensor, scale: 
         x_t, state, entry.first, entry.w, entry.b, bias, scale, x, scaled, squares, arrived,
         rows, tokens, arrived.numel(),
         J=dim, PADDED=max(16, triton.next_power_of_2(dim)), D=width, BM=64, BN=columns, BK=depth, num_stages=3,
-        **_pdl(),
     )  # fmt: skip
     return Residual(x, scaled, squares, arrived)
 
@@ -466,9 +406,7 @@ def _exact_dot(a, b, acc):
 def _enter(
     x_t, state, first, w, b, bias, scale, x, scaled, squares, arrived, M, T, counters,
     J: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PDL: tl.constexpr,
 ):  # fmt: skip
-    _begin(PDL)
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     j = tl.arange(0, PADDED)
     sample, token = row // T, row % T
@@ -510,7 +448,7 @@ def leave(stream: Residual, w: Tensor, bias: Tensor, x_t: Tensor, dt: float) -> 
     _leave[(triton.cdiv(rows, 16),)](
         stream.scaled, stream.squares, w, bias, x_t, out, rows, rows // size, actions, dt,
         J=dim, WIDE=max(16, triton.next_power_of_2(dim)), D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
-        BM=16, BK=tiles.divisor(128, width), num_stages=4, **_pdl(),
+        BM=16, BK=tiles.divisor(128, width), num_stages=4,
     )  # fmt: skip
     return out
 
@@ -519,9 +457,8 @@ def leave(stream: Residual, w: Tensor, bias: Tensor, x_t: Tensor, dt: float) -> 
 def _leave(
     x, squares, w, bias, x_t, out, M, T, A, dt,
     J: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    _begin(PDL)
     row, j = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, WIDE)
     acc = tl.zeros((BM, WIDE), tl.float32)
     for begin in range(0, D, BK):

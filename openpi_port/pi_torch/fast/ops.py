@@ -10,7 +10,6 @@ which changes no product of a query with a key.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -143,14 +142,13 @@ def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: Tensor | Non
     return rotated[:, :heads].flatten(1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, ahead: Sequence[Tensor] = ()) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     """Attention of all heads to one head of keys and values; queries come scaled.
 
     Args:
       q: [M, N * H].
       k, v: [B, S, H].
       seen: which keys.
-      ahead: weights that are needed next; a kernel sends for them.
 
     Returns:
       [M, N * H].
@@ -158,7 +156,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen, ahead: Sequence[Tensor] 
     if on_gpu(q):
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.attend(q, k, v, seen, ahead)
+        return kernels.attend(q, k, v, seen)
     rows = q.reshape(len(k), 1, -1, k.shape[2])  # heads share keys, so they are rows
     return F.scaled_dot_product_attention(rows, k[:, None], v[:, None], attn_mask=seen.bias, scale=1.0).reshape(q.shape)
 
@@ -191,12 +189,12 @@ def normed_qkv(
     return split_qkv(normed_linear(stream, w, bias).to(stream.x.dtype), turns, k, v, at)
 
 
-def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None, ahead: Sequence[Tensor] = ()) -> Tensor:
-    """`geglu` of `normed_linear`: w [2F, D], the gate's rows first; [M, F]. For `ahead` see `attend`."""
+def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
+    """`geglu` of `normed_linear`: w [2F, D], the gate's rows first; [M, F]."""
     if on_gpu(stream.x):
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.normed_geglu(stream, w, bias, ahead)
+        return kernels.normed_geglu(stream, w, bias)
     return geglu(normed_linear(stream, w, bias).to(stream.x.dtype))
 
 

@@ -7,10 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-PDL = True  # a kernel comes onto the chip while the one before it still runs (programmatic dependent launch)
-AHEAD = True  # kernels that leave the memory idle send for the weights of those to come
-CACHED = 20 << 20  # bytes of one matrix that the cache can hold until it is needed
-
 
 class Tile(NamedTuple):
     """Of a streaming kernel: rows and columns of the output, depth of the sum at a time, programs that share a sum."""
@@ -37,9 +33,9 @@ class Attend(NamedTuple):
 # the matrix units' older, smaller tile is enough.
 EXPERT = {
     "qkv": Tile(rows=64, columns=32, depth=128, splits=1, warps=4, stages=4),
-    "gate_up": Tile(rows=64, columns=32, depth=128, splits=1, warps=4, stages=4),
-    "o": Tile(rows=64, columns=32, depth=128, splits=4, warps=4, stages=4),
-    "down": Tile(rows=64, columns=32, depth=128, splits=4, warps=4, stages=4),
+    "gate_up": Tile(rows=64, columns=32, depth=64, splits=1, warps=4, stages=8),
+    "o": Tile(rows=64, columns=16, depth=128, splits=2, warps=4, stages=4),
+    "down": Tile(rows=64, columns=64, depth=128, splits=8, warps=4, stages=4),
 }
 TOKEN = {
     "qkv": Tile(rows=16, columns=16, depth=256, splits=1, warps=4, stages=4),
@@ -47,9 +43,9 @@ TOKEN = {
     "o": Tile(rows=16, columns=32, depth=256, splits=4, warps=4, stages=3),
     "down": Tile(rows=16, columns=32, depth=256, splits=8, warps=4, stages=4),
 }
-SUFFIX_ATTENTION = Attend(rows=64, keys=64, splits=8, warps=4, stages=2)
+SUFFIX_ATTENTION = Attend(rows=16, keys=64, splits=5, warps=4, stages=3)
 TOKEN_ATTENTION = Attend(rows=16, keys=64, splits=16, warps=4, stages=2)
-PREFIX_ATTENTION = Attend(rows=128, keys=64, splits=1, warps=8, stages=2)
+PREFIX_ATTENTION = Attend(rows=64, keys=64, splits=1, warps=4, stages=2)
 
 
 def streaming(kind: str, rows: int, columns: int, depth: int) -> Tile:
