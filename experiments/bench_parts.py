@@ -22,6 +22,7 @@ from openpi_port.backends import Backend
 from openpi_port.config import Compute, Pi0, Pi0Fast, Train
 from openpi_port.data import benchmark as loading
 from openpi_port.errors import UserError
+from openpi_port.realtime import own_times, soft_mask
 from openpi_port.serving import benchmark as serving
 from openpi_port.tokenizers import fast as fast_tokenizers
 from openpi_port.tokenizers import paligemma
@@ -102,6 +103,26 @@ def inference(setting: Setting) -> Iterator[Figure]:
         yield report.times(f"inference/chunk of one {last}", first, floor)
         step = (float(np.median(taken)) - float(np.median(first))) / (repeats - 1)
         yield Figure(f"inference/{last}", 1e3 * step, "ms", floor=1e3 * each.seconds(setting.rates))
+
+
+def realtime(setting: Setting) -> Iterator[Figure]:
+    """A chunk that goes on from the one before, half of which is left: guided, and conditioned (docs/real_time.md)."""
+    config, backend = setting.config.model, setting.backend
+    if isinstance(config, Pi0Fast):
+        raise UserError("pi0-FAST has no flow that could go on from a chunk")
+    model = backend.infer.load(config, random_weights(config, setting.config.backend), setting.config.compute)
+    batch, horizon = random_batch(config, 1), config.action_horizon
+    mask = soft_mask(horizon, horizon // 10, horizon // 2)[None, :, None]
+    ways = {
+        "plain": {},
+        "guided": {"weights": np.repeat(mask, config.action_dim, 2)},
+        "conditioned": {"delay": np.array([horizon // 10], np.int32)},
+    }
+    for way, how in ways.items():
+        held = {"previous": batch["actions"], **how} if how else {}
+        call = partial(model.sample_actions, batch, batch["noise"], **held)
+        call()
+        yield report.times(f"realtime/{way}", timed(call, setting.repeat, way))
 
 
 def train(setting: Setting) -> Iterator[Figure]:
@@ -190,7 +211,7 @@ def server(setting: Setting) -> Iterator[Figure]:
 
 
 PARTS: dict[str, Callable[[Setting], Iterator[Figure]]] = {
-    f.__name__: f for f in (inference, train, attention, tokenizer, loader, server)
+    f.__name__: f for f in (inference, realtime, train, attention, tokenizer, loader, server)
 }
 
 
@@ -272,6 +293,8 @@ def training_batch(config: Train) -> dict[str, Any]:
         }
         return random_prompt(model, size) | full | {"token_ar_mask": where.astype(np.int32), "token_loss_mask": where}
     batch = random_batch(model, size, config.draws)
+    if config.max_delay:
+        batch["time"] = own_times(batch["time"], config.max_delay // 2, model.action_horizon)
     if config.insulate:
         shape = (size, config.max_action_tokens)
         batch["action_tokens"] = rng.integers(0, model.vocab_size, shape).astype(np.int32)

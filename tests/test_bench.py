@@ -72,6 +72,13 @@ def test_tokens(config, backend, monkeypatch):
     assert names[-3:] == ["inference/vision", "inference/prefix", "inference/token"]
 
 
+def test_realtime(config):
+    named = [f.name for f in bench_parts.realtime(setting(dataclasses.replace(config, backend="torch"), repeat=1))]
+    assert named == ["realtime/plain", "realtime/guided", "realtime/conditioned"]
+    with pytest.raises(UserError, match="no flow"):
+        list(bench_parts.realtime(setting(dataclasses.replace(config, model=FAST))))
+
+
 def test_train(config):
     config = dataclasses.replace(config, backend="torch")  # which needs no compiling; the other has the same methods
     named = {f.name: f for f in bench_parts.train(setting(config))}
