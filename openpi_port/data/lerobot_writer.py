@@ -32,7 +32,7 @@ from openpi_port.errors import UserError
 VERSION = "v3.0"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 _DATA_MB, _VIDEO_MB, _CHUNK = 100, 200, 1000
-_STAT_FRAMES = 50  # pictures of an episode that its colour statistics are computed from
+_STAT_FRAMES, _STAT_SIDE = 50, 224  # pictures of an episode, and about how many of their pixels, make colour statistics
 _INDEX_COLUMNS = ("frame_index", "episode_index", "index", "task_index")
 _DATA_SCHEMA = pa.schema(
     [
@@ -215,12 +215,13 @@ class LeRobotWriter:
         self._frames += length
 
     def _pictures(self, key: str, images: Sequence[np.ndarray], kept: list[np.ndarray]) -> Iterator[np.ndarray]:
-        """The pictures of an episode, checked; evenly spaced ones are also kept, for statistics."""
+        """The pictures of an episode, checked; evenly spaced ones are also kept, thinned out, for statistics."""
+        stride = max(1, max(self._about.cameras[key]) // _STAT_SIDE)
         chosen = set(np.linspace(0, len(images) - 1, _STAT_FRAMES).astype(int).tolist())
         for i, image in enumerate(images):
             self._check_picture(key, image)
             if i in chosen:
-                kept.append(image)
+                kept.append(np.ascontiguousarray(image[::stride, ::stride]))
             yield image
 
     def _check_picture(self, key: str, image: np.ndarray) -> None:
