@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from openpi_port import config as configs
-from openpi_port.pi_flax.fast import merge
+from openpi_port.pi_flax.fast import kernels, merge
 from openpi_port.pi_flax.fast.layers import (
     Keys,
     Layer,
@@ -25,6 +25,7 @@ from openpi_port.pi_flax.fast.layers import (
     Rotation,
     add,
     attend,
+    attend_split,
     block,
     layer_norm,
     mlp,
@@ -35,14 +36,14 @@ from openpi_port.pi_flax.fast.layers import (
 from openpi_port.pi_flax.pi0 import Pi0, embed_time, to_unit
 from openpi_port.schedule import euler_times
 
-ALIGN = 64  # see `round_up`
+ALIGN = kernels.PART  # see `round_up`
 
 
 class Options(NamedTuple):
     """How, never what. Chosen by measurement; see docs/performance.md."""
 
     fused: bool = False  # attention of images and prefix by cuDNN
-    unroll: int = 1  # Euler steps per turn of the loop
+    kernels: bool = False  # those of `kernels` in the steps
 
 
 class Weights(NamedTuple):
@@ -207,6 +208,7 @@ def run(
     at: jax.Array | int,
     seen: jax.Array,
     modulation: Modulation | None,
+    options: Options,
 ) -> tuple[jax.Array, list[Keys]]:
     """Tokens x [B, T, D] through all layers.
 
@@ -219,6 +221,7 @@ def run(
       at: see there.
       seen: bool [B, 1 or T, S], which places of the cache they see then.
       modulation: of AdaRMS, [L, 2, ...] each.
+      options: how.
 
     Returns:
       The last layer's output, and the cache.
@@ -231,8 +234,9 @@ def run(
         q, new = qkv(rms(x, attn), w.qkv, config.num_heads, config.num_kv_heads, by)
         written = (jax.lax.dynamic_update_slice_in_dim(c, n, at, 1) for c, n in zip(cache[i], new, strict=True))
         cache[i] = Keys(*written)
-        x = add(x, attend(q, cache[i], seen) @ w.o, attn)
-        x = add(x, mlp(rms(x, ffw), w), ffw)
+        attended = attend_split(q, cache[i], seen) if options.kernels else attend(q, cache[i], seen)
+        x = add(x, attended @ w.o, attn)
+        x = add(x, mlp(rms(x, ffw), w, kernel=options.kernels), ffw)
     return x, cache
 
 
@@ -244,6 +248,7 @@ def step(
     x_t: jax.Array,
     cache: list[Keys],
     time: Times,
+    options: Options,
     *,
     with_state: bool = False,
 ) -> tuple[jax.Array, list[Keys]]:
@@ -255,6 +260,7 @@ def step(
       x_t: [B, A, J].
       cache: keys and values of the prefix; then come the state's and the actions'.
       time: of this step, without the axis E.
+      options: how.
       with_state: the state's token goes through too, ahead of the actions, which it doesn't see.
 
     Returns:
@@ -276,7 +282,7 @@ def step(
         x, at = jnp.concatenate([state[:, None].astype(dtype), x], 1), start
         seen = seen & ((place < actions) | (jnp.arange(x.shape[1])[:, None] > 0))
     by = rotation(inputs.length[:, None] + jnp.arange(at, end) - start, config.expert.head_dim)
-    x, cache = run(w.expert, config.expert, x, cache, by, at, seen, time.layers)
+    x, cache = run(w.expert, config.expert, x, cache, by, at, seen, time.layers, options)
     last = w.last_norm if time.last is None else time.last
     velocity = rms(x[:, -x_t.shape[1] :], last).astype(jnp.float32) @ w.actions_out + w.out_bias
     return x_t + time.dt * velocity, cache
@@ -296,12 +302,12 @@ def integrate(
     if w.state is not None:
         first = jax.tree.map(lambda x: x[0], all_times)
         all_times = jax.tree.map(lambda x: x[1:], all_times)
-        carry = step(w, config, dtype, inputs, *carry, first, with_state=True)
+        carry = step(w, config, dtype, inputs, *carry, first, options, with_state=True)
 
     def body(carry: tuple, time: Times) -> tuple[tuple, None]:
-        return step(w, config, dtype, inputs, *carry, time), None
+        return step(w, config, dtype, inputs, *carry, time, options), None
 
-    return jax.lax.scan(body, carry, all_times, unroll=options.unroll)[0][0]
+    return jax.lax.scan(body, carry, all_times)[0][0]
 
 
 def sample(

@@ -10,7 +10,6 @@ cut to the shortest bucket that holds it; each such shape compiles once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from openpi_port import grammar as grammars
 from openpi_port.batch import Batch
 from openpi_port.grammar import Grammar
 from openpi_port.pi_flax import device as devices
-from openpi_port.pi_flax.fast import decode, flow, options
+from openpi_port.pi_flax.fast import decode, flow, options, transfer
 from openpi_port.pi_flax.infer import FastModel, Model
 from openpi_port.pi_flax.pi0 import Pi0
 from openpi_port.pi_flax.pi0_fast import Pi0Fast, make_rules
@@ -46,23 +45,26 @@ class Prepared:
       module: the plain nnx module.
     """
 
-    def __init__(self, model: Model, how: flow.Options | None = None, compiler: dict[str, Any] | None = None) -> None:
+    def __init__(self, model: Model, how: flow.Options | None = None) -> None:
         self.config: configs.Pi0 = model.config
         self.module: Pi0 = model.module
         self._plain = model
         (self._device,) = model.module.gemma.embedding[...].devices()
         self._dtype = self.module.compute.dtype
         how = options.flow(self.module.compute) if how is None else how
-        compiler = options.compiler(self._device) if compiler is None else compiler
         with devices.precision(self.module.compute):
             self._weights = flow.weights(self.module)
         config, dtype = self.config, self._dtype
         self._times: dict[int, flow.Times] = {}
-        jit = partial(jax.jit, compiler_options=compiler)
-        self._sample = jit(lambda w, times, inputs: flow.sample(w, config, dtype, times, inputs, how))
-        self._see = jit(lambda w, images: flow.see(w.vision, config.vision, images, dtype, how))
-        self._read = jit(lambda w, tokens, inputs: flow.read(w, config, tokens, inputs, how))
-        self._step = jit(lambda w, time, cache, inputs: flow.step(w, config, dtype, inputs, inputs.noise, cache, time))
+        self._sample = jax.jit(
+            lambda w, times, flat, layout: flow.sample(w, config, dtype, times, transfer.unpack(flat, layout), how),
+            static_argnums=3,
+        )
+        self._see = jax.jit(lambda w, images: flow.see(w.vision, config.vision, images, dtype, how))
+        self._read = jax.jit(lambda w, tokens, inputs: flow.read(w, config, tokens, inputs, how))
+        self._step = jax.jit(
+            lambda w, time, cache, inputs: flow.step(w, config, dtype, inputs, inputs.noise, cache, time, how)
+        )
 
     def loss(self, batch: Batch, noise: np.ndarray, time: np.ndarray) -> np.ndarray:
         """The plain model's; float32 [B, A]."""
@@ -80,7 +82,9 @@ class Prepared:
         if any(value is not None for value in others.values()):
             return self._plain.sample_actions(batch, noise, num_steps, **others)
         with devices.precision(self.module.compute):
-            return np.asarray(self._sample(self._weights, self._times_of(num_steps), self._inputs(batch, noise)))
+            return np.asarray(
+                self._sample(self._weights, self._times_of(num_steps), *transfer.pack(self._inputs(batch, noise)))
+            )
 
     def stages(self, batch: Batch, noise: np.ndarray, num_steps: int = 10) -> dict[str, Callable[[], None]]:
         """Each part of a chunk alone, on inputs that lie on the device: calls that wait for its end.
@@ -127,16 +131,15 @@ class PreparedFast:
         how, config, dtype = options.flow(self.module.compute), self.config, self.module.compute.dtype
         with devices.precision(self.module.compute):
             self._weights = decode.weights(self.module)
-        jit = partial(jax.jit, compiler_options=options.compiler(self._device))
 
         def decoder(w: decode.Weights) -> decode.Decoder:
             return decode.Decoder(w, config, dtype, how)
 
-        self._decode = jit(lambda w, *args: decoder(w).decode(*args), static_argnums=2)
-        self._see = jit(lambda w, images: flow.see(w.vision, config.vision, images, dtype, how))
-        self._read = jit(lambda w, *args: decoder(w).read(*args), static_argnums=4)
-        self._step = jit(lambda w, *args: decoder(w).step(*args))
-        self._begin = jit(lambda w, *args: decoder(w).begin(*args), static_argnums=2)
+        self._decode = jax.jit(lambda w, *args: decoder(w).decode(*args), static_argnums=2)
+        self._see = jax.jit(lambda w, images: flow.see(w.vision, config.vision, images, dtype, how))
+        self._read = jax.jit(lambda w, *args: decoder(w).read(*args), static_argnums=4)
+        self._step = jax.jit(lambda w, *args: decoder(w).step(*args))
+        self._begin = jax.jit(lambda w, *args: decoder(w).begin(*args), static_argnums=2)
 
     def loss(self, batch: Batch) -> np.ndarray:
         """The plain model's; float32 [B]."""
