@@ -6,6 +6,7 @@ import dataclasses
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -389,6 +390,14 @@ def test_what_is_wrong_with_a_previous_chunk_is_named(torch_policy, previous, de
         torch_policy.infer(observation_of(0), previous=previous, delay=delay)
 
 
+def test_a_prepared_policy_goes_on_too(checkpoint, torch_policy):
+    prepared = Policy.from_pretrained(checkpoint, "torch", device="cpu", num_steps=2).optimize()
+    observation, previous = observation_of(0), previous_of(torch_policy)
+    want = torch_policy.infer(observation, FLOW, previous=previous, delay=1)["actions"]
+    got = prepared.infer(observation, FLOW, previous=previous, delay=1)["actions"]
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_limits(checkpoint):
     with pytest.raises(UserError, match="max_guidance"):
         Policy.from_pretrained(checkpoint, "torch", device="cpu", max_guidance=float("inf"))
@@ -463,13 +472,29 @@ def test_the_control_loop():
     threading.Timer(0.05, policy.gate.release).start()
     assert step(player) == 305  # waited; five actions are in the past
     assert list(player._delays) == [2, 5]
-    step(player)
-    wait_for(lambda: len(policy.asked) == 4)
-    assert policy.asked[-1]["delay"] == len(policy.asked[-1]["previous_actions"]) == 2  # no more than are left
+    wait_for(lambda: len(policy.asked) == 4)  # at once, because five are more than three
+    assert policy.asked[-1]["delay"] == len(policy.asked[-1]["previous_actions"]) == 3  # no more than are left
     player.reset()
     policy.gate.release(2)
     assert step(player) == 500 and "delay" not in policy.asked[-1]  # a new episode
     player.close()
+
+
+def test_the_control_loop_with_a_server(torch_policy):
+    """Chunks of a real policy follow one another while two robots ask at once."""
+    with background(torch_policy, Options(host="127.0.0.1", port=0)) as url:
+
+        def drive(seed):
+            with Client(url) as client:
+                player = RealTime(client, replan=1, delay=1)
+                for number in range(30):
+                    action = player.infer(observation_of(seed + number))["actions"]
+                    assert action.shape == (14,) and np.isfinite(action).all()
+                player.close()
+                return len(player._delays)
+
+        with ThreadPoolExecutor(2) as pool:
+            assert min(pool.map(drive, (0, 100))) == 10  # the history is full
 
 
 def test_errors_of_the_policy_reach_the_control_loop():
@@ -479,11 +504,14 @@ def test_errors_of_the_policy_reach_the_control_loop():
                 raise UserError("no")
             return super().infer(observation)
 
-    player = RealTime(Broken(), replan=1)
+    policy = Broken()
+    player = RealTime(policy, replan=1)
     step(player)
     with pytest.raises(UserError, match="no"):
         for _ in range(8):
             step(player)
+    policy.gate.release()
+    assert step(player) == 200  # begins anew
     player.close()
 
 

@@ -155,18 +155,17 @@ class RealTime:
         """The next action; see `OpenLoop.infer`. Called once per control step; the observation is copied."""
         with self._lock:
             if self._result is None:
-                self._result, self._step = self._ask(observation).result(), 0
-                if self._replan >= len(self._result["actions"]):
-                    raise UserError(f"replan={self._replan}: below the {len(self._result['actions'])} of a chunk")
-            left = len(self._result["actions"]) - self._step
-            if self._asked is None and left and self._step >= self._replan:
-                held = {
-                    "previous_actions": self._result["actions"][self._step :],
-                    "delay": min(max(self._delays), left),
-                }
-                self._asked = self._ask({**observation, **held}), self._step
-            if self._asked is not None and (not left or self._asked[0].done()):
+                first = self._ask(observation).result()
+                if self._replan >= len(first["actions"]):
+                    raise UserError(f"replan={self._replan}: below the {len(first['actions'])} of a chunk")
+                self._result, self._step = first, 0
+            at_end = self._step == len(self._result["actions"])
+            if self._asked is not None and (at_end or self._asked[0].done()):
                 self._take(*self._asked)
+            if self._asked is None and self._step >= self._replan:
+                left = self._result["actions"][self._step :]
+                held = {"previous_actions": left, "delay": min(max(self._delays), len(left))}
+                self._asked = self._ask({**observation, **held}), self._step
             action = _row(self._result, self._step)
             self._step += 1
             return action
@@ -186,7 +185,7 @@ class RealTime:
         return self._thread.submit(self._policy.infer, _copy(observation))
 
     def _take(self, answer: Future[Mapping[str, Any]], asked_at: int) -> None:
-        self._asked = None
+        self._result, self._asked = None, None  # after an error all begins anew
         result, delay = answer.result(), self._step - asked_at
         if delay >= len(result["actions"]):
             raise UserError(
