@@ -151,15 +151,17 @@ class FastModel:
             return kept, graph.replay
         changes = [decoding.tokens, decoding.done, decoding.left, decoding.at, decoding.step]
         before = [x.clone() for x in changes]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once for real, as capturing asks for
-            self.module.step(decoding, rules)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch._foreach_copy_(changes, before)
+        now, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.module.step(decoding, rules)
+        stream.wait_stream(now)
+        with torch.cuda.stream(stream):  # also makes its device the current one
+            self.module.step(decoding, rules)  # once for real, as capturing asks for
+            for tensor, value in zip(changes, before, strict=True):
+                tensor.copy_(value)
+            stream.synchronize()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                self.module.step(decoding, rules)
+        now.wait_stream(stream)
         self._captured[key] = graph, decoding, rules
         return decoding, graph.replay
 
