@@ -13,7 +13,7 @@ from openpi_port.config import Train
 
 
 def to_edge(config: Train) -> ConfigDict:
-    """A ConfigDict with the same fields; an optional field that is None still knows its type."""
+    """A ConfigDict with the same fields; one that is None still knows its type, an absent part (LoRA) its fields."""
     return ConfigDict(_open(config))
 
 
@@ -27,7 +27,10 @@ def _value(hint: Any, value: Any) -> Any:
         return _open(value)
     args = typing.get_args(hint)
     if value is None:
-        return config_dict.placeholder(next(a for a in args if a is not type(None)))
+        inner = next(a for a in args if a is not type(None))
+        if dataclasses.is_dataclass(inner):
+            return {name: _value(part | None, None) for name, part in typing.get_type_hints(inner).items()}
+        return config_dict.placeholder(typing.get_origin(inner) or inner)
     if isinstance(value, Mapping):
         return {k: _value(args[1], v) for k, v in value.items()}
     return value

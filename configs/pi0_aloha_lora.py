@@ -1,16 +1,16 @@
 """pi0 on ALOHA with LoRA, as openpi trains it: adapters of rank 16 in the language model and 32 in the action expert.
 
 Trained are the adapters, the vision tower and the projections of state, time and actions; the language stack's own
-weights are frozen, and no average is kept. To train the adapters and projections alone:
-`--config.frozen="('^vision', r'^gemma/(?!.*/lora_[ab]$)')"`. The sizes are those of `pi0_aloha`; adapters that the
-checkpoint of `--config.init` lacks start fresh.
+weights are frozen, and no average is kept. `--config.frozen="('all-but-lora',)"` trains the adapters alone. Checkpoints
+hold what is trained, and find the rest where `--config.init` says; adapters that are lacking there start fresh. The
+sizes are those of `pi0_aloha`. Any other config gets LoRA by `--config.model.language.lora.rank=16`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import pi0_aloha
 from configs.edge import to_edge
@@ -29,4 +29,8 @@ def get_config(size: str = "base") -> ConfigDict:
         expert=dataclasses.replace(full.model.expert, lora=expert),
     )
     name, optimizer = full.name.replace("pi0_aloha", "pi0_aloha_lora"), dataclasses.replace(full.optimizer, ema=0.0)
-    return to_edge(dataclasses.replace(full, name=name, model=model, optimizer=optimizer, frozen=LORA_ONLY))
+    run = dataclasses.replace(full, name=name, model=model, optimizer=optimizer, frozen=LORA_ONLY, save="trained")
+    edge = to_edge(run)
+    for part in (edge.model.language, edge.model.expert):  # an override of the rank is one of alpha too
+        part.lora.alpha = config_dict.placeholder(float)
+    return edge

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from convert import big_vision, huggingface, lora, openpi, ours, remote
+from convert import big_vision, huggingface, lora, openpi, ours, remote, settings
 from convert.layout import Translated
 from convert.source import Source
 from openpi_port import orbax_io
+from openpi_port.backends import Backend
 from openpi_port.errors import UserError
 
 
@@ -42,6 +43,11 @@ def open_checkpoint(
 
 
 def _open(path: Path, asset: str | None, overrides: Mapping[str, Any]) -> Source:
+    policy = settings.read_json(path / settings.POLICY)
+    if "base" in policy:  # some tensors of ours, whose names may not tell
+        side = policy.get("framework")
+        tensors = Backend(side).weights.read_params(path / Backend(side).weights.PARAMS)
+        return ours.open_(path, tensors, side, asset, overrides)
     orbax = openpi.params_dir(path)
     if orbax is not None:
         arrays = orbax_io.Arrays(orbax)

@@ -8,7 +8,7 @@ from typing import Any
 
 from convert import infer, settings
 from convert.source import Source
-from openpi_port import orbax_io, safetensors_io
+from openpi_port import base, checkpoint, orbax_io, safetensors_io
 from openpi_port.checkpoint import TRAIN_STATE, norm_stats_file
 from openpi_port.errors import UserError, near
 from openpi_port.normalize import load_norm_stats
@@ -30,6 +30,10 @@ def open_(path: Path, tensors: Mapping[str, Any], side: str, asset: str | None, 
     if not (path / settings.POLICY).exists():
         raise UserError(f"{path}: weights of this project, but no {settings.POLICY} beside them that describes it")
     stated = settings.read(path)
+    if "base" in stated.policy:  # only what was trained is here
+        policy = checkpoint.read_policy(path)
+        tensors = base.complete(policy.base, policy.train, tensors, side, str(path))
+        stated = settings.without_base(stated)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     model = infer.config(shapes, side, stated.model, overrides)
     policy, state = dict(stated.policy), _train_state(path, side)

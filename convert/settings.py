@@ -59,6 +59,12 @@ def read(path: Path) -> Stated:
     return Stated(model, {})
 
 
+def without_base(stated: Stated) -> Stated:
+    """The same of a checkpoint whose frozen weights have been joined to it: what is made of it holds all."""
+    policy = {key: value for key, value in stated.policy.items() if key != "base"}
+    return Stated(stated.model, {**policy, "train": {**policy["train"], "save": "all"}})
+
+
 def of_openpi(stated: Stated, model: Any) -> dict[str, Any]:
     """The policy's settings where openpi wrote the checkpoint: its habits, and nothing about the robot."""
     zscore = getattr(model, "state_in", None) == "suffix"

@@ -64,6 +64,7 @@ def _resolve(argv: list[str]) -> list[str]:
     if not path.exists():
         known = [p.stem for p in CONFIGS.glob("*.py") if "get_config" in p.read_text() and p.stem != "edge"]
         raise UserError(f"--config={name}: no file {path.name} in configs/; {near(name, known)}")
+    argv += _with_lora(argv, path)
     override = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config.model.size=")), None)
     if size and override and size != override:
         raise UserError(f"--config={name}:{size} and --config.model.size={override} disagree; give one")
@@ -75,12 +76,34 @@ def _resolve(argv: list[str]) -> list[str]:
     return argv
 
 
-def _check_fields(path: Path, size: str, argv: Sequence[str]) -> None:
-    """Refuses an override of a field that the config doesn't have."""
+def _with_lora(argv: Sequence[str], path: Path) -> list[str]:
+    """What goes with LoRA where flags alone ask for it: only adapters and projections are trained, without average."""
+    asked = [re.match(r"--config\.model\.(language|expert)\.lora\.", arg) for arg in argv]
+    parts = sorted({found[1] for found in asked if found}, reverse=True)
+    if not parts:
+        return []
+    fields = _fields(path, "base").model
+    if any("lora" in fields.get(part, {}) and fields[part].lora.rank is not None for part in ("language", "expert")):
+        return []
+    frozen = "".join(f"'{part}-but-lora'," for part in parts)
+    extra = [f"--config.frozen=({frozen})", "--config.optimizer.ema=0.0", "--config.save=trained"]
+    extra = [arg for arg in extra if not any(given.startswith(arg.partition("=")[0] + "=") for given in argv)]
+    sys.argv += extra  # where config_flags looks for what is overridden
+    print(f"LoRA, therefore {' '.join(extra)}" if extra else "LoRA", flush=True)
+    return extra
+
+
+def _fields(path: Path, size: str) -> ConfigDict:
+    """The fields of a config file."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    fields = module.get_config(size)
+    return module.get_config(size)
+
+
+def _check_fields(path: Path, size: str, argv: Sequence[str]) -> None:
+    """Refuses an override of a field that the config doesn't have."""
+    fields = _fields(path, size)
     for arg in argv:
         if not arg.startswith("--config."):
             continue

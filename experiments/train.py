@@ -28,6 +28,7 @@ from experiments.metrics import Metrics
 from experiments.processes import Processes, SharedError, Stop
 from openpi_port import checkpoint, memory, meshes, starting
 from openpi_port.backends import Backend
+from openpi_port.base import Base
 from openpi_port.config import Train
 from openpi_port.data import material
 from openpi_port.errors import UserError
@@ -106,7 +107,7 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
                 window.pause()
             if step % config.save_every == 0 or last or stopping:
                 window.check(step)  # never save what a bad loss has spoilt
-                save(saver, config, data, trainer, backend, process)
+                save(saver, config, data, trainer, backend, process, start.base)
         batches.close()
     if processes.index == 0:
         finish(config, run, trainer.step, backend)
@@ -139,11 +140,12 @@ def save(
     trainer: Any,
     backend: Backend,
     process: tuple[int, int],
+    base: Base | None,
 ) -> None:
     """Copies the state to the host and has it written in the background; of several processes each does its part."""
     saver.wait()  # before there is a second copy
-    policy = checkpoint.Policy(config, trainer.step, config.backend, data.tokenizer.fingerprint)
-    files = {"": trainer.weights(), checkpoint.TRAIN_STATE: trainer.train_state()}
+    policy = checkpoint.Policy(config, trainer.step, config.backend, data.tokenizer.fingerprint, base)
+    files = {"": trainer.weights(only_trained=base is not None), checkpoint.TRAIN_STATE: trainer.train_state()}
     weights = backend.weights
 
     def fill(directory: Path) -> None:

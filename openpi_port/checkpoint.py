@@ -24,11 +24,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from openpi_port.base import Base
 from openpi_port.config import Train, build, to_dict
 from openpi_port.errors import UserError
 from openpi_port.normalize import NormStats, load_norm_stats, save_norm_stats
 
-FORMAT = 1
+FORMAT, PARTIAL = 1, 2  # the second needs its base
 POLICY, NORM_STATS, TOKENIZER, TRAIN_STATE = "policy.json", "norm_stats.json", "tokenizer.model", "train_state"
 FAST_TOKENIZER = "fast_tokenizer"
 DONE, FAILED = "done", "failed"  # marks of the processes that write together
@@ -43,24 +44,27 @@ class Policy:
       step: optimizer steps done.
       framework: "flax" or "torch", which wrote the weights.
       tokenizer_sha256: of the tokenizer that lies beside it.
+      base: where the other weights are, of a checkpoint that holds only what was trained.
     """
 
     train: Train
     step: int
     framework: str
     tokenizer_sha256: str
+    base: Base | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Nested plain containers; `model` and `data` stand at the top, where other readers look."""
         train = to_dict(self.train)
         return {
-            "format": FORMAT,
+            "format": FORMAT if self.base is None else PARTIAL,
             "framework": self.framework,
             "step": self.step,
             "model": train.pop("model"),
             "data": train.pop("data"),
             "tokenizer": {"spec": train.pop("tokenizer"), "sha256": self.tokenizer_sha256},
             "train": train,
+            **({} if self.base is None else {"base": dataclasses.asdict(self.base)}),
         }
 
 
@@ -73,13 +77,14 @@ def read_policy(path: Path) -> Policy:
     file = path / POLICY
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
-        if tree["format"] > FORMAT:
+        if tree["format"] > PARTIAL:
             raise UserError(
-                f"{file}: format {tree['format']} is newer than this version's {FORMAT}; upgrade openpi_port"
+                f"{file}: format {tree['format']} is newer than this version's {PARTIAL}; upgrade openpi_port"
             )
         tokenizer = tree["tokenizer"]
         train = {**tree["train"], "model": tree["model"], "data": tree["data"], "tokenizer": tokenizer["spec"]}
-        return Policy(build(Train, train, "train"), tree["step"], tree["framework"], tokenizer["sha256"])
+        base = Base(**tree["base"]) if "base" in tree else None
+        return Policy(build(Train, train, "train"), tree["step"], tree["framework"], tokenizer["sha256"], base)
     except FileNotFoundError:
         raise UserError(f"{file}: not there; is {path} a checkpoint of this project?") from None
     except (ValueError, KeyError, TypeError) as error:

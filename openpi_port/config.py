@@ -39,18 +39,19 @@ class Lora:
 
     Attributes:
       rank: of `a` and `b`.
-      alpha: openpi's equals the rank.
+      alpha: None takes the rank, as openpi does.
       targets: "attn" adapts queries, keys, values and output, "mlp" the three matrices of the MLP.
     """
 
     rank: int
-    alpha: float
+    alpha: float | None = None
     targets: tuple[Literal["attn", "mlp"], ...] = ("attn", "mlp")
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.targets:
             raise UserError(f"config: lora.rank={self.rank}, lora.targets={self.targets}: adapts nothing; use no lora")
         object.__setattr__(self, "targets", tuple(sorted(set(self.targets))))
+        object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
     @property
     def scaling(self) -> float:
@@ -274,6 +275,19 @@ class Optimizer:
     ema: float = 0.99
 
 
+# What openpi freezes when it trains LoRA: all of the language stack but the adapters. The vision tower and the
+# projections of state, time and actions are trained.
+LORA_ONLY = (r"^gemma/(?!.*/lora_[ab]$)",)
+
+# Names for what is frozen most often.
+FROZEN = {
+    "language-but-lora": r"^gemma/(embedding$|norms/0/|layers/experts/0/(?!.*lora_[ab]$))",
+    "expert-but-lora": r"^gemma/(norms/1/|layers/experts/1/(?!.*lora_[ab]$))",
+    "all-but-lora": r"^(?!.*/lora_[ab]$)",
+    "all-but-expert": r"^(vision/|gemma/(embedding$|norms/0/|layers/experts/0/))",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Train:
     """A whole run.
@@ -291,8 +305,11 @@ class Train:
       allow_truncation: cuts pi0-FAST's sequences that exceed max_token_len, as openpi does, and reports their share;
         otherwise such a sequence ends the run.
       init: a checkpoint to start from (local, gs://, hf://); None starts from fresh weights.
-      frozen: regular expressions over parameter paths (Flax names); what matches any is not trained. `LORA_ONLY`
-        freezes the language model and the expert except their adapters.
+      frozen: what is not trained: names of `FROZEN` ("language-but-lora", "expert-but-lora": that part except its
+        adapters; "all-but-lora"; "all-but-expert": vision and language model), or regular expressions over parameter
+        paths (Flax names).
+      save: which weights a checkpoint holds. "trained" leaves out the frozen ones, which are found again by `init` (or
+        `seed`, where that is None) and recognised by a checksum.
       draws: of noise and time per sample; several share one pass over images and prompt.
       max_delay: above 0, training-time real-time chunking: the first actions of a chunk, from none to so many, are
         given as they are, with flow time 0, and the loss is on the others (docs/real_time.md).
@@ -318,6 +335,7 @@ class Train:
     allow_truncation: bool = False
     init: str | None = None
     frozen: tuple[str, ...] = ()
+    save: Literal["all", "trained"] = "all"
     batch_size: int = 32
     draws: int = 1
     max_delay: int = 0
@@ -335,6 +353,7 @@ class Train:
     eval_batches: int = 8
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "frozen", tuple(FROZEN.get(name, name) for name in self.frozen))
         if isinstance(self.model, Pi0Fast) and self.draws != 1:
             raise UserError(f"config.draws={self.draws}: pi0-FAST draws neither noise nor time; leave it at 1")
         if not 0 <= self.max_delay < self.model.action_horizon:
@@ -363,10 +382,6 @@ class Train:
         """All data sets by name; that of the deployed robot comes first and is called ""."""
         return {"": self.data, **self.mixture}
 
-
-# What openpi freezes when it trains LoRA: all of the language stack but the adapters. The vision tower and the
-# projections of state, time and actions are trained.
-LORA_ONLY = (r"^gemma/(?!.*/lora_[ab]$)",)
 
 # width, depth, mlp, heads: big_vision's So400m/14; kv heads and head dim: Gemma's and openpi's variants.
 SIGLIP = {
@@ -436,7 +451,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
         return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if type(None) in args:
-        return None if value is None else _convert(next(a for a in args if a is not type(None)), value, where)
+        inner = next(a for a in args if a is not type(None))
+        if dataclasses.is_dataclass(inner) and hasattr(value, "items"):  # a part that may be absent
+            value = {name: field for name, field in value.items() if field is not None} or None
+        return None if value is None else _convert(inner, value, where)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -10,7 +10,9 @@ import math
 import re
 
 from convert import layout, tables
+from openpi_port import meshes
 from openpi_port.config import Gemma, Pi0, Pi0Fast, Siglip, Train
+from openpi_port.errors import UserError
 
 GIB = 2**30
 
@@ -46,23 +48,30 @@ class Plan:
 def count_params(model: Pi0 | Pi0Fast, frozen: tuple[str, ...] = ()) -> tuple[int, int]:
     """Number of parameters, and of those that no pattern of `frozen` matches."""
     shapes = layout.side_shapes(tables.entries(model), layout.OURS)
+    for pattern in frozen:
+        if not any(re.search(pattern, name) for name in shapes):
+            raise UserError(f"config.frozen: {pattern!r} is found in no parameter's name; one is {next(iter(shapes))}")
     trained = {n: s for n, s in shapes.items() if not any(re.search(p, n) for p in frozen)}
     return layout.num_elements(shapes), layout.num_elements(trained)
 
 
 def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
-    """Float32 weights, gradients, Adam's two moments and the average, and the activations of one batch.
+    """Weights, their gradients, Adam's two moments and the average, and the activations of one batch.
+
+    All float32, but frozen weights in the dtype they are used in.
 
     Args:
       config: the run.
       shape: of the mesh (`meshes.shape`); what is planned is one device's part.
     """
     num_params, num_trained = count_params(config.model, config.frozen)
-    total, trained = (-(-count // shape[1]) for count in (num_params, num_trained))
+    shapes = layout.side_shapes(tables.entries(config.model), layout.OURS)
+    size = sum(math.prod(s) * (2 if meshes.stored_in(config, n) == "bfloat16" else 4) for n, s in shapes.items())
+    weights, trained = (-(-count // shape[1]) for count in (size, num_trained))
     return Plan(
         num_params=num_params,
         num_trained=num_trained,
-        weights=4 * total,
+        weights=weights,
         gradients=4 * trained,
         optimizer=8 * trained,
         average=4 * trained if config.optimizer.ema else 0,

@@ -1,11 +1,12 @@
-"""The rules by which a run is spread over devices and processes, the same in both frameworks."""
+"""The rules by which a run's tensors lie on devices and processes, the same in both frameworks."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 
-from openpi_port.config import Mesh
+from openpi_port.config import Dtype, Mesh, Train
 from openpi_port.errors import UserError
 
 
@@ -44,6 +45,31 @@ def axis(shape: tuple[int, ...], count: int, min_size: int) -> int | None:
     if count == 1 or math.prod(shape) < min_size:
         return None
     return max((i for i, n in enumerate(shape) if n % count == 0), key=lambda i: shape[i], default=None)
+
+
+def canonical(name: str) -> str:
+    """The Flax path of a parameter by its name in either framework.
+
+    torch's differ in dots, in the numbers of stacked layers and in `weight` for `kernel`.
+    """
+    name = re.sub(r"(blocks|layers)/\d+", r"\1", name.replace(".", "/"))
+    return re.sub(r"/weight$", "/kernel", name)
+
+
+def is_frozen(config: Train, name: str) -> bool:
+    """Whether a parameter (by its name in either framework) is left out of the training."""
+    path = canonical(name)
+    return any(re.search(pattern, path) for pattern in config.frozen)
+
+
+def stored_in(config: Train, name: str) -> Dtype:
+    """The dtype in which a parameter (by its name in either framework) is held while training.
+
+    What is trained is float32. What is frozen is rounded beforehand where it is rounded at every use anyway, so that
+    nothing changes but the memory: the matrices of the layers and the embedding, when computing in bfloat16.
+    """
+    rounded = re.search(r"^(vision/blocks|gemma/layers)/.*kernel$|^gemma/embedding$", canonical(name))
+    return config.compute.dtype if rounded and is_frozen(config, name) else "float32"
 
 
 def owners(sizes: Mapping[str, int], count: int) -> dict[str, int]:

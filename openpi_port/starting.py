@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from convert import layout, tables
-from openpi_port import checkpoint, init
+from openpi_port import base, checkpoint, init
 from openpi_port.backends import Backend
 from openpi_port.config import Pi0Fast, Train, to_dict
 from openpi_port.errors import UserError
@@ -26,6 +26,7 @@ class Point:
     weights: Mapping[str, np.ndarray]
     train_state: Mapping[str, np.ndarray] | None = None
     norm_stats: Mapping[str, NormStats] | None = None  # by data set
+    base: base.Base | None = None  # where the frozen weights are, if checkpoints leave them out
 
 
 def point(run: Path, config: Train, *, resume: bool) -> Point:
@@ -49,14 +50,20 @@ def point(run: Path, config: Train, *, resume: bool) -> Point:
             f"{run} holds a run, at step {saved[-1]}: go on with --resume, or start another with --config.name= "
             f"or --config.out="
         )
-    weights = init.Fresh(config.model, config.seed) if config.init is None else _foreign(config)
-    return Point(0, tables.translate(weights, config.model, layout.OURS, config.backend))
+    begin = weights(config)
+    where = base.of(config, begin) if config.save == "trained" else None
+    return Point(0, tables.translate(begin, config.model, layout.OURS, config.backend), base=where)
 
 
-def _foreign(config: Train) -> Mapping[str, np.ndarray]:
-    """Canonical weights of `config.init`, which must be of the same architecture; absent adapters start fresh."""
+def weights(config: Train) -> Mapping[str, np.ndarray]:
+    """Canonical weights that a run begins with: fresh ones, or those of `config.init`.
+
+    These must be of the same architecture; adapters that are absent there start fresh.
+    """
     from convert import formats
 
+    if config.init is None:
+        return init.Fresh(config.model, config.seed)
     source = formats.open_checkpoint(config.init)
     theirs, ours = to_dict(source.model), to_dict(config.model)
     added = [part for part in ("language", "expert") if _add_lora(theirs.get(part), ours.get(part))]
@@ -70,11 +77,11 @@ def _foreign(config: Train) -> Mapping[str, np.ndarray]:
             )
     if isinstance(config.model, Pi0Fast):
         _check_habits(config, source.model, source.settings.get("data", {}))
-    weights = source.canonical()
+    found = source.canonical()
     if not added:
-        return weights
+        return found
     fresh = init.Fresh(config.model, config.seed)
-    return ChainMap({name: fresh[name] for name in fresh if name not in weights}, weights)
+    return ChainMap({name: fresh[name] for name in fresh if name not in found}, found)
 
 
 def _check_habits(config: Train, theirs: Pi0Fast, data: Mapping[str, Any]) -> None:
@@ -103,13 +110,16 @@ def _continued(path: Path, config: Train) -> Point:
     if policy.step > config.num_steps:
         raise UserError(f"--resume: {path} is beyond config.num_steps={config.num_steps}; give more")
     theirs = Backend(policy.framework).weights
-    weights = theirs.read_params(path / theirs.PARAMS)
+    tensors = theirs.read_params(path / theirs.PARAMS)
+    if policy.base is not None:
+        tensors = base.complete(policy.base, policy.train, tensors, policy.framework, str(path))
     state = theirs.read_params(path / checkpoint.TRAIN_STATE / theirs.PARAMS)
     if policy.framework != config.backend:
         state = tables.translate_state(state, config.model, policy.framework, config.backend)
     return Point(
         policy.step,
-        tables.translate(weights, config.model, policy.framework, config.backend),
+        tables.translate(tensors, config.model, policy.framework, config.backend),
         state,
         checkpoint.read_norm_stats(path, policy.train),
+        policy.base,
     )

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from frameworks import NAMES, Framework
 from test_tables import random_weights
+from test_train import caches, config_for, run  # noqa: F401 (a fixture)
+from test_train import losses as losses_of
 from test_train_step import batches, canonical, trainer
 
 from configs import pi0_aloha, pi0_aloha_lora
 from convert import formats, tables, target
 from convert.__main__ import main
 from convert.layout import OURS, side_shapes
-from openpi_port import checkpoint, init, load_model, memory, orbax_io, starting
-from openpi_port.config import LORA_ONLY, Gemma, Lora, Pi0, Siglip, Train, build, to_dict
+from openpi_port import base as base_lib
+from openpi_port import checkpoint, init, load_model, memory, meshes, orbax_io, safetensors_io, starting
+from openpi_port.config import FROZEN, LORA_ONLY, Compute, Gemma, Lora, Pi0, Siglip, Train, build, to_dict
 from openpi_port.errors import UserError
 
 TINY = Pi0(Siglip(8, 1, 8, 2, 14, 28), Gemma(8, 2, 12, 2, 1, 4), Gemma(6, 2, 10, 2, 1, 4), 16, 3, 4, 5)
@@ -195,32 +204,140 @@ def lora_config(**changes) -> Train:
 
 def test_only_adapters_and_what_is_not_frozen_move_alike_in_both_frameworks():
     config = lora_config()
-    data, fresh = batches(config, 3), init.Fresh(config.model, 0)
-    after = {}
+    data, fresh = batches(config, 5), init.Fresh(config.model, 0)
+    after, gradients, losses = {}, {}, {}
     for name in NAMES:
         t = trainer(name, config)
-        for batch in data:
-            t.update(batch)
+        losses[name] = [float(t.update(data[0])["loss"])]
+        first = {n.removeprefix("mu/"): m for n, m in t.train_state().items() if n.startswith("mu/")}
+        assert all("lora_" in n for n in first if n.startswith("gemma"))
+        rest = {n: np.zeros_like(w) for n, w in t.weights().items()}
+        gradients[name] = dict(tables.translate(rest | first, config.model, name, OURS))  # times 1 - b1, clipped
+        losses[name] += [float(t.update(batch)["loss"]) for batch in data[1:]]
         after[name] = canonical(t, name, config)
         moved = {path for path in fresh if not np.array_equal(after[name][path], fresh[path])}
         assert all("lora_" in path for path in moved if path.startswith("gemma/"))
         still = {path for path in fresh if "lora_" in path} - moved
         assert not still, still
         assert {"action_out_proj/kernel", "vision/head/kernel"} <= moved
+    np.testing.assert_allclose(losses["torch"], losses["flax"], atol=1e-4, rtol=0)
     for path in fresh:
+        np.testing.assert_allclose(gradients["torch"][path], gradients["flax"][path], atol=1e-5, rtol=0, err_msg=path)
         if path != "vision/blocks/attn/k/bias":  # its gradient is rounding, which Adam scales up
             np.testing.assert_allclose(after["torch"][path], after["flax"][path], atol=1e-4, rtol=0, err_msg=path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_weights_are_rounded_once_where_every_use_rounds_them(name, monkeypatch):
+    """Half the memory for them, and the same numbers to the bit."""
+    config = lora_config(compute=Compute(dtype="bfloat16"))
+    batch = batches(config, 1)[0]
+    t = trainer(name, config)
+    weights = canonical(t, name, config)
+    bfloat16 = {path for path, w in weights.items() if w.dtype.name == "bfloat16"}
+    assert "gemma/embedding" in bfloat16 and "gemma/layers/experts/1/down/kernel" in bfloat16
+    assert not any("lora" in path or "norm" in path or path.startswith(("vision", "action")) for path in bfloat16)
+    assert memory.plan(config).weights == sum(w.nbytes for w in weights.values())
+    monkeypatch.setattr(meshes, "stored_in", lambda config, name: "float32")
+    unrounded = trainer(name, config)
+    assert {w.dtype.name for w in unrounded.weights().values()} == {"float32"}
+    assert t.evaluate(batch) == unrounded.evaluate(batch)
+    if name == "torch":  # in Flax that takes half a minute to compile
+        steps = [[float(each.update(batch)["loss"]) for _ in range(2)] for each in (t, unrounded)]
+        assert steps[0] == steps[1] and steps[0][0] != steps[0][1]
+
+
+def base_checkpoint(directory: Path, seed: int) -> Path:
+    """The debug model as openpi would save it."""
+    plain = build(Train, pi0_aloha.get_config("debug")).model
+    orbax_io.write(directory / "params", dict(tables.translate(init.Fresh(plain, seed), plain, OURS, "openpi")))
+    (directory / "config.json").write_text(
+        '{"vision": {}, "vlm": {}, "image_keys": ["base_0_rgb"], "action_horizon": 50, "max_token_len": 11}'
+    )
+    return directory
+
+
+def test_a_checkpoint_of_adapters_finds_its_base_and_knows_it(tmp_path):
+    base = base_checkpoint(tmp_path / "base", 3)
+    lora = lora_config()
+    options = {"model": lora.model, "frozen": ("all-but-lora",), "save": "trained", "init": str(base)}
+    config = config_for(tmp_path / "a", backend="torch", num_steps=4, save_every=2, keep_every=2, **options)
+    path = run(config)
+    weights = safetensors_io.Arrays(path / "2" / "model.safetensors")
+    assert weights and all("lora_" in name for name in weights)
+    assert json.loads((path / "2" / "policy.json").read_text())["format"] == 2
+
+    straight = losses_of(path)
+    shutil.rmtree(path / "4")
+    np.testing.assert_array_equal(losses_of(run(config, resume=True)), straight)
+    model = load_model(path / "4", "torch", device="cpu")
+    batch = batches(config, 1)[0]
+    trained = model.loss(batch, batch["noise"], batch["time"])
+    target.write(formats.open_checkpoint(path / "4"), tmp_path / "whole", "flax")
+    whole = load_model(tmp_path / "whole", "flax", device="cpu")
+    np.testing.assert_allclose(whole.loss(batch, batch["noise"], batch["time"]), trained, atol=5e-5)
+    before = load_model(base, "torch", device="cpu").loss(batch, batch["noise"], batch["time"])
+    assert np.abs(before - trained).max() > 3e-4
+
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"4 holds only what was trained; the other weights should be at .*: no such"):
+        load_model(path / "4", "torch")
+    base_checkpoint(tmp_path / "base", 4)
+    with pytest.raises(UserError, match=r"4 was trained on other weights than .*base has now"):
+        starting.point(path, config, resume=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_checkpoint_to_begin_with_the_seed_is_the_base(tmp_path, name):
+    config = lora_config(save="trained", backend=name, frozen=("language-but-lora", "expert-but-lora"))
+    begin = starting.point(tmp_path, config, resume=False)
+    t = trainer(name, config)
+    t.update(batches(config, 1)[0])
+    some, every = t.weights(only_trained=True), t.weights()
+    assert some.keys() < every.keys() and not any(n.startswith("gemma") and "lora" not in n for n in some)
+    found = base_lib.complete(begin.base, config, some, name, "it")
+    assert found.keys() == every.keys()
+    for tensor, array in every.items():
+        np.testing.assert_array_equal(np.asarray(found[tensor]), array, err_msg=tensor)
+
+
+def test_what_is_frozen_has_names():
+    model = build(Train, pi0_aloha_lora.get_config("debug")).model
+    shapes = side_shapes(tables.entries(model), OURS)
+
+    def trained(*names: str) -> set[str]:
+        config = lora_config(frozen=names)
+        assert build(Train, to_dict(config)) == config
+        return {name for name in shapes if not meshes.is_frozen(config, name)}
+
+    adapters = {name for name in shapes if "lora_" in name}
+    assert trained("all-but-lora") == adapters
+    assert trained("language-but-lora", "expert-but-lora") == trained(*LORA_ONLY)
+    expert = trained("all-but-expert")
+    assert {"gemma/layers/experts/1/q/kernel", "state_proj/bias", "gemma/norms/1/scale"} <= expert
+    others = ("vision", "gemma/embedding", "gemma/norms/0", "gemma/layers/experts/0")
+    assert not any(name.startswith(others) for name in expert)
+    with pytest.raises(UserError, match=r"config.frozen: '\^vison' is found in no parameter's name; one is vision/"):
+        memory.plan(lora_config(frozen=("^vison",)))
+
+
+def test_lora_by_flags():
+    def of(*flags: str) -> Train:
+        code = "from experiments import flags, train\nflags.run(lambda: print(flags.config()))"
+        command = [sys.executable, "-c", code, "--config=pi0_aloha:debug", *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    text = of("--config.model.language.lora.rank=3", "--config.optimizer.ema=0.5")
+    assert "Lora(rank=3, alpha=3.0, targets=('attn', 'mlp'))" in text and "ema=0.5" in text and "save='trained'" in text
+    assert repr(FROZEN["language-but-lora"]) in text and repr(FROZEN["expert-but-lora"]) not in text
 
 
 def test_a_fresh_adapter_changes_nothing_and_a_base_checkpoint_is_completed(tmp_path):
     config = lora_config()
     plain = build(Train, pi0_aloha.get_config("debug")).model
     weights = init.Fresh(plain, 3)
-    directory = tmp_path / "base"
-    orbax_io.write(directory / "params", dict(tables.translate(weights, plain, OURS, "openpi")))
-    (directory / "config.json").write_text(
-        '{"vision": {}, "vlm": {}, "image_keys": ["base_0_rgb"], "action_horizon": 50, "max_token_len": 11}'
-    )
+    directory = base_checkpoint(tmp_path / "base", 3)
     start = starting.point(tmp_path / "run", dataclasses.replace(config, init=str(directory)), resume=False)
     assert np.abs(start.weights["gemma/layers/experts/1/o/lora_a"]).max() > 0
     assert not start.weights["gemma/layers/experts/1/o/lora_b"].any()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -111,6 +112,7 @@ class Layout:
         found = jax.devices(device)
         self.shape = meshes.shape(config.mesh, len(found), jax.process_count(), config.batch_size)
         self._min_size = config.mesh.min_size
+        self._stored_in = partial(meshes.stored_in, config)
         taken = found[: self.shape[0] * self.shape[1]]
         self._mesh = jax.make_mesh(self.shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=taken)
         self.device = devices.find(device)
@@ -118,7 +120,7 @@ class Layout:
 
     def fill(self, module: nnx.Module, weights: Mapping[str, np.ndarray]) -> nnx.Module:
         """Fills a model, strictly, with every device's part of the weights (by Flax path)."""
-        return weights_io.load(module, weights, self.place)
+        return weights_io.load(module, weights, self.place, self._stored_in)
 
     def place(self, array: np.ndarray) -> jax.Array:
         """An array of the host on the devices, each of which takes its part."""

@@ -5,7 +5,6 @@ B batch, A actions in a chunk.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import optax
 from flax import nnx
 
 from openpi_port import batch as batches
-from openpi_port import strict
+from openpi_port import meshes, strict
 from openpi_port.batch import Batch
 from openpi_port.config import Train as Config
 from openpi_port.pi_flax import attention, insulated
@@ -81,9 +80,10 @@ class Trainer:
         with devices.precision(self.config.compute):
             return float(self._evaluate(trained, self._state.frozen, batch))
 
-    def weights(self) -> dict[str, np.ndarray]:
+    def weights(self, *, only_trained: bool = False) -> dict[str, np.ndarray]:
         """What is deployed, by Flax path: averaged where an average is kept; see `Layout.gather`."""
-        return self._layout.gather(_named(nnx.merge_state(self._deployed(), self._state.frozen)))
+        trained = self._deployed()
+        return self._layout.gather(_named(trained if only_trained else nnx.merge_state(trained, self._state.frozen)))
 
     def train_state(self) -> dict[str, np.ndarray]:
         """What else a resume needs: Adam's moments, and the raw weights where `weights` are averaged."""
@@ -154,9 +154,8 @@ class Trainer:
 
 
 def is_trained(config: Config, path: tuple, _: Any = None) -> bool:
-    """Whether a parameter is trained: no pattern of `config.frozen` is found in its Flax path."""
-    name = "/".join(map(str, path))
-    return not any(re.search(pattern, name) for pattern in config.frozen)
+    """Whether the parameter at that path is trained."""
+    return not meshes.is_frozen(config, "/".join(map(str, path)))
 
 
 def _names(state: nnx.State) -> list[str]:

@@ -34,7 +34,7 @@ def load(
     model: nnx.Module,
     mapping: Mapping[str, Any],
     device: jax.Device | Callable[[np.ndarray], jax.Array] | None = None,
-    dtype: Dtype | None = None,
+    dtype: Dtype | Callable[[str], Dtype] | None = None,
 ) -> nnx.Module:
     """Fills every parameter of a model, strictly.
 
@@ -42,7 +42,7 @@ def load(
       model: built under `nnx.eval_shape` (nothing is allocated twice) or in earnest.
       mapping: canonical name -> array; each is asked for once.
       device: where the parameters go, one by one, or what takes them there; None takes the default device.
-      dtype: what they are rounded to, there; None keeps the arrays' dtype.
+      dtype: what they are rounded to, there, or what says so by name; None keeps the arrays' dtype.
 
     Returns:
       A model of the same structure that holds the arrays.
@@ -57,7 +57,8 @@ def load(
     filled = []
     for path, leaf in _flat_state(state):
         value = place(np.asarray(mapping[_name(path)]))
-        filled.append((path, leaf.replace(value if dtype is None else value.astype(dtype))))
+        wanted = dtype(_name(path)) if callable(dtype) else dtype
+        filled.append((path, leaf.replace(value if wanted is None else value.astype(wanted))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,7 @@ class Layout:
         self._count = dist.get_world_size() if dist.is_initialized() else 1
         self.shape = meshes.shape(config.mesh, self._count, self._count, config.batch_size)
         self._min_size = config.mesh.min_size
+        self._stored_in = partial(meshes.stored_in, config)
         self._dtype = torch.bfloat16 if config.compute.dtype == "bfloat16" else None
         self._mesh: DeviceMesh | None = None
         self.parameters: dict[str, nn.Parameter] = {}
@@ -126,7 +128,7 @@ class Layout:
         Returns:
           What to call instead of `loss`.
         """
-        weights_io.load(loss.model, weights, self.device)
+        weights_io.load(loss.model, weights, self.device, self._stored_in)
         if self.shape[1] > 1:
             self._split(loss)
         self.parameters = dict(loss.model.named_parameters())

@@ -5,7 +5,6 @@ B batch, A actions in a chunk.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from openpi_port import batch as batches
-from openpi_port import strict
+from openpi_port import meshes, strict
 from openpi_port.batch import Batch
 from openpi_port.config import Train as Config
 from openpi_port.pi_torch import attention, insulated
@@ -88,9 +87,10 @@ class Trainer:
             finally:
                 self._swap()
 
-    def weights(self) -> dict[str, np.ndarray]:
+    def weights(self, *, only_trained: bool = False) -> dict[str, np.ndarray]:
         """What is deployed, by torch name: averaged where an average is kept; see `Layout.gather`."""
-        return self._layout.gather(self._layout.parts | (self._state.average or {}))
+        parts = self._state.trained if only_trained else self._layout.parts
+        return self._layout.gather(parts | (self._state.average or {}))
 
     def train_state(self) -> dict[str, np.ndarray]:
         """What else a resume needs: Adam's moments, and the raw weights where `weights` are averaged."""
@@ -186,13 +186,8 @@ class _Loss(nn.Module):
 
 
 def is_trained(config: Config, path: tuple) -> bool:
-    """Whether a parameter is trained: no pattern of `config.frozen` is found in its Flax path.
-
-    The Flax path differs from the torch name in the numbers of stacked layers and in `kernel` for `weight`.
-    """
-    name = re.sub(r"(blocks|layers)/\d+", r"\1", "/".join(path))
-    name = re.sub(r"/weight$", "/kernel", name)
-    return not any(re.search(pattern, name) for pattern in config.frozen)
+    """Whether the parameter at that path is trained."""
+    return not meshes.is_frozen(config, "/".join(path))
 
 
 def _total(part: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Names are torch's: `gemma.layers.0.experts.0.q.weight`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ def arrays(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def load(
-    model: nn.Module, mapping: Mapping[str, Any], device: torch.device | None = None, dtype: Dtype | None = None
+    model: nn.Module,
+    mapping: Mapping[str, Any],
+    device: torch.device | None = None,
+    dtype: Dtype | Callable[[str], Dtype] | None = None,
 ) -> nn.Module:
     """Fills every parameter of a model, strictly.
 
@@ -40,7 +43,7 @@ def load(
       model: built on the meta device (nothing is allocated twice) or in earnest.
       mapping: torch name -> array; each is asked for once.
       device: where the parameters go, one by one; None leaves them on the CPU.
-      dtype: what they are rounded to, there; None keeps the arrays' dtype.
+      dtype: what they are rounded to, there, or what says so by name; None keeps the arrays' dtype.
 
     Returns:
       The same model.
@@ -52,7 +55,8 @@ def load(
     strict.check(found, shapes(model), "weights")
     for name in shapes(model):
         owner, _, leaf = name.rpartition(".")
-        value = _from_numpy(mapping[name]).to(device).to(None if dtype is None else getattr(torch, dtype))
+        wanted = dtype(name) if callable(dtype) else dtype
+        value = _from_numpy(mapping[name]).to(device).to(None if wanted is None else getattr(torch, wanted))
         module = model.get_submodule(owner)
         setattr(module, leaf, nn.Parameter(value, requires_grad=getattr(module, leaf).requires_grad))
     return model
