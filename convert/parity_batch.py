@@ -125,7 +125,7 @@ def dataset(source: Source, size: int) -> dict[str, Any]:
         tokenizer=str(tokenizer) if tokenizer.exists() else config.tokenizer,
     )  # fmt: skip
     loaded = material.load(config, checkpoint.read_norm_stats(source.path, config))
-    stream = loaded.validation_batches() if loaded.has_validation else loaded.batches(0)
+    stream = loaded.batches(0) if loaded.deployed.validation is None else loaded.validation_batches()
     try:
         batch = batches.select(next(stream), [k for k in batches.training(source.model) if k != "action_is_pad"])
     finally:

@@ -101,9 +101,9 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
                     f"{numbers['data_wait']:.0%} waiting for data"
                 )
             if evaluating:
-                loss = float(np.mean([trainer.evaluate(b) for b in data.validation_batches(process)]))
-                metrics.write(step, validation_loss=loss)
-                processes.say(f"step {step}: loss {numbers['loss']:.4f}, validation {loss:.4f}")
+                losses = data.validate(trainer.evaluate, process)
+                metrics.write(step, **losses)
+                processes.say(f"step {step}: loss {numbers['loss']:.4f}, validation {losses['validation_loss']:.4f}")
                 window.pause()
             if step % config.save_every == 0 or last or stopping:
                 window.check(step)  # never save what a bad loss has spoilt

@@ -155,7 +155,7 @@ def test_batch_must_divide_among_processes():
 def test_validation_is_always_the_same():
     def read(**changes: Any) -> list[dict[str, Any]]:
         arguments = {"batch_size": 4, "seed": 0, "action_dim": DIM, "action_horizon": ACTIONS, "num_batches": 5}
-        return list(eval_batches([Part(Rows(), ())], **(arguments | changes)))
+        return list(eval_batches(Part(Rows(), ()), **(arguments | changes)))
 
     one, other = read(), read()
     assert len(one) == 2, "eleven rows have two batches of four"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from openpi_port import Policy, checkpoint, starting
 from openpi_port.augment import augment
 from openpi_port.config import Data, Train, build, to_dict
 from openpi_port.data import material
-from openpi_port.data.loader import Part, eval_batches, train_batches
+from openpi_port.data.loader import Part, train_batches
 from openpi_port.data.mixture import Shares
 from openpi_port.errors import UserError
 from openpi_port.rng import generator
@@ -32,22 +33,27 @@ WEIGHTS = st.lists(st.floats(0.01, 100).map(lambda w: round(w, 3)), min_size=1, 
 
 
 @settings(deadline=None, max_examples=40)
-@given(WEIGHTS, st.integers(0, 400), st.sampled_from([0, 10**6, 2**45]))
+@given(WEIGHTS, st.integers(1, 400), st.sampled_from([0, 10**6, 2**45]))
 def test_shares_are_exact_at_any_moment(weights, total, start):
-    shares = Shares(weights)
-    counts = shares.counts(start)
+    shares, exact = Shares(weights), [Fraction(str(w)) for w in weights]
+    counts: list[int | None] = [0 if start == 0 else None for _ in weights]
     for index in range(start, start + total):
         number, before = shares.place(index)
-        assert before == counts[number], "each data set is gone through without a gap or a repetition"
-        counts[number] += 1
-    end = start + total
-    assert counts == shares.counts(end) and sum(counts) == end
-    wanted = end * np.array(weights) / sum(weights)
-    assert np.abs(np.array(counts) - wanted).max() < len(weights) + end * 1e-12
+        assert counts[number] in (None, before), "each data set is gone through without a gap or a repetition"
+        counts[number] = before + 1
+        assert abs(before - index * exact[number] / sum(exact)) < len(weights)
+    if start == 0:
+        assert sum(counts) == total
 
 
 def test_weights_are_decimal_numbers():
-    assert Shares([0.1, 0.2, 0.7]).counts(10**12) == [10**11, 2 * 10**11, 7 * 10**11]
+    shares = Shares([0.1, 0.2, 0.7])
+    assert [shares.place(10**12 + i) for i in range(10)] == [
+        (number, 10**11 * whole + before)
+        for number, before in (shares.place(i) for i in range(10))
+        for whole in [(1, 2, 7)[number]]
+    ], "a whole number of tens later, to the sample"
+    assert sorted(shares.place(i)[0] for i in range(10)) == [0, 1, 1, 2, 2, 2, 2, 2, 2, 2]
     assert [Shares([1, 1, 2]).place(i)[0] for i in range(4)] in map(list, itertools.permutations([0, 1, 2, 2]))
 
 
@@ -115,15 +121,6 @@ def test_resume_workers_and_processes_change_nothing(ten):
             np.testing.assert_array_equal(np.concatenate([h[step][key] for h in halves]), whole[key])
 
 
-def test_validation_mixes_alike():
-    arguments = {"batch_size": 4, "seed": 0, "action_dim": DIM, "action_horizon": ACTIONS, "num_batches": 3}
-    one, other = (list(eval_batches(parts(), **arguments)) for _ in range(2))
-    rows = rows_of(one)
-    assert len(one) == 3 and sorted(rows[rows >= 100]) == [100, 101, 103] and len(set(rows)) == 12
-    for a, b in zip(one, other, strict=True):
-        assert_equal(a, b)
-
-
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
@@ -173,13 +170,32 @@ def test_batches_of_two_robots(ran):
     config, _ = ran
     loaded = material.load(config)
     assert "70.0% of samples: 18 training episodes" in loaded.describe() and loaded.has_validation
-    for stream in (loaded.batches(0), loaded.validation_batches()):
-        batch = next(stream)
-        assert batch["actions"].shape == (4, 50, 14) and np.isfinite(batch["actions"]).all()
-        toys = batch["image_mask"]["left_wrist_0_rgb"]  # ALOHA's simulation has no such camera
-        assert toys.sum() == 2, "what seven tenths of four, rounded down, leave"
-        assert not batch["actions"][toys][..., 8:].any() and batch["actions"][~toys][..., 8:].any()
-        stream.close()
+    stream = loaded.batches(0)
+    batch = next(stream)
+    stream.close()
+    assert batch["actions"].shape == (4, 50, 14) and np.isfinite(batch["actions"]).all()
+    toys = batch["image_mask"]["left_wrist_0_rgb"]  # ALOHA's simulation has no such camera
+    assert toys.sum() == 2, "what seven tenths of four, rounded down, leave"
+    assert not batch["actions"][toys][..., 8:].any() and batch["actions"][~toys][..., 8:].any()
+
+
+def test_each_robot_has_its_validation_loss(ran):
+    config, path = ran
+    seen = {}
+
+    def evaluate(batch: dict) -> float:
+        toys = batch["image_mask"]["left_wrist_0_rgb"]
+        assert toys.all() or not toys.any()
+        seen["toy" if toys.all() else "data"] = np.abs(batch["actions"]).mean()
+        return float(np.abs(batch["actions"]).mean())
+
+    losses = material.load(config).validate(evaluate)
+    assert losses == {
+        "validation_loss/data": pytest.approx(seen["data"]),
+        "validation_loss/toy": pytest.approx(seen["toy"]),
+        "validation_loss": pytest.approx(0.7 * seen["data"] + 0.3 * seen["toy"]),
+    }
+    assert '"validation_loss/toy"' in (path.parent / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("other", [pi0_fast_aloha, pi05_aloha_ki])

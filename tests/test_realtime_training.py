@@ -61,7 +61,7 @@ def test_batches_give_the_first_actions(draws):
     assert given["time"].dtype == np.float32 and delays == set(range(MOST + 1))
     for key in ("noise", "actions", "state"):
         np.testing.assert_array_equal(given[key], plain[key])
-    validation = next(eval_batches([Part(Rows(), ())], **shape, num_batches=1, max_delay=MOST))
+    validation = next(eval_batches(Part(Rows(), ()), **shape, num_batches=1, max_delay=MOST))
     assert validation["time"].shape[-1] == A and (validation["time"] == 0).any()
 
 

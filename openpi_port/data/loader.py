@@ -220,7 +220,7 @@ def places(parts: Sequence[Part], seed: int) -> grain.MapDataset[tuple[int, int]
 
 
 def eval_batches(
-    parts: Sequence[Part],
+    part: Part,
     *,
     batch_size: int,
     seed: int,
@@ -234,27 +234,24 @@ def eval_batches(
 ) -> Batches:
     """A fixed set of batches for validation: the same samples, noise and times whenever it is called.
 
-    Samples are spread evenly over each data set, without augmentation and noise on the state; data sets of fewer than
-    one batch are repeated to fill it. Loads in threads.
+    Samples are spread evenly over the data set, without augmentation and noise on the state; a data set of fewer than
+    one batch is repeated to fill it. Loads in threads.
 
     Args:
-      num_batches: at most; less where the data sets have not that many.
-      parts, batch_size, seed, action_dim, action_horizon, draws, max_delay, process_index, process_count: see
+      part: the data set and its steps.
+      num_batches: at most; less where the data set has not that many.
+      batch_size, seed, action_dim, action_horizon, draws, max_delay, process_index, process_count: see
         `train_batches`.
 
     Returns:
       min(num_batches, samples // batch_size) batches, at least one.
     """
-    count = max(1, min(num_batches, sum(len(part.dataset) for part in parts) // batch_size)) * batch_size
-    shares = Shares([part.weight for part in parts])
-    rows = [
-        grain.MapDataset.source([i * len(part.dataset) // n for i in range(n)])
-        for part, n in zip(parts, shares.counts(count), strict=True)
-    ]
+    total = len(part.dataset)
+    count = max(1, min(num_batches, total // batch_size)) * batch_size
+    places = grain.MapDataset.source([(0, i * total // count) for i in range(count)])
     shape = _noise_shape(draws, action_horizon, action_dim)
-    makers = [_MakeSample(part.dataset, tuple(part.steps), seed, "none", shape, max_delay) for part in parts]
-    places = grain.MapDataset.range(count).map(_Mix(shares, tuple(rows)))
-    return _batches(places, makers, batch_size, 0, 0, process_index, process_count)
+    make = _MakeSample(part.dataset, tuple(part.steps), seed, "none", shape, max_delay)
+    return _batches(places, [make], batch_size, 0, 0, process_index, process_count)
 
 
 def _noise_shape(draws: int, horizon: int, dim: int) -> tuple[int, ...]:

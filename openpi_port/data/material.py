@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -92,12 +92,29 @@ class Material:
         options = {"start_step": start_step, "num_workers": self.config.data.num_workers}
         return loader.train_batches(self._parts(), **self._shape(), **options, **_process(process))
 
-    def validation_batches(self, process: tuple[int, int] = (0, 1)) -> loader.Batches:
-        """The same few validation batches at every call, mixed like those of training."""
-        members = [member for member in self.members.values() if member.validation is not None]
-        parts = [loader.Part(member.validation, member.steps, member.data.weight) for member in members]
-        batches = self.config.eval_batches
-        return loader.eval_batches(parts, **self._shape(), num_batches=batches, **_process(process))
+    def validation_batches(self, name: str = "", process: tuple[int, int] = (0, 1)) -> loader.Batches:
+        """The same few validation batches of a data set at every call."""
+        member, count = self.members[name], self.config.eval_batches
+        part = loader.Part(member.validation, member.steps)
+        return loader.eval_batches(part, **self._shape(), num_batches=count, **_process(process))
+
+    def validate(
+        self, evaluate: Callable[[loader.Batch], float], process: tuple[int, int] = (0, 1)
+    ) -> dict[str, float]:
+        """Validation losses by the names that they are logged under.
+
+        Returns:
+          "validation_loss"; of a mixture also "validation_loss/data", "validation_loss/bridge", ..., whose mean by
+          weight it is.
+        """
+        losses, weights = {}, []
+        for name, member in self.members.items():
+            if member.validation is not None:
+                batches = self.validation_batches(name, process)
+                losses[f"validation_loss/{name or 'data'}"] = float(np.mean([evaluate(batch) for batch in batches]))
+                weights.append(member.data.weight)
+        mean = float(np.average(list(losses.values()), weights=weights))
+        return {"validation_loss": mean, **(losses if len(self.members) > 1 else {})}
 
     def samples(self, step: int) -> list[Sample]:
         """What the batch that leads to that step (from 1) is made of."""

@@ -40,14 +40,6 @@ class Shares:
             index -= before
         raise AssertionError("the last data set takes all that is left")
 
-    def counts(self, total: int) -> list[int]:
-        """How many of the first `total` samples each data set gives."""
-        found = []
-        for share in self._first_of_rest:
-            found.append(_floor(total, share))
-            total -= found[-1]
-        return found
-
 
 def _floor(count: int, share: Fraction) -> int:
     return count * share.numerator // share.denominator
