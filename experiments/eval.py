@@ -4,6 +4,7 @@
     python -m experiments.eval --server=ws://gpu-box:8000 --env=aloha_transfer_cube
     python -m experiments.eval --expert --env=aloha_lift_cube --episodes=10
     python -m experiments.eval --checkpoint=... --env=aloha_instructions
+    python -m experiments.eval --server=ws://gpu-box:8000 --env=libero_spatial_0    (docs/libero.md)
     python -m experiments.eval --checkpoint=... --env=dataset
 
 `aloha_instructions` plays every seed once per task, in the same scene but with that task's instruction, to the end, and
@@ -25,23 +26,27 @@ from typing import Any, NamedTuple
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from experiments import eval_report, flags, open_loop, policy_flags
+from experiments import eval_report, flags, policy_flags
 from openpi_port.errors import UserError, near
 from openpi_port.serving.client import Client
-from openpi_port.sim import aloha, gl, latency, pictures, rollout
+from openpi_port.sim import gl, latency, pictures, rollout, simulation
 
-PREFIX, INSTRUCTIONS, DATASET = "aloha_", "aloha_instructions", "dataset"
-ENVS = (*(PREFIX + task for task in aloha.TASKS), INSTRUCTIONS, DATASET)
+INSTRUCTIONS, DATASET = "aloha_instructions", "dataset"
+# Environments and their tasks; LIBERO's are many, and their package need not be here to name ALOHA's.
+ALOHA = {"aloha_transfer_cube": "transfer_cube", "aloha_lift_cube": "lift_cube"}
+ENVS = (*ALOHA, INSTRUCTIONS, DATASET)
 
-ENV = absl_flags.DEFINE_string("env", PREFIX + "transfer_cube", f"one of {', '.join(ENVS)}")
+ENV = absl_flags.DEFINE_string("env", "aloha_transfer_cube", f"{', '.join(ENVS)} or libero_SUITE_NUMBER")
 EPISODES = absl_flags.DEFINE_integer("episodes", 50, "seeds to play", 1)
 SEED = absl_flags.DEFINE_integer("seed", 0, "the first seed; data were collected from 1000 on", 0)
 SERVER = absl_flags.DEFINE_string("server", None, "ws://host:port of experiments.serve, instead of --checkpoint")
 EXPERT = absl_flags.DEFINE_bool("expert", False, "the scripted expert plays, which checks the simulation")
-REPLAN = absl_flags.DEFINE_integer("replan", 25, "actions played per chunk", 1)
+REPLAN = absl_flags.DEFINE_integer("replan", None, "actions played per chunk; default: ALOHA 25, LIBERO 5", 1)
 CHUNKS = absl_flags.DEFINE_enum("chunks", "open_loop", latency.STYLES, "how chunks follow one another")
 LATENCY = absl_flags.DEFINE_float("latency", 0.0, "s from an observation to its chunk, injected (docs/real_time.md)", 0)
-MAX_STEPS = absl_flags.DEFINE_integer("max_steps", 400, "control steps (20 ms) per episode", 1)
+MAX_STEPS = absl_flags.DEFINE_integer(
+    "max_steps", None, "control steps per episode; default: ALOHA 400, or LIBERO's", 1
+)
 WORKERS = absl_flags.DEFINE_integer("workers", None, "simulations at once; default: one per core, 16 at most", 1)
 OUT = absl_flags.DEFINE_string("out", None, "directory of the results; default: eval/ENV/WHAT")
 VIDEO = absl_flags.DEFINE_integer("video", 16, "episodes in the grid video; 0 for none", 0)
@@ -63,27 +68,27 @@ def main() -> None:
     """Plays and reports."""
     check()
     if ENV.value == DATASET:
+        from experiments import open_loop  # needs packages that LIBERO's environment lacks
+
         policy = policy_flags.policy()
         open_loop.evaluate(policy, directory("open_loop"), samples=SAMPLES.value, plots=PLOTS.value)
         return
     gl.require()
     out = directory("expert" if EXPERT.value else "server")
     workers = min(WORKERS.value or min(os.cpu_count() or 1, 16), EPISODES.value)
+    whole = ENV.value == INSTRUCTIONS  # what an instruction led to shows at the end
+    settings = [setting(task, whole=whole) for task in (ALOHA.values() if whole else [task_of(ENV.value)])]
     with contextlib.ExitStack() as stack:
-        who = driver(workers, stack)
-        if ENV.value == INSTRUCTIONS:
-            played = {
-                task: play(who, setting(task, after=MAX_STEPS.value), out / task, workers) for task in aloha.TASKS
-            }
-            eval_report.instructions(played, out, gif=GIF.value)
-        else:
-            play(who, setting(ENV.value.removeprefix(PREFIX)), out, workers)
+        who = driver(workers, settings[0], stack)
+        played = {how.task: play(who, how, out / how.task if whole else out, workers) for how in settings}
+    if whole:
+        eval_report.instructions(played, out, gif=GIF.value)
     print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
 
 def check() -> None:
     """Refuses what can't be meant, before anything slow."""
-    if ENV.value not in ENVS:
+    if ENV.value not in ENVS and not ENV.value.startswith("libero"):
         raise UserError(f"--env={ENV.value}: no such environment; {near(ENV.value, ENVS)}")
     given = [bool(policy_flags.CHECKPOINT.value), bool(SERVER.value), EXPERT.value]
     if sum(given) != 1:
@@ -94,7 +99,12 @@ def check() -> None:
         raise UserError(f"--env={INSTRUCTIONS} gives each task's own instruction: leave --prompt out")
 
 
-def driver(workers: int, stack: contextlib.ExitStack) -> Driver:
+def task_of(env: str) -> str:
+    """What the simulation calls an environment."""
+    return ALOHA.get(env, env)
+
+
+def driver(workers: int, how: rollout.Setting, stack: contextlib.ExitStack) -> Driver:
     """Opens what the command line names; what has to be closed goes onto the stack."""
     if EXPERT.value:
         return Driver(None, None, {"expert": True})
@@ -107,30 +117,28 @@ def driver(workers: int, stack: contextlib.ExitStack) -> Driver:
         act = lambda o: list(pool.map(lambda c, x: c.infer(x), clients, o))  # noqa: E731
         return Driver(act, shape, {"server": SERVER.value, **about})
     policy = policy_flags.policy()
-    if policy.horizon < REPLAN.value:
-        raise UserError(f"--replan={REPLAN.value}, but the policy's chunks have {policy.horizon} actions")
+    if policy.horizon < how.replan:
+        raise UserError(f"--replan={how.replan}, but the policy's chunks have {policy.horizon} actions")
     policy.warmup(range(1, workers + 1), realtime=CHUNKS.value == "realtime")
     return Driver(policy.infer_batch, policy.noise_shape, policy.metadata)
 
 
-def steps_late() -> int:
-    """--latency in control steps, rounded up."""
-    return math.ceil(round(LATENCY.value * aloha.FPS, 6))
-
-
-def setting(task: str, **fields: Any) -> rollout.Setting:
-    """What the command line says about how to play a task."""
+def setting(task: str, *, whole: bool = False) -> rollout.Setting:
+    """How the command line says to play a task, else its usual values; `whole` plays on after a success."""
+    usual = simulation.about(task)
+    max_steps = MAX_STEPS.value or usual.max_steps
+    films = min(VIDEO.value, EPISODES.value)
     return rollout.Setting(
         task,
-        max_steps=MAX_STEPS.value,
-        replan=REPLAN.value,
+        max_steps=max_steps,
+        after=max_steps if whole else usual.after,
+        replan=REPLAN.value or usual.replan,
         chunks=CHUNKS.value,
-        latency=steps_late(),
+        latency=math.ceil(round(LATENCY.value * usual.fps, 6)),
         prompt=policy_flags.PROMPT.value,
-        films=VIDEO.value,
+        films=films,
         frames_every=pictures.FRAMES_EVERY,
-        frame_size=min(224, 480 // math.ceil(math.sqrt(max(VIDEO.value, 1))) // 2 * 2),
-        **fields,
+        frame_size=min(224, 480 // math.ceil(math.sqrt(max(films, 1))) // 2 * 2),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from openpi_port.sim import aloha, latency, pictures, rollout, wilson
+from openpi_port.sim import latency, pictures, rollout, simulation, wilson
 
 RESULTS, TRAJECTORIES = "results.json", "trajectories"
 
@@ -32,13 +32,14 @@ def numbers(
       seconds: that it took in all.
       calls: of the policy: how many observations, and seconds.
     """
+    task = simulation.about(setting.task)
     successes, count = sum(e.success for e in episodes), len(episodes)
     low, high = wilson.interval(successes, count)
     steps = sum(len(e.rewards) for e in episodes)
     infer_ms = [1e3 * s for _, s in calls]
     sim_ms = 1e3 * sum(e.sim_seconds for e in episodes) / steps
     held = sum(e.end == setting.task for e in episodes)
-    kinks = [latency.kinks(e.actions, list(e.borders)) for e in episodes]
+    kinks = [latency.kinks(e.actions, list(e.borders), task.arms) for e in episodes]
     at, elsewhere = (np.concatenate(part) for part in zip(*kinks, strict=True))
     print(
         f"{successes} of {count} episodes succeeded: {successes / count:.0%} (95% interval {low:.1%} to {high:.1%}); "
@@ -52,9 +53,10 @@ def numbers(
             f"(mean of {len(at)}), by {1e3 * elsewhere.mean():.1f} elsewhere"
         )
     return {
-        "env": f"aloha_{setting.task}",
+        "task": setting.task,
+        "env": setting.task if setting.task.startswith("libero") else f"aloha_{setting.task}",
         "policy": dict(about),
-        "prompt": setting.prompt or aloha.TASKS[setting.task].instruction,
+        "prompt": setting.prompt or task.instruction,
         "replan": setting.replan,
         "chunks": setting.chunks,
         "latency_steps": setting.latency,
@@ -98,10 +100,11 @@ def write(
     """results.json, the video, plots of the first episodes, and every trajectory where that is wanted."""
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / RESULTS, results)
-    _write_video(out, pictures.rows([e for e in episodes if e.frames is not None]), [], gif)
+    task = simulation.about(results["task"])
+    _write_video(out, pictures.rows([e for e in episodes if e.frames is not None]), [], task.fps, gif)
     for episode in episodes[:plots]:
         path = out / "episodes" / f"seed_{episode.seed:04d}.png"
-        pictures.plot_episode(path, episode, 1 / aloha.FPS, aloha.JOINTS, results["replan"])
+        pictures.plot_episode(path, episode, task, results["replan"])
     if trajectories:
         (out / TRAJECTORIES).mkdir(exist_ok=True)
     for episode in episodes if trajectories else ():
@@ -117,9 +120,10 @@ def instructions(played: Mapping[str, Sequence[rollout.Episode]], out: Path, *, 
       out: directory.
       gif: also the video as a GIF.
     """
+    told = {task: simulation.about(task).instruction for task in played}
     counts = {task: Counter(e.end for e in episodes) for task, episodes in played.items()}
     rows = {}
-    width = max(len(aloha.TASKS[task].instruction) for task in played) + 2
+    width = max(map(len, told.values())) + 2
     print(
         f"\n{'instruction':{width}}" + "".join(f"{task:>16}" for task in (*played, "neither")) + "   right at the end"
     )
@@ -127,7 +131,7 @@ def instructions(played: Mapping[str, Sequence[rollout.Episode]], out: Path, *, 
         total = sum(count.values())
         low, high = wilson.interval(count[task], total)
         rows[task] = {
-            "instruction": aloha.TASKS[task].instruction,
+            "instruction": told[task],
             "episodes": total,
             "ends": {end or "neither": n for end, n in count.items()},
             "right": count[task],
@@ -148,18 +152,20 @@ def instructions(played: Mapping[str, Sequence[rollout.Episode]], out: Path, *, 
         [dataclasses.replace(e, success=e.end == task) for e in episodes if e.frames is not None][:5]
         for task, episodes in played.items()
     ]
-    _write_video(out, shown, [aloha.TASKS[task].instruction for task in played], gif)
+    _write_video(out, shown, list(told.values()), simulation.about(next(iter(played))).fps, gif)
 
 
 def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_video(out: Path, shown: Sequence[Sequence[rollout.Episode]], titles: Sequence[str], gif: bool) -> None:
+def _write_video(
+    out: Path, shown: Sequence[Sequence[rollout.Episode]], titles: Sequence[str], fps: int, gif: bool
+) -> None:
     """grid.mp4, and grid.gif; none without frames."""
     if not any(shown):
         return
-    every = pictures.FRAMES_EVERY
-    pictures.write_mp4(out / "grid.mp4", pictures.grid(shown, titles), aloha.FPS // every)
+    fps //= pictures.FRAMES_EVERY
+    pictures.write_mp4(out / "grid.mp4", pictures.grid(shown, titles), fps)
     if gif:
-        pictures.write_gif(out / "grid.gif", pictures.grid(shown, titles), aloha.FPS // every)
+        pictures.write_gif(out / "grid.gif", pictures.grid(shown, titles), fps)

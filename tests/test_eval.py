@@ -91,8 +91,8 @@ def test_only_what_is_looked_at_is_rendered(film, looks):
         stage = rollout._Stage(sim, setting)
         seen = stage.reset(0, film)
         for steps in (25, 5):
-            assert (seen["images"]["top"] == sim.looks).all()  # of now, not of before
-            seen = stage.play(np.tile(seen["state"], (steps, 1)))
+            assert (seen[0]["images"]["top"] == sim.looks).all()  # of now, not of before
+            seen = stage.play(np.tile(seen[1], (steps, 1)))
         episode = stage.episode()
         assert seen is None and sim.looks == looks
     if film:

@@ -10,17 +10,20 @@ State and action are gym-aloha's [14]: left arm 6 joints (rad), left gripper (0 
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from dm_control import _render, mujoco
 from dm_control.rl import control
+from dm_control.rl.control import PhysicsError
 from gym_aloha import constants
 from gym_aloha.tasks import sim as gym_tasks
 from gym_aloha.utils import sample_box_pose
 
 from openpi_port.errors import UserError, near
-from openpi_port.sim import gl
+from openpi_port.sim import expert, gl
+from openpi_port.sim.simulation import About, Diverged, Panel
 
 CAMERA = "top"
 FPS = constants.FPS
@@ -101,6 +104,25 @@ def find_task(name: str) -> type[TransferCube]:
     return TASKS[name]
 
 
+def about(task: str) -> About:
+    """See `simulation.about`."""
+    arms = [
+        Panel(f"{side} arm (rad)", *[{JOINTS[i].replace("_", " "): i for i in dims}] * 2)
+        for side, dims in (("left", range(6)), ("right", range(7, 13)))
+    ]
+    grippers = Panel("grippers (1 is open)", *[{"left gripper": 6, "right gripper": 13}] * 2)
+    return About(
+        instruction=find_task(task).instruction,
+        fps=FPS,
+        success=SUCCESS,
+        max_steps=400,
+        after=50,
+        replan=25,
+        arms=(*range(6), *range(7, 13)),
+        panels=(*arms, grippers),
+    )
+
+
 class AlohaSim:
     """One simulated robot at 50 control steps per second; a context manager that frees the renderer.
 
@@ -116,7 +138,8 @@ class AlohaSim:
     """
 
     def __init__(self, task: str = "transfer_cube", image_size: int = 224, render: bool = True):
-        self._task = find_task(task)()
+        self._name, self._task = task, find_task(task)()
+        self._expert: expert.Expert | None = None
         self._image_size = image_size
         self._render = render
         if render and gl.require() != _render.BACKEND:
@@ -147,6 +170,11 @@ class AlohaSim:
         return self._task.get_qpos(self._physics).astype(np.float32)
 
     @property
+    def hold(self) -> np.ndarray:
+        """[14] the joints where they are."""
+        return self.state
+
+    @property
     def fulfilled(self) -> str | None:
         """Which task's goal is reached now, whatever was asked for; no state is the goal of two."""
         touching, height = contacts(self._physics, "red_box"), self._physics.data.qpos[18]
@@ -169,6 +197,10 @@ class AlohaSim:
             images[CAMERA] = self._physics.render(height=size, width=size, camera_id=CAMERA)
         return {"images": images, "state": self.state}
 
+    def picture(self, observation: Mapping[str, Any] | None) -> np.ndarray:
+        """uint8 [H,W,3] for people, rendered unless an observation of now is given."""
+        return (observation or self.observe())["images"][CAMERA]
+
     def step(self, action: np.ndarray) -> int:
         """Drives the joints towards targets for one control step (20 ms).
 
@@ -180,11 +212,20 @@ class AlohaSim:
 
         Raises:
           UserError: an action of another shape, or not finite (MuJoCo would diverge from it).
+          Diverged: the physics gave up.
         """
         action = np.asarray(action, np.float64)
         if action.shape != (len(JOINTS),) or not np.isfinite(action).all():
             raise UserError(f"the simulation takes {len(JOINTS)} finite joint targets, got {action!r}")
-        return int(self._env.step(action).reward)
+        try:
+            return int(self._env.step(action).reward)
+        except PhysicsError as error:
+            raise Diverged from error
+
+    def expert(self) -> Iterator[np.ndarray]:
+        """The scripted expert's targets for the cube where it is now."""
+        self._expert = self._expert or expert.Expert(self._name)
+        yield from self._expert(self.cube).actions
 
     def close(self) -> None:
         """Frees the renderer; without it dm_control complains at the interpreter's exit."""

@@ -11,16 +11,16 @@ without their threads: what happens depends on the numbers alone. A actions in a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from openpi_port.errors import UserError
-from openpi_port.sim import aloha
 
 Style = Literal["open_loop", "ahead", "realtime"]
 STYLES: tuple[Style, ...] = ("open_loop", "ahead", "realtime")
-ARMS = [i for i, name in enumerate(aloha.JOINTS) if "gripper" not in name]
+ARMS = (*range(6), *range(7, 13))  # of ALOHA: the joints without the grippers
 
 
 @dataclasses.dataclass
@@ -48,24 +48,24 @@ class Player:
             return {}
         return {"previous_actions": self._left, "delay": self.latency}
 
-    def answer(self, chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
+    def answer(self, chunk: np.ndarray, hold: np.ndarray) -> np.ndarray:
         """What is played from this question to the next.
 
         Args:
           chunk: [A, D].
-          state: [D], where the robot waits if it has not moved yet.
+          hold: [D], the action that lets the robot wait if it has not moved yet.
 
         Raises:
           UserError: chunks are too short, or of another robot.
         """
-        if chunk.shape[1:] != state.shape:
-            raise UserError(f"the simulation takes {len(state)} finite joint targets, got {list(chunk.shape)}")
+        if chunk.shape[1:] != hold.shape:
+            raise UserError(f"the simulation takes {len(hold)} finite joint targets, got {list(chunk.shape)}")
         needed = self.replan + (0 if self.style == "open_loop" else self.latency)
         if len(chunk) < needed:
             late = "" if self.style == "open_loop" else f" and --latency of {self.latency} steps"
             raise UserError(f"--replan={self.replan}{late}, but the policy's chunks have {len(chunk)} actions")
         if self._left is None:
-            waits = np.repeat((state if self._last is None else self._last)[None], self.latency, 0)
+            waits = np.repeat((hold if self._last is None else self._last)[None], self.latency, 0)
             played = np.concatenate([waits, chunk[: self.replan]])
             if self._last is not None:
                 self.borders += [self._step, self._step + self.latency]
@@ -78,17 +78,18 @@ class Player:
         return played
 
 
-def kinks(actions: np.ndarray, borders: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def kinks(actions: np.ndarray, borders: list[int], arms: Sequence[int] = ARMS) -> tuple[np.ndarray, np.ndarray]:
     """How smooth a trajectory is where chunks meet, and elsewhere.
 
     Args:
-      actions: [T, 14] joint targets.
+      actions: [T, D] joint targets.
       borders: control steps where something else begins.
+      arms: dimensions that should be smooth.
 
     Returns:
       The change of the targets' step (rad), the largest over the arms' joints: at the borders, and at all other steps.
     """
-    change = np.abs(np.diff(actions[:, ARMS], 2, axis=0)).max(1)  # of step t + 2
+    change = np.abs(np.diff(actions[:, list(arms)], 2, axis=0)).max(1)  # of step t + 2
     steps = np.arange(len(change)) + 2
     at = np.isin(steps, borders)
     return change[at], change[~at]

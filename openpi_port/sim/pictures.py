@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from openpi_port.sim.rollout import Episode
+from openpi_port.sim.simulation import About
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (needs the backend first)
@@ -83,40 +84,44 @@ def write_gif(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, optimize=True)
 
 
-def plot_episode(path: Path, episode: Episode, seconds_per_step: float, names: Sequence[str], replan: int) -> None:
-    """Commands (lines) against measured joints (dashed) of both arms, grippers, and the reward.
+def plot_episode(path: Path, episode: Episode, about: About, replan: int) -> None:
+    """Commands (lines) against what was measured (dashed), and the reward.
 
     Args:
       path: of the picture.
       episode: what to plot.
-      seconds_per_step: of control.
-      names: of the 14 dimensions.
+      about: its task.
       replan: actions per chunk; a thin line marks where each begins.
     """
-    figure, axes = plt.subplots(4, 1, figsize=(10, 9), sharex=True, height_ratios=(3, 3, 2, 1.2))
-    time = np.arange(len(episode.rewards)) * seconds_per_step
-    parts = (("left arm (rad)", range(6)), ("right arm (rad)", range(7, 13)), ("grippers (1 is open)", (6, 13)))
-    for axis, (name, dims) in zip(axes, parts, strict=False):
-        for i, dim in enumerate(dims):
-            axis.plot(time, episode.actions[:, dim], color=f"C{i}", lw=1.3, label=names[dim].replace("_", " "))
-            axis.plot(time, episode.states[:, dim], color=f"C{i}", lw=1.3, ls=(0, (2, 1.5)), alpha=0.55)
-        axis.set_ylabel(name)
+    count = len(about.panels)
+    ratios = [*(1 + 0.35 * max(len(p.actions), len(p.states)) for p in about.panels), 1.2]
+    figure, axes = plt.subplots(count + 1, 1, figsize=(10, 0.7 + sum(ratios)), sharex=True, height_ratios=ratios)
+    time = np.arange(len(episode.rewards)) / about.fps
+    for axis, panel in zip(axes, about.panels, strict=False):
+        for i, name in enumerate(dict.fromkeys([*panel.actions, *panel.states])):
+            if name in panel.actions:
+                axis.plot(time, episode.actions[:, panel.actions[name]], color=f"C{i}", lw=1.3, label=name)
+            if name in panel.states:
+                label = None if name in panel.actions else name
+                style = {"ls": (0, (2, 1.5)), "alpha": 0.55 if name in panel.actions else 1.0}
+                axis.plot(time, episode.states[:, panel.states[name]], color=f"C{i}", lw=1.3, label=label, **style)
+        axis.set_ylabel(panel.label)
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    axes[3].fill_between(time, episode.rewards, step="post", color="0.75", lw=0)
-    axes[3].step(time, episode.rewards, where="post", color="0.2", lw=1)
-    axes[3].set(ylabel="reward", xlabel="time (s)", ylim=(-0.2, 4.4), yticks=range(5))
+    axes[-1].fill_between(time, episode.rewards, step="post", color="0.75", lw=0)
+    axes[-1].step(time, episode.rewards, where="post", color="0.2", lw=1)
+    top = about.success
+    axes[-1].set(ylabel="reward", xlabel="time (s)", ylim=(-0.05 * top, 1.1 * top), yticks=range(top + 1))
     if episode.success:
-        first = time[int(np.argmax(episode.rewards == episode.rewards.max()))]
-        axes[3].axvline(first, color=np.array(GOOD) / 255, lw=2)
+        first = time[int(np.argmax(episode.rewards == about.success))]
+        axes[-1].axvline(first, color=np.array(GOOD) / 255, lw=2)
     for axis in axes:
         for start in time[::replan]:
             axis.axvline(start, color="0.88", lw=0.6, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0)
     word = "success" if episode.success else "diverged" if episode.diverged else "failure"
-    axes[0].set_title(
-        f"seed {episode.seed}: {word}   (lines: commands, dashed: measured, grey: a new chunk)", fontsize=10
-    )
+    title = f"seed {episode.seed}: {word}   (lines: commands, dashed: measured, grey: a new chunk)"
+    axes[0].set_title(title, fontsize=10)
     _save(figure, path)
 
 

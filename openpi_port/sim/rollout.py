@@ -3,7 +3,8 @@
     worker: observation -> main: one batch of all robots -> chunks -> worker: plays `replan` actions -> observation ...
 
 Robots move in lock step, chunk by chunk, so that batches, and with them every number, depend on the seeds alone.
-Axis letters: T control steps, K actions of a chunk that are played, D action dimensions, N kept frames, H W pixels.
+Axis letters: T control steps, K actions of a chunk that are played, J and D dimensions of state and action, N kept
+frames, H W pixels.
 """
 
 from __future__ import annotations
@@ -12,22 +13,21 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 from absl import logging
-from dm_control.rl.control import PhysicsError
 from PIL import Image
 
 from openpi_port.errors import UserError
 from openpi_port.rng import draw_noise
-from openpi_port.sim import aloha, expert, latency
+from openpi_port.sim import latency, simulation
 
-IMAGE_SIZE = 224  # as in the data (experiments/collect.py)
 Act = Callable[[Sequence[Mapping[str, Any]]], Sequence[Mapping[str, Any]]]
+Seen = tuple[dict[str, Any], np.ndarray]  # what a policy gets, and the action that keeps the robot where it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Setting:
     """What is played, and how.
 
     Attributes:
-      task: a key of aloha.TASKS.
-      max_steps: control steps (20 ms) until an episode counts as failed.
+      task: a key of aloha.TASKS, or LIBERO's suite and number, such as libero_spatial_0.
+      max_steps: control steps until an episode counts as failed.
       after: control steps played on after the first success, to see whether it lasts.
       replan: actions played per chunk.
       chunks: how one chunk follows the other, see latency.py.
@@ -73,7 +73,7 @@ class Episode:
     """What happened, up to `after` steps past the first success, or max_steps.
 
     Attributes:
-      success: the environment's own word (its reward reached 4), at any step.
+      success: the environment's own word (its reward), at any step.
       end: the task, this one or another of the scene, that was fulfilled in most of the last ten steps (a contact may
         flicker); None where none was.
       diverged: the commands were so wild that the physics gave up, which ends the episode.
@@ -84,8 +84,8 @@ class Episode:
     success: bool
     end: str | None
     diverged: bool
-    states: np.ndarray  # f32 [T, 14], before each action
-    actions: np.ndarray  # f32 [T, 14], as executed
+    states: np.ndarray  # f32 [T, J], before each action
+    actions: np.ndarray  # f32 [T, D], as executed
     rewards: np.ndarray  # int [T]
     frames: np.ndarray | None  # uint8 [N, H, W, 3]
     sim_seconds: float
@@ -99,7 +99,7 @@ def rollout(
 
     Args:
       setting: what to play.
-      seeds: of the cube's position, as in gym-aloha, and of the policy's noise.
+      seeds: of the scene (the cube's position as in gym-aloha, LIBERO's initial states) and of the policy's noise.
       act: observations to results with "actions" [A, D], as `Policy.infer_batch`; None lets the scripted expert act.
       workers: robots, and processes.
       noise_shape: (A, J) of the policy; each call then gets noise keyed by seed and call, whatever the batch.
@@ -132,16 +132,17 @@ def _group(
         for robot in playing.values():
             robot.receive()
     else:
-        observations = {seed: robot.receive() for seed, robot in playing.items()}
+        seen = {seed: robot.receive() for seed, robot in playing.items()}
         call = 0
-        while observations:
-            observations = {s: {**o, **players[s].question()} for s, o in observations.items()}
+        while seen:
+            observations = [{**observation, **players[s].question()} for s, (observation, _) in seen.items()]
             if noise_shape is not None:
-                observations = {s: {**o, "noise": draw_noise(s, call, noise_shape)} for s, o in observations.items()}
-            for (seed, o), result in zip(observations.items(), act(list(observations.values())), strict=True):
-                playing[seed].send("play", players[seed].answer(np.asarray(result["actions"]), o["state"]))
-            answers = {seed: playing[seed].receive() for seed in observations}
-            observations = {seed: observation for seed, observation in answers.items() if observation is not None}
+                keys = zip(seen, observations, strict=True)
+                observations = [{**o, "noise": draw_noise(seed, call, noise_shape)} for seed, o in keys]
+            for (seed, (_, hold)), result in zip(seen.items(), act(observations), strict=True):
+                playing[seed].send("play", players[seed].answer(np.asarray(result["actions"]), hold))
+            answers = {seed: playing[seed].receive() for seed in seen}
+            seen = {seed: answer for seed, answer in answers.items() if answer is not None}
             call += 1
     for seed, robot in playing.items():
         robot.send("episode")
@@ -186,7 +187,7 @@ def _work(connection: Connection, setting: Setting) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; only the main process answers
     logging.set_verbosity(logging.ERROR)  # a simulation that diverges is in the results
     try:
-        with aloha.AlohaSim(setting.task, IMAGE_SIZE, setting.render) as sim:
+        with contextlib.closing(simulation.open_(setting.task, setting.render)) as sim:
             stage = _Stage(sim, setting)
             while True:
                 name, *arguments = connection.recv()
@@ -200,11 +201,11 @@ def _work(connection: Connection, setting: Setting) -> None:
 class _Stage:
     """One simulation and the record of its present episode."""
 
-    def __init__(self, sim: aloha.AlohaSim, setting: Setting) -> None:
+    def __init__(self, sim: simulation.Simulation, setting: Setting) -> None:
         self._sim, self._setting = sim, setting
-        self._expert: expert.Expert | None = None
+        self._success = simulation.about(setting.task).success
 
-    def reset(self, seed: int, film: bool) -> dict[str, Any]:
+    def reset(self, seed: int, film: bool) -> Seen:
         self._film = film and self._setting.render
         self._seed, self._seconds, self._diverged = seed, 0.0, False
         self._states: list[np.ndarray] = []
@@ -212,21 +213,21 @@ class _Stage:
         self._rewards: list[int] = []
         self._fulfilled: list[str | None] = []
         self._frames: list[np.ndarray] = []
-        self._seen: dict[str, Any] | None = None
+        self._observation: dict[str, Any] | None = None  # of now, where the policy got one
         self._sim.reset(seed)
         return self._for_policy()
 
-    def play(self, actions: np.ndarray) -> dict[str, Any] | None:
-        """The observation after a chunk; None when the episode has ended."""
+    def play(self, actions: Iterable[np.ndarray]) -> Seen | None:
+        """What is seen after a chunk; None when the episode has ended."""
         begin = time.perf_counter()
         for action in actions:
             self._keep_frame()
             self._states.append(self._sim.state)
             self._actions.append(np.asarray(action, np.float32))
-            self._seen = None
+            self._observation = None
             try:
                 reward = self._sim.step(action)
-            except PhysicsError:
+            except simulation.Diverged:
                 self._diverged, reward = True, 0
             self._rewards.append(reward)
             self._fulfilled.append(None if self._diverged else self._sim.fulfilled)
@@ -237,15 +238,14 @@ class _Stage:
 
     def expert(self) -> None:
         """Plays the scripted expert to its end."""
-        self._expert = self._expert or expert.Expert(self._setting.task)
-        self.play(self._expert(self._sim.cube).actions)
+        self.play(self._sim.expert())
 
     def episode(self) -> Episode:
         self._keep_frame(last=True)
         end = max(self._fulfilled[-10:], key=self._fulfilled[-10:].count)
         return Episode(
             self._seed,
-            aloha.SUCCESS in self._rewards,
+            self._success in self._rewards,
             None if self._diverged or self._fulfilled[-10:].count(end) <= 5 else end,
             self._diverged,
             np.stack(self._states),
@@ -258,22 +258,18 @@ class _Stage:
     def _ended(self) -> bool:
         if self._diverged:
             return True
-        if aloha.SUCCESS in self._rewards:
-            return len(self._rewards) > self._rewards.index(aloha.SUCCESS) + self._setting.after
+        if self._success in self._rewards:
+            return len(self._rewards) > self._rewards.index(self._success) + self._setting.after
         return len(self._rewards) >= self._setting.max_steps
 
-    def _for_policy(self) -> dict[str, Any]:
-        return {**self._observe(), "prompt": self._setting.prompt or self._sim.instruction}
-
-    def _observe(self) -> dict[str, Any]:
-        """Renders, unless the policy or the video has had a picture of this moment already."""
-        if self._seen is None:
-            self._seen = self._sim.observe()
-        return self._seen
+    def _for_policy(self) -> Seen:
+        self._observation = self._sim.observe()
+        observation = {**self._observation, "prompt": self._setting.prompt or self._sim.instruction}
+        return observation, self._sim.hold
 
     def _keep_frame(self, last: bool = False) -> None:
         every, size = self._setting.frames_every, self._setting.frame_size
         due = len(self._rewards) % every == 0 if not last else not self._diverged  # nothing to see after that
         if self._film and due:
-            image = Image.fromarray(self._observe()["images"][aloha.CAMERA])
+            image = Image.fromarray(self._sim.picture(self._observation))
             self._frames.append(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)))
