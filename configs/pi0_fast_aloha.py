@@ -42,7 +42,13 @@ def get_config(size: str = "base") -> ConfigDict:
         config = Train(
             name=f"pi0_fast_aloha_{size}",
             model=Pi0Fast(
-                **sizes, vocab_size=1984, action_dim=14, action_horizon=25, max_token_len=128, cameras=tuple(CAMERAS)
+                **sizes,
+                vocab_size=1984,
+                action_dim=14,
+                action_horizon=25,
+                max_token_len=128,
+                cameras=tuple(CAMERAS),
+                positions="contiguous",  # a fresh model has not learned to live with the number that openpi skips
             ),
             data=data,
             optimizer=Optimizer(peak_lr=1e-3, end_lr=1e-5, warmup_steps=steps // 10, decay_steps=steps),

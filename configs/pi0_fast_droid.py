@@ -34,7 +34,7 @@ def get_config(size: str = "base") -> ConfigDict:
     model = dataclasses.replace(aloha.model, cameras=CAMERAS, action_dim=8, action_horizon=10, max_token_len=180)
     init = "gs://openpi-assets/checkpoints/pi0_fast_base" if size == "base" else None
     if size != "base":  # the published tokenizer has 2048 tokens
-        model = dataclasses.replace(model, vocab_size=2816, max_token_len=250)
+        model = dataclasses.replace(model, vocab_size=3008, max_token_len=250)
     config = dataclasses.replace(
         aloha, name=f"pi0_fast_droid_{size}", model=model, data=data, init=init,
         fast_tokenizer="physical-intelligence/fast",

@@ -571,6 +571,12 @@ def test_configs():
             assert isinstance(config.model, Pi0Fast) and config.data.norm == "quantile"
             assert build(Train, dataclasses.asdict(config)) == config
             assert memory.plan(config).total > 0
+            # what openpi's decoding does to positions is only for weights that have lived with it
+            assert config.model.positions == ("openpi" if config.init else "contiguous")
+            if not config.init:  # room for the text's pieces and for all action tokens
+                assert config.model.vocab_size >= paligemma.load(config.tokenizer).vocab_size + 128 + (
+                    2048 if module is pi0_fast_droid else len(fast.load(config.fast_tokenizer).token_bytes)
+                )
     base = build(Train, pi0_fast_aloha.get_config("base"))
     with pytest.raises(UserError, match="draws=2"):
         dataclasses.replace(base, draws=2)
