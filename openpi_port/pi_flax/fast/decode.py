@@ -67,7 +67,7 @@ class Decoder:
         place, given = jnp.arange(P + num), jnp.arange(num)
         position = jnp.concatenate([jnp.broadcast_to(place[:P], (B, P)), self.position(length, given)], 1)
         seen = (place < length[:, None, None]) | ((place >= P) & (place <= P + given[:, None]))
-        by, cache, room = rotation(position, sizes.head_dim), [], flow.round_up(P + max_steps) - P - num
+        by, cache, room = rotation(position, sizes.head_dim), [], flow.round_up(P + max_steps, self._options) - P - num
         for layer in w.language[:-1]:
             q, keys = qkv(rms(x, layer.norm_attn), layer.qkv, sizes.num_heads, sizes.num_kv_heads, by)
             cache.append(keys)

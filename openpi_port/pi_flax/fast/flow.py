@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from openpi_port import config as configs
-from openpi_port.pi_flax.fast import kernels, merge
+from openpi_port.pi_flax.fast import merge
 from openpi_port.pi_flax.fast.layers import (
     Keys,
     Layer,
@@ -36,14 +36,13 @@ from openpi_port.pi_flax.fast.layers import (
 from openpi_port.pi_flax.pi0 import Pi0, embed_time, to_unit
 from openpi_port.schedule import euler_times
 
-ALIGN = kernels.PART  # see `round_up`
-
 
 class Options(NamedTuple):
     """How, never what. Chosen by measurement; see docs/performance.md."""
 
     fused: bool = False  # attention of images and prefix by cuDNN
     kernels: bool = False  # those of `kernels` in the steps
+    align: int = 8  # the cache's length is a multiple
 
 
 class Weights(NamedTuple):
@@ -161,7 +160,7 @@ def read(w: Weights, config: configs.Pi0, image_tokens: jax.Array, inputs: Input
     """The prefix: what every step attends to, layer by layer, with room for the suffix."""
     x = prefix_tokens(w.embedding, image_tokens, inputs)
     cache = run_language(w.language, config.language, x, inputs.length, fused=options.fused)
-    room = round_up(x.shape[1] + config.suffix_len) - x.shape[1]
+    room = round_up(x.shape[1] + config.suffix_len, options) - x.shape[1]
     return [Keys(*(jnp.pad(c, ((0, 0), (0, room), (0, 0), (0, 0))) for c in keys)) for keys in cache]
 
 
@@ -179,9 +178,9 @@ def embed(embedding: jax.Array, tokens: jax.Array, dtype: str) -> jax.Array:
     return x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
 
 
-def round_up(length: int) -> int:
+def round_up(length: int, options: Options) -> int:
     """The length that a cache of so many places gets, so that rows start aligned and no product takes a slow path."""
-    return -(-length // ALIGN) * ALIGN
+    return -(-length // options.align) * options.align
 
 
 def run_language(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from openpi_port.pi_flax.attention import MASKED
 from openpi_port.pi_flax.fast import kernels
@@ -120,14 +121,16 @@ def attend(q: jax.Array, keys: Keys, seen: jax.Array | None, *, fused: bool = Fa
         return out.reshape(B, T, N * H)
     if seen is not None and seen.ndim == 1:
         seen = (jnp.arange(keys.k.shape[1]) < seen[:, None])[:, None]
-    # Heads that share keys are rows of one product; this order of axes needs no transposition.
-    grouped = q.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("BTKGH,BSKH->BKTGS", grouped, keys.k, preferred_element_type=jnp.float32)
-    logits *= H**-0.5
+    # Heads that share keys are rows of one product. Written as products of matrices in this order, since from an
+    # einsum XLA makes transposed copies of the logits.
+    rows = rearrange(q, "B T (K G) H -> B K (T G) H", K=K)
+    k, v = (rearrange(x, "B S K H -> B K S H") for x in keys)
+    logits = jnp.einsum("BKRH,BKSH->BKRS", rows, k, preferred_element_type=jnp.float32) * H**-0.5
     if seen is not None:
-        logits = jnp.where(seen[:, None, :, None], logits, MASKED)
+        by_token = logits.reshape(B, K, T, N // K, -1)
+        logits = jnp.where(seen[:, None, :, None], by_token, MASKED).reshape(logits.shape)
     probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
-    return jnp.einsum("BKTGS,BSKH->BTKGH", probs, keys.v).reshape(B, T, N * H)
+    return rearrange(probs @ v, "B K (T G) H -> B T (K G H)", T=T)
 
 
 def attend_split(q: jax.Array, keys: Keys, seen: jax.Array) -> jax.Array:

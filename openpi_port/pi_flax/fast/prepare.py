@@ -51,7 +51,7 @@ class Prepared:
         self._plain = model
         (self._device,) = model.module.gemma.embedding[...].devices()
         self._dtype = self.module.compute.dtype
-        how = options.flow(self.module.compute) if how is None else how
+        how = options.flow(self.module.compute, self._device) if how is None else how
         with devices.precision(self.module.compute):
             self._weights = flow.weights(self.module)
         config, dtype = self.config, self._dtype
@@ -128,7 +128,7 @@ class PreparedFast:
         self.module: Pi0Fast = model.module
         self._plain = model
         (self._device,) = model.module.gemma.embedding[...].devices()
-        how, config, dtype = options.flow(self.module.compute), self.config, self.module.compute.dtype
+        how, config, dtype = options.flow(self.module.compute, self._device), self.config, self.module.compute.dtype
         with devices.precision(self.module.compute):
             self._weights = decode.weights(self.module)
 
