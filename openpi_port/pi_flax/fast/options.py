@@ -5,7 +5,11 @@ XLA's own options are left as they are: on an H100 none that was tried made a ch
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from openpi_port.config import Compute
 from openpi_port.pi_flax.fast import flow as flows
@@ -17,3 +21,17 @@ def flow(compute: Compute, device: jax.Device) -> flows.Options:
     if device.platform == "cpu":
         return flows.Options()
     return flows.Options(fused=compute.attention == "cudnn", align=kernels.PART)
+
+
+def keep_programs(device: jax.Device) -> None:
+    """Keeps what is compiled for an accelerator, and how it was tuned, on disk, so that the next start is quick.
+
+    In `~/.cache/openpi_port/jax`, unless JAX has been given a place of its own (`JAX_COMPILATION_CACHE_DIR`). Not on a
+    CPU: its programs are for this very processor, and a home directory may be another's too.
+    """
+    if device.platform == "cpu" or jax.config.jax_compilation_cache_dir:
+        return
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(root / "openpi_port" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.reset_cache()  # it may have been asked for before, and have remembered that there is none

@@ -34,6 +34,8 @@ def optimize(model: Model | FastModel) -> Prepared | PreparedFast:
     Raises:
       UserError: its weights have unmerged LoRA adapters.
     """
+    (device,) = model.module.gemma.embedding[...].devices()
+    options.keep_programs(device)
     return PreparedFast(model) if isinstance(model, FastModel) else Prepared(model)
 
 
