@@ -79,7 +79,7 @@ def test_streaming(make, biased):
     """One layer of the expert, each kernel on what the one before left."""
     scale, bias = make.f(D).abs() + 0.5, make.f((N + 2) * H) if biased else None
     stream, plain = stream_of(make, scale)
-    turns, at = pack.turns(M, H, torch.device(DEVICE)), torch.tensor([AT], dtype=torch.int32, device=DEVICE)
+    turns, at = pack.turns(M, H, torch.device(DEVICE)), torch.tensor([AT, 5], dtype=torch.int32, device=DEVICE)
     w, ours, theirs = make.w((N + 2) * H, D), *caches(make)
     q = kernels.normed_qkv(stream, w, bias, turns, *ours, at)
     want = ops.normed_qkv(plain, *exact(w, bias, turns), *theirs, at.cpu())
@@ -102,29 +102,28 @@ def test_streaming(make, biased):
 @pytest.mark.parametrize("splits", [1, 3, 8])
 @pytest.mark.parametrize("limited", [False, True])
 def test_attend(make, monkeypatch, splits, limited):
-    """Keys that are masked, a span of them altogether, and one token that sees fewer."""
+    """Few keys in one sample, so that some programs have none, and one token that sees fewer."""
     monkeypatch.setattr(tiles, "SUFFIX_ATTENTION", tiles.Attend(16, 16, splits, 4, 2))
     monkeypatch.setattr(tiles, "TOKEN_ATTENTION", tiles.Attend(16, 16, splits, 4, 2))
     q, k, v = make.x(M, N * H) * H**-0.5, make.x(B, S, H), make.x(B, S, H)
-    valid = make.f(B, S) > -0.5
-    valid[0, :40] = False
-    limits = torch.tensor([AT + 1] + [S] * (T - 1), dtype=torch.int32, device=DEVICE) if limited else None
-    got = kernels.attend(q, k, v, ops.Seen(valid, limits, None))
-    seen = ops.see(valid.cpu(), None if limits is None else limits.cpu(), N, torch.zeros(1))
+    past = torch.tensor([3, AT], dtype=torch.int32, device=DEVICE)
+    extra, most = torch.tensor([1] + [T] * (T - 1), dtype=torch.int32, device=DEVICE) if limited else None, T * limited
+    got = kernels.attend(q, k, v, ops.Seen(past, extra, most, None))
+    seen = ops.see(past.cpu(), None if extra is None else extra.cpu(), most, S, N, torch.zeros(1))
     close(got, ops.attend(*exact(q, k, v), seen))
 
 
-@pytest.mark.parametrize("name", ["pi0", "pi05"])
-def test_both_ends(make, monkeypatch, name):
+@pytest.mark.parametrize("swish", [False, True])
+def test_both_ends(make, monkeypatch, swish):
     if not GPU:
         monkeypatch.setattr(kernels, "_exact_dot", lambda a, b, acc: tl.dot(a, b, acc))
-    w, b, state = (make.w(D, D), make.f(D), make.x(B, D)) if name == "pi0" else (None, None, None)
-    x_t, bias, scale, entry = make.f(B, T, J), make.f(D), make.f(D), pack.Entry(make.f(D, J), w, b)
-    got = kernels.enter(x_t, state, entry, bias, scale, DTYPE)
-    want = ops.enter(*exact(x_t, state), pack.Entry(*exact(*entry)), *exact(bias, scale), torch.float32)
+        monkeypatch.setattr(torch, "bfloat16", torch.float32)
+    x_t, first, bias, scale, tokens = make.f(B, T - 1, J), make.f(D, J), make.f(D), make.f(D), T
+    got = kernels.lift(x_t, first, bias, tokens, swish=swish)
+    want = ops.lift(*exact(x_t, first, bias), tokens, swish=swish, dtype=torch.float32)
     close(got.x, want.x)
-    close(got.scaled, want.scaled)
-    close(got.squares.sum(1), want.squares.sum(1))
+    assert not got.arrived.any()
+    stream, plain = stream_of(make, scale)
     w, bias = make.w(J, D), make.f(J)
-    moved = kernels.leave(got, w, bias, x_t, -0.1)
-    close(moved - x_t, ops.leave(want, *exact(w, bias, x_t), -0.1) - x_t.cpu())
+    moved = kernels.leave(stream, w, bias, x_t, -0.1)
+    close(moved - x_t, ops.leave(plain, *exact(w, bias, x_t), -0.1) - x_t.cpu())

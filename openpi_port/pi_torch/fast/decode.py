@@ -23,13 +23,15 @@ class Inputs(NamedTuple):
     Attributes:
       images: [B, C, height, width, 3], uint8, or float in [-1, 1].
       tokens: int [B, T].
-      valid: bool [B, P].
+      order: int [B * P], the rows of the prefix, valid ones first in every sample.
+      length: int32 [B], how many those are.
       draws: float32 [B, G], for sampling; not looked at without.
     """
 
     images: Tensor
     tokens: Tensor
-    valid: Tensor
+    order: Tensor
+    length: Tensor
     draws: Tensor
 
 
@@ -67,8 +69,7 @@ class Decoder:
         self._table = table.to(language.dtype)
         shape = (layers, size, prefix + max_steps, dim)
         self._k, self._v = (torch.zeros(shape, dtype=language.dtype, device=device) for _ in range(2))
-        self._valid = torch.ones((size, prefix + max_steps), dtype=torch.bool, device=device)
-        self._length = torch.zeros(size, dtype=torch.int64, device=device)
+        self._length = torch.zeros(size, dtype=torch.int32, device=device)
         self._step = torch.zeros(1, dtype=torch.int32, device=device)
         self._draws = torch.zeros((size, max_steps), device=device)
         self._left, self._at = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
@@ -77,14 +78,13 @@ class Decoder:
 
     def embed(self, inputs: Inputs) -> Tensor:
         """Tokens [B, P, D] of images and prompt."""
-        return self.language.embed_prefix(inputs.images, inputs.tokens)
+        return self.language.embed_prefix(inputs.images, inputs.tokens, inputs.order)
 
     def prefill(self, x: Tensor, inputs: Inputs) -> None:
         """Keys and values of images and prompt, [B, P, D]; overwrites x."""
-        k, v = self.language.prefill(x, inputs.valid, 0)
+        k, v = self.language.prefill(x, inputs.length, 0)
         self._k[:, :, : self._prefix], self._v[:, :, : self._prefix] = k, v
-        self._valid[:, : self._prefix] = inputs.valid
-        self._length.copy_(inputs.valid.sum(1))
+        self._length.copy_(inputs.length)
 
     def begin(self, inputs: Inputs) -> Tensor:
         """Reads images and prompt, and what the grammar gives, and chooses the first token; see `advance`."""
@@ -97,19 +97,19 @@ class Decoder:
         if given:
             lead = grammar.lead[None].expand(size, -1)
             self.tokens[:, :given] = lead
-            number = torch.arange(given, dtype=torch.int32, device=lead.device)
-            places = self._length[:, None] + number + self._skip
-            limits = self._prefix + number + 1
-        else:  # the last token of the prompt again, for what it leads to
-            last = inputs.tokens.shape[1] - 1 - inputs.valid[:, -inputs.tokens.shape[1] :].flip(1).int().argmax(1)
-            lead = inputs.tokens.gather(1, last[:, None])
+            extra = torch.arange(given, dtype=torch.int32, device=lead.device) + 1
+            places = self._length[:, None] + extra - 1 + self._skip
+        else:  # the last token of the prompt again, for what it leads to; it sees itself where it was
+            images = self._prefix - inputs.tokens.shape[1]
+            rows = torch.arange(size, device=inputs.order.device) * self._prefix
+            last = inputs.order[rows + inputs.length - 1] - rows - images
+            lead = inputs.tokens.gather(1, last[:, None].long())
+            extra = torch.zeros(1, dtype=torch.int32, device=lead.device)
             places = self._length[:, None] - 1
-            limits = torch.full((1,), self._prefix, dtype=torch.int32, device=lead.device)
         if grammar is not None:
             self._left.fill_(grammar.to_go.shape[0] - 1)
         self._step.fill_(given)
-        at = torch.full((1,), self._prefix, dtype=torch.int32, device=lead.device)
-        return self._choose(self._run(lead, places, limits, at))
+        return self._choose(self._run(lead, places, self._length, extra, given))
 
     def advance(self) -> Tensor:
         """Feeds the last token and chooses the next.
@@ -118,19 +118,18 @@ class Decoder:
           bool [1], whether all samples have ended.
         """
         token = self.tokens.index_select(1, self._step - 1)
-        at = self._prefix + self._step - 1
-        places = self._length[:, None] + self._step - 1 + self._skip
-        return self._choose(self._run(token, places, at + 1, at))
+        past = self._length + self._step - 1
+        return self._choose(self._run(token, past[:, None] + self._skip, past, torch.ones_like(self._step), 1))
 
     def rewind(self) -> None:
         """Takes the last `advance` back, as far as the next is concerned; for measuring it again and again."""
         self._step -= 1
 
-    def _run(self, tokens: Tensor, places: Tensor, limits: Tensor, at: Tensor) -> ops.Residual:
+    def _run(self, tokens: Tensor, places: Tensor, past: Tensor, extra: Tensor, most: int) -> ops.Residual:
         """Tokens [B, N] at positions [B, N] through all layers; what the last of each sample leads to."""
         x = self.language.embed(tokens)
-        seen = ops.see(self._valid, limits, self._heads, x)
-        past = Past(self._k, self._v, seen, self._turns[places].flatten(0, 1), at, None)
+        seen = ops.see(past, extra, most, self._k.shape[2], self._heads, x)
+        past = Past(self._k, self._v, seen, self._turns[places].flatten(0, 1), None)
         norms = self.language.norms
         stream = flow.run(self.language.blocks, norms, ops.start(x.flatten(0, 1), norms[0].scale), past)
         last = slice(tokens.shape[1] - 1, None, tokens.shape[1])

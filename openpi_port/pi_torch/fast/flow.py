@@ -28,14 +28,16 @@ class Inputs(NamedTuple):
     Attributes:
       images: [B, C, height, width, 3], uint8, or float in [-1, 1].
       tokens: int [B, T].
-      valid: bool [B, P].
+      order: int [B * P], the rows of the prefix, valid ones first in every sample.
+      length: int32 [B], how many those are.
       state: float32 [B, J].
       noise: float32 [B, A, J].
     """
 
     images: Tensor
     tokens: Tensor
-    valid: Tensor
+    order: Tensor
+    length: Tensor
     state: Tensor
     noise: Tensor
 
@@ -55,8 +57,7 @@ class Past(NamedTuple):
     v: Tensor
     seen: Seen
     turns: Tensor
-    at: Tensor
-    state: Tensor | None
+    base: Tensor | None
 
 
 def run(blocks: Sequence[Block], norms: Sequence[Norm], stream: Residual, past: Past) -> Residual:
@@ -73,7 +74,7 @@ def run(blocks: Sequence[Block], norms: Sequence[Norm], stream: Residual, past: 
     """
     for i, block in enumerate(blocks):
         attn, mlp, after = norms[2 * i : 2 * i + 3]
-        q = ops.normed_qkv(stream, block.qkv, attn.bias, past.turns, past.k[i], past.v[i], past.at)
+        q = ops.normed_qkv(stream, block.qkv, attn.bias, past.turns, past.k[i], past.v[i], past.seen.past)
         y = ops.attend(q, past.k[i], past.v[i], past.seen)
         stream = ops.add_projected(stream, y, block.o, attn.gate, mlp.scale)
         y = ops.normed_geglu(stream, block.gate_up, mlp.bias)
@@ -124,17 +125,19 @@ class Language:
         """Prompt tokens [B, T] to [B, T, D]."""
         return F.embedding(tokens, self.embedding).to(self.dtype) * self.scale
 
-    def embed_prefix(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Tokens [B, P, D] of images, [B, C, height, width, 3], and prompt, [B, T]."""
-        text = self.embed(tokens)
-        return torch.cat([self.see(images), text], 1) if images.shape[1] else text
+    def embed_prefix(self, images: Tensor, tokens: Tensor, order: Tensor) -> Tensor:
+        """Tokens [B, P, D] of images, [B, C, height, width, 3], and prompt, [B, T], in that order of all rows."""
+        x = self.embed(tokens)
+        if images.shape[1]:
+            x = torch.cat([self.see(images), x], 1)
+        return x.flatten(0, 1).index_select(0, order).view(x.shape)
 
-    def prefill(self, x: Tensor, valid: Tensor, extra: int) -> tuple[Tensor, Tensor]:
+    def prefill(self, x: Tensor, length: Tensor, extra: int) -> tuple[Tensor, Tensor]:
         """The prefix [B, P, D] through all layers, as far as its keys and values need it.
 
         Args:
-          x: tokens; overwritten.
-          valid: bool [B, P].
+          x: tokens, valid ones first; overwritten.
+          length: int32 [B], how many are valid.
           extra: room for so many more keys.
 
         Returns:
@@ -143,9 +146,9 @@ class Language:
         size, prefix, _ = x.shape
         dim = self.turns.shape[1] * 2
         shape = (len(self.blocks), size, prefix + extra, dim)
-        k, v = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(2))
-        turns = self.turns[(valid.cumsum(1) - 1).clamp(min=0)].flatten(0, 1)
-        seen = ops.see(valid, None, 1, x)
+        k, v = (torch.zeros(shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        turns = self.turns[:prefix].repeat(size, 1, 1)
+        seen = ops.see(length, None, 0, prefix, 1, x)
         x = x.flatten(0, 1)
         for i, block in enumerate(self.blocks):
             y = ops.rms_norm(x, self.norms[2 * i].scale)
@@ -185,32 +188,33 @@ class Flow:
 
     def prefix(self, inputs: Inputs) -> Tensor:
         """Tokens [B, P, D] of images and prompt."""
-        return self.language.embed_prefix(inputs.images, inputs.tokens)
+        return self.language.embed_prefix(inputs.images, inputs.tokens, inputs.order)
 
-    def prefill(self, x: Tensor, valid: Tensor, state: Tensor) -> Past:
-        """The prefix [B, P, D], which is overwritten, and the state, as the steps need them."""
-        suffix, device = self.config.suffix_len, x.device
-        (size, prefix), keys = valid.shape, valid.shape[1] + suffix
-        k, v = self.language.prefill(x, valid, suffix)
-        token = limits = None
+    def prefill(self, x: Tensor, length: Tensor, state: Tensor) -> Past:
+        """The prefix [B, P, D], of which so many are valid, and the state, as the steps need them; x is overwritten."""
+        suffix, (size, prefix, _) = self.config.suffix_len, x.shape
+        k, v = self.language.prefill(x, length, suffix)
+        number = torch.arange(suffix, dtype=torch.int32, device=x.device)
+        extra, base = torch.full_like(number, suffix), None
+        if self.entry.b is not None:
+            base = self.entry.b.expand(size, suffix, -1)
         if self.config.state_in == "suffix":
-            token = self.module.state_proj(state).to(x.dtype)
-            number = torch.arange(suffix, dtype=torch.int32, device=device)
-            limits = torch.where(number == 0, prefix + 1, keys)  # the state doesn't see the actions
-        seen = torch.cat([valid, valid.new_ones(size, suffix)], 1)
-        places = valid.sum(1, keepdim=True) + torch.arange(suffix, device=device)
-        at = torch.full((1,), prefix, dtype=torch.int32, device=device)
-        return Past(k, v, ops.see(seen, limits, self.heads, x), self.language.turns[places].flatten(0, 1), at, token)
+            extra = torch.where(number == 0, 1, extra)  # the state doesn't see the actions
+            token = self.module.state_proj(state)[:, None].to(x.dtype)
+            base = torch.cat([token, base[:, 1:]], 1)
+        seen = ops.see(length, extra, suffix, prefix + suffix, self.heads, x)
+        turns = self.language.turns[length[:, None] + number].flatten(0, 1)
+        return Past(k, v, seen, turns, None if base is None else base.flatten(0, 1).contiguous())
 
     def step(self, step: Step, past: Past, x_t: Tensor) -> Tensor:
         """One Euler step, x_t [B, A, J] to the next."""
-        stream = ops.enter(x_t, past.state, self.entry, step.entry, step.norms[0].scale, self.language.dtype)
+        stream = ops.enter(x_t, past.base, self.entry, step.entry, step.norms[0].scale, self.language.dtype)
         stream = run(self.blocks, step.norms, stream, past)
         return ops.leave(stream, self.out, step.norms[-1].bias, x_t, step.dt)
 
     def sample_actions(self, inputs: Inputs, num_steps: int) -> Tensor:
         """See `Pi0.sample_actions`."""
-        past, x_t = self.prefill(self.prefix(inputs), inputs.valid, inputs.state), inputs.noise
+        past, x_t = self.prefill(self.prefix(inputs), inputs.length, inputs.state), inputs.noise
         for step in self.steps(num_steps):
             x_t = self.step(step, past, x_t)
         return x_t

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from openpi_port.pi_torch.fast import tiles
 from openpi_port.pi_torch.fast.ops import EPS, MASKED, Residual, Seen
-from openpi_port.pi_torch.fast.pack import Entry
 
 LOG2E = 1.4426950408889634
 _EPS: tl.constexpr = tl.constexpr(EPS)
@@ -38,11 +37,11 @@ def layer_norm(x: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor
 def _layer_norm(x, offset, scale, bias, y, D: tl.constexpr, BLOCK: tl.constexpr):
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = col < D
+    gain, shift = tl.load(scale + col, inside, 0.0), tl.load(bias + col, inside, 0.0)
     v = tl.load(x + row * D + col, inside, 0.0).to(tl.float32) + tl.load(offset + col, inside, 0.0)
     centred = tl.where(inside, v - tl.sum(v) / D, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred) / D + _EPS)
-    out = normed * tl.load(scale + col, inside, 0.0) + tl.load(bias + col, inside, 0.0)
-    tl.store(y + row * D + col, out.to(y.dtype.element_ty), inside)
+    tl.store(y + row * D + col, (normed * gain + shift).to(y.dtype.element_ty), inside)
 
 
 def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
@@ -56,10 +55,9 @@ def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
 def _rms_norm(x, scale, y, D: tl.constexpr, BLOCK: tl.constexpr):
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = col < D
-    v = tl.load(x + row * D + col, inside, 0.0).to(tl.float32)
+    gain, v = tl.load(scale + col, inside, 0.0), tl.load(x + row * D + col, inside, 0.0).to(tl.float32)
     normed = v * tl.rsqrt(tl.sum(v * v) / D + _EPS)
-    out = normed * tl.load(scale + col, inside, 0.0)
-    tl.store(y + row * D + col, out.to(y.dtype.element_ty), inside)
+    tl.store(y + row * D + col, (normed * gain).to(y.dtype.element_ty), inside)
 
 
 def start(x: Tensor, scale: Tensor) -> Residual:
@@ -130,15 +128,12 @@ def _split_qkv(
     turned = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (PADDED, WIDE))
     turned = turned.to(value.dtype)
     tl.store(q + row * HEADS * H + head * H + channel, turned, inside & (head < HEADS))
-    offset = row // T * stride + (_place(at) + row % T) * H + channel + head * 0
+    place = row % T
+    if at is not None:
+        place += tl.load(at + row // T)
+    offset = row // T * stride + place * H + channel + head * 0
     tl.store(k + offset, turned, inside & (head == HEADS))
     tl.store(v + offset, value, inside & (head == HEADS + 1))
-
-
-@triton.jit
-def _place(at):
-    """The number that lies there; 0 for None."""
-    return 0 if at is None else tl.load(at)
 
 
 # ---- attention
@@ -153,47 +148,45 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     rows = q.numel() // (size * dim)
     tile = tiles.attend(size * rows, keys)
     out = torch.empty_like(q)
-    span = triton.cdiv(triton.cdiv(keys, tile.splits), tile.keys) * tile.keys
-    splits = triton.cdiv(keys, span)
     part, weight = out, out
-    if splits > 1:
-        part = torch.empty((splits, size * rows, dim), dtype=torch.float32, device=q.device)
-        weight = torch.empty((splits, size * rows), dtype=torch.float32, device=q.device)
-    _attend[(triton.cdiv(rows, tile.rows), splits, size)](
-        q, k, v, seen.valid, seen.limits, part, weight, rows, keys, k.stride(0), span,
+    if tile.splits > 1:
+        part = torch.empty((tile.splits, size * rows, dim), dtype=torch.float32, device=q.device)
+        weight = torch.empty((tile.splits, size * rows), dtype=torch.float32, device=q.device)
+    _attend[(triton.cdiv(rows, tile.rows), tile.splits, size)](
+        q, k, v, seen.past, seen.extra, part, weight, rows, seen.most, k.stride(0),
         HEADS=q.shape[1] // dim, H=dim, PADDED=triton.next_power_of_2(dim), BM=tile.rows, BN=tile.keys,
-        SPLIT=splits > 1, num_warps=tile.warps, num_stages=tile.stages,
+        SPLIT=tile.splits > 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if splits > 1:
-        padded = {"PADDED": triton.next_power_of_2(dim), "PARTS": triton.next_power_of_2(splits)}
-        _join[(size * rows,)](part, weight, out, size * rows, SPLITS=splits, H=dim, **padded, num_warps=2)
+    if tile.splits > 1:
+        padded = {"PADDED": triton.next_power_of_2(dim), "PARTS": triton.next_power_of_2(tile.splits)}
+        _join[(size * rows,)](part, weight, out, size * rows, SPLITS=tile.splits, H=dim, **padded, num_warps=2)
     return out
 
 
 @triton.jit
 def _attend(
-    q, k, v, valid, limits, out, weight, R, S, stride, span,
+    q, k, v, past, extra, out, weight, R, most, stride,
     HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    sample, split = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    sample, split, splits = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     row, dim = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, PADDED)
     place = (sample * R + row)[:, None] * H + dim[None]
     queries = tl.load(q + place, (row < R)[:, None] & (dim < H)[None], 0.0)
-    if limits is not None:
-        limit = tl.load(limits + row // HEADS, row < R, 0)
+    visible = tl.load(past + sample)
+    span = tl.cdiv(tl.cdiv(visible + most, splits), BN) * BN
+    stop = tl.minimum(split * span + span, visible + most)
+    if extra is not None:
+        visible = visible + tl.load(extra + row // HEADS, row < R, 0)[:, None]
     top = tl.full((BM,), _MASKED, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, PADDED), tl.float32)
-    for begin in range(split * span, min(split * span + span, S), BN):
+    for begin in range(split * span, stop, BN):
         key = begin + tl.arange(0, BN)
-        there = (key < S)[:, None] & (dim < H)[None]
+        there = (key < stop)[:, None] & (dim < H)[None]
         source = sample * stride + key[:, None] * H + dim[None]
-        see = tl.load(valid + sample * S + key, key < S, 0)[None] != 0
-        if limits is not None:
-            see = see & (key[None] < limit[:, None])
         scores = tl.dot(queries, tl.trans(tl.load(k + source, there, 0.0))) * _LOG2E
-        scores = tl.where(see, scores, _MASKED)
+        scores = tl.where((key < stop)[None] & (key[None] < visible), scores, _MASKED)
         highest = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp2(top - highest)
         probs = tl.exp2(scores - highest[:, None])
@@ -201,12 +194,12 @@ def _attend(
         values = tl.load(v + source, there, 0.0)
         acc = tl.dot(probs.to(values.dtype), values, acc * shrink[:, None])
         top = highest
-    acc = acc / total[:, None]
+    acc = acc / tl.maximum(total, 1e-30)[:, None]  # a span behind the last key is empty
     keep = (row < R)[:, None] & (dim < H)[None]
     if SPLIT:
         first = split * tl.num_programs(2) * R
         tl.store(out + first * H + place, acc, keep)
-        tl.store(weight + first + sample * R + row, top + tl.log2(total), row < R)
+        tl.store(weight + first + sample * R + row, tl.where(total > 0, top + tl.log2(total), _MASKED), row < R)
     else:
         tl.store(out + place, acc.to(out.dtype.element_ty), keep)
 
@@ -259,24 +252,27 @@ def _normed_qkv(
 ):  # fmt: skip
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
+    # What is needed at the end is loaded at the beginning, so that nothing waits for it.
+    norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
+    place = tl.load(at + row // T, row < M, 0)
+    head = tl.program_id(0) * BN // H
+    pair = tl.program_id(0) * BN % H // 2 + tl.arange(0, BN // 2)
+    cos = tl.load(turns + row[:, None] * H + 2 * pair[None], inside, 1.0)
+    sin = tl.load(turns + row[:, None] * H + 2 * pair[None] + 1, inside, 0.0)
     acc = tl.zeros((BM, BN), tl.float32)
     for begin in range(0, D, BK):
         deep = begin + tl.arange(0, BK)
         left = tl.load(x + row[:, None] * D + deep[None], inside, 0.0)
         acc = tl.dot(left, tl.load(w + col[None] * D + deep[:, None]), acc)
-    acc = acc * _norm(squares, row, M, D, PARTS, PADDED)[:, None]
+    acc = acc * norm
     if bias is not None:
         acc += tl.load(bias + col)[None]
-    head = tl.program_id(0) * BN // H
     channel = col % H
     if head <= HEADS:  # a query or the key: neighbours turn together
-        pair = tl.program_id(0) * BN % H // 2 + tl.arange(0, BN // 2)
-        cos = tl.load(turns + row[:, None] * H + 2 * pair[None], inside, 1.0)
-        sin = tl.load(turns + row[:, None] * H + 2 * pair[None] + 1, inside, 0.0)
         even, odd = tl.split(tl.reshape(acc, (BM, BN // 2, 2)))
         acc = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (BM, BN))
     value = acc.to(q.dtype.element_ty)
-    offset = row // T * stride + (_place(at) + row % T) * H
+    offset = row // T * stride + (place + row % T) * H
     if head < HEADS:
         tl.store(q + row[:, None] * (HEADS * H) + col[None], value, inside)
     elif head == HEADS:
@@ -307,6 +303,7 @@ def _normed_geglu(
 ):  # fmt: skip
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
+    norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
     gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     for begin in range(0, D, BK):
         deep = begin + tl.arange(0, BK)
@@ -314,7 +311,6 @@ def _normed_geglu(
         source = w + col[None] * D + deep[:, None]
         gate = tl.dot(left, tl.load(source), gate)
         up = tl.dot(left, tl.load(source + F * D), up)
-    norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
     gate, up = gate * norm, up * norm
     if bias is not None:
         gate, up = gate + tl.load(bias + col)[None], up + tl.load(bias + F + col)[None]
@@ -346,12 +342,13 @@ def _add_projected(
     split, columns = tl.program_id(1), tl.num_programs(0)
     row, col = tl.program_id(2) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
+    place = row[:, None] * D + col[None]
+    old, gain = tl.load(before + place, inside, 0.0).to(tl.float32), tl.load(scale + col)[None]
     acc = tl.zeros((BM, BN), tl.float32)
     for begin in range(0, F // SPLITS, BK):
         deep = split * (F // SPLITS) + begin + tl.arange(0, BK)
         left = tl.load(a + row[:, None] * F + deep[None], inside, 0.0)
         acc = tl.dot(left, tl.load(w + col[None] * F + deep[:, None]), acc)
-    place = row[:, None] * D + col[None]
     last = True
     if SPLITS > 1:
         tl.store(part + split * M * D + place, acc, inside)
@@ -361,37 +358,32 @@ def _add_projected(
     if last:
         if SPLITS > 1:
             acc = tl.zeros((BM, BN), tl.float32)
-            for i in range(SPLITS):  # in this order whoever came last: the sum is the same every time
+            for i in tl.static_range(SPLITS):  # in this order whoever came last: the sum is the same every time
                 acc += tl.load(part + i * M * D + place, inside, 0.0, cache_modifier=".cg")
             tl.store(counter, 0)
         if gate is not None:
             acc = acc * tl.load(gate + col)[None]
-        after = (tl.load(before + place, inside, 0.0).to(tl.float32) + acc).to(x.dtype.element_ty)
+        after = (old + acc).to(x.dtype.element_ty)
         tl.store(x + place, after, inside)
         after = after.to(tl.float32)
-        tl.store(scaled + place, (after * tl.load(scale + col)[None]).to(x.dtype.element_ty), inside)
+        tl.store(scaled + place, (after * gain).to(x.dtype.element_ty), inside)
         tl.store(squares + row * columns + tl.program_id(0), tl.sum(after * after, 1), row < M)
 
 
 # ---- in and out of the expert
 
 
-def enter(x_t: Tensor, state: Tensor | None, entry: Entry, bias: Tensor, scale: Tensor, dtype: torch.dtype) -> Residual:
-    """A program makes some columns; the hidden layer before them, 32 inputs deep, it makes for itself."""
-    (size, actions, dim), width, device = x_t.shape, entry.first.shape[0], x_t.device
-    tokens = actions + (state is not None)
-    rows = size * tokens
-    columns, depth = tiles.divisor(32, width), tiles.divisor(64, width)
-    parts = width // columns
-    x, scaled = (torch.empty((rows, width), dtype=dtype, device=device) for _ in range(2))
-    squares = torch.empty((rows, parts), dtype=torch.float32, device=device)
+def lift(x_t: Tensor, first: Tensor, bias: Tensor, tokens: int, *, swish: bool) -> Residual:
+    """A program makes some columns; also clears the counters that `add_projected` needs."""
+    (size, actions, dim), width, device = x_t.shape, first.shape[0], x_t.device
+    rows, columns = size * tokens, tiles.divisor(32, width)
+    x = torch.empty((rows, width), dtype=torch.bfloat16, device=device)
     arrived = torch.empty((triton.cdiv(rows, 64), width // 16), dtype=torch.int32, device=device)
-    _enter[(parts, triton.cdiv(rows, 64))](
-        x_t, state, entry.first, entry.w, entry.b, bias, scale, x, scaled, squares, arrived,
-        rows, tokens, arrived.numel(),
-        J=dim, PADDED=max(16, triton.next_power_of_2(dim)), D=width, BM=64, BN=columns, BK=depth, num_stages=3,
+    _lift[(width // columns, triton.cdiv(rows, 64))](
+        x_t, first, bias, x, arrived, rows, tokens, actions, arrived.numel(),
+        J=dim, PADDED=max(16, triton.next_power_of_2(dim)), D=width, SWISH=swish, BM=64, BN=columns,
     )  # fmt: skip
-    return Residual(x, scaled, squares, arrived)
+    return Residual(x, x, x, arrived)
 
 
 @triton.jit
@@ -403,41 +395,22 @@ def _exact_dot(a, b, acc):
 
 
 @triton.jit
-def _enter(
-    x_t, state, first, w, b, bias, scale, x, scaled, squares, arrived, M, T, counters,
-    J: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+def _lift(
+    x_t, first, bias, x, arrived, M, T, A, counters,
+    J: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, SWISH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     j = tl.arange(0, PADDED)
-    sample, token = row // T, row % T
-    if state is not None:
-        source, acting = sample * (T - 1) + token - 1, (row < M) & (token > 0)
-    else:
-        source, acting = row, row < M
-    noisy = tl.load(x_t + source[:, None] * J + j[None], acting[:, None] & (j < J)[None], 0.0)
-    if w is None:
-        weights = tl.load(first + col[None] * J + j[:, None], (j < J)[:, None], 0.0)
-        acc = _exact_dot(noisy, weights, tl.zeros((BM, BN), tl.float32)) + tl.load(bias + col)[None]
-    else:
-        acc = tl.zeros((BM, BN), tl.float32)
-        for begin in range(0, D, BK):
-            deep = begin + tl.arange(0, BK)
-            weights = tl.load(first + deep[None] * J + j[:, None], (j < J)[:, None], 0.0)
-            hidden = _exact_dot(noisy, weights, tl.zeros((BM, BK), tl.float32)) + tl.load(bias + deep)[None]
-            hidden = (hidden * tl.sigmoid(hidden)).to(w.dtype.element_ty)
-            acc = tl.dot(hidden, tl.load(w + col[None] * D + deep[:, None]), acc)
-        acc += tl.load(b + col)[None]
-    place = row[:, None] * D + col[None]
-    if state is not None:
-        given = tl.load(state + sample[:, None] * D + col[None], (row < M)[:, None] & (token == 0)[:, None], 0.0)
-        acc = tl.where((token == 0)[:, None], given.to(tl.float32), acc)
-    out = acc.to(x.dtype.element_ty)
-    tl.store(x + place, out, (row < M)[:, None])
-    out = out.to(tl.float32)
-    tl.store(scaled + place, (out * tl.load(scale + col)[None]).to(x.dtype.element_ty), (row < M)[:, None])
-    parts = tl.num_programs(0)
-    tl.store(squares + row * parts + tl.program_id(0), tl.sum(out * out, 1), row < M)
-    counter = (tl.program_id(1) * parts + tl.program_id(0)) * 2 + tl.arange(0, 2)
+    action = row % T - (T - A)
+    acting, inside = ((row < M) & (action >= 0))[:, None], (j < J)[None]
+    noisy = tl.load(x_t + (row // T * A + action)[:, None] * J + j[None], acting & inside, 0.0)
+    weights = tl.load(first + col[None] * J + j[:, None], (j < J)[:, None], 0.0)
+    y = _exact_dot(noisy, weights, tl.zeros((BM, BN), tl.float32)) + tl.load(bias + col)[None]
+    if SWISH:
+        y = y * tl.sigmoid(y)
+    y = tl.where(acting, y, 0.0)
+    tl.store(x + row[:, None] * D + col[None], y.to(x.dtype.element_ty), (row < M)[:, None])
+    counter = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 2 + tl.arange(0, 2)
     tl.store(arrived + counter, tl.zeros((2,), tl.int32), counter < counters)
 
 
@@ -460,12 +433,13 @@ def _leave(
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     row, j = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, WIDE)
+    norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
     acc = tl.zeros((BM, WIDE), tl.float32)
     for begin in range(0, D, BK):
         deep = begin + tl.arange(0, BK)
         left = tl.load(x + row[:, None] * D + deep[None], (row < M)[:, None], 0.0)
         acc = tl.dot(left, tl.load(w + j[None] * D + deep[:, None], (j < J)[None], 0.0), acc)
-    v_t = acc * _norm(squares, row, M, D, PARTS, PADDED)[:, None] + tl.load(bias + j, j < J, 0.0)[None]
+    v_t = acc * norm + tl.load(bias + j, j < J, 0.0)[None]
     sample, action = row // T, row % T - (T - A)
     acting = ((row < M) & (action >= 0))[:, None] & (j < J)[None]
     place = (sample * A + action)[:, None] * J + j[None]

@@ -41,16 +41,18 @@ class Residual(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """Who sees which keys.
+    """Who sees which keys. What may not be seen lies behind what may, so numbers say it.
 
     Attributes:
-      valid: bool [B, S].
-      limits: int32 [T], a query sees only keys before this one; None where all are seen.
-      bias: both, as plain torch adds it to the logits, [B, 1, 1 or T * N, S]; None where kernels run.
+      past: int32 [B], keys that all tokens see.
+      extra: int32 [T], of the keys behind those, how many each token sees; None for none.
+      most: the largest of `extra`.
+      bias: the same as plain torch adds it to the logits, [B, 1, 1 or T * N, S]; None where kernels run.
     """
 
-    valid: Tensor
-    limits: Tensor | None
+    past: Tensor
+    extra: Tensor | None
+    most: int
     bias: Tensor | None
 
 
@@ -59,15 +61,15 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
-def see(valid: Tensor, limits: Tensor | None, heads: int, like: Tensor) -> Seen:
-    """Makes a mask once for all layers: valid bool [B, S], limits int32 [T], for activations `like`."""
+def see(past: Tensor, extra: Tensor | None, most: int, keys: int, heads: int, like: Tensor) -> Seen:
+    """Makes a mask of S keys once for all layers, for activations `like`; see `Seen`."""
     if on_gpu(like):
-        return Seen(valid, limits, None)
-    mask = valid[:, None]
-    if limits is not None:
-        below = torch.arange(valid.shape[1], device=valid.device) < limits.repeat_interleave(heads)[:, None]
-        mask = mask & below
-    return Seen(valid, limits, torch.where(mask, 0.0, MASKED).to(like.dtype)[:, None])
+        return Seen(past, extra, most, None)
+    visible = past[:, None]
+    if extra is not None:
+        visible = visible + extra.repeat_interleave(heads)
+    mask = torch.arange(keys, device=past.device) < visible[..., None]
+    return Seen(past, extra, most, torch.where(mask, 0.0, MASKED).to(like.dtype)[:, None])
 
 
 def add_linear_(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: Tensor | Non
       qkv: [M, (N + 2) * H], or [M, 2 * H] without queries.
       turns: float32 [M, H/2, 2], cos and sin of every row's angles.
       k, v: [B, S, H], written from key `at` on.
-      at: int32 [1]; None for 0.
+      at: int32 [B]; None for 0.
 
     Returns:
       Queries [M, N * H].
@@ -136,9 +138,11 @@ def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: Tensor | Non
     size, _, dim = k.shape
     heads = qkv.shape[1] // dim - 2
     rotated = rotate(qkv[:, :-dim].unflatten(1, (-1, dim)), turns)  # queries and key
-    keys = torch.arange(len(qkv) // size, device=qkv.device) + (0 if at is None else at)
-    k.index_copy_(1, keys, rotated[:, -1].unflatten(0, (size, -1)))
-    v.index_copy_(1, keys, qkv[:, -dim:].unflatten(0, (size, -1)))
+    keys, values = (x.unflatten(0, (size, -1)) for x in (rotated[:, -1], qkv[:, -dim:]))
+    place = torch.arange(keys.shape[1], device=k.device) + (0 if at is None else at[:, None])
+    place = place.long().expand(keys.shape[:2])[..., None].expand_as(keys)
+    k.scatter_(1, place, keys)
+    v.scatter_(1, place, values)
     return rotated[:, :heads].flatten(1)
 
 
@@ -216,31 +220,44 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
     return start(stream.x + (y if gate is None else (y * gate).to(y.dtype)), scale)
 
 
-def enter(x_t: Tensor, state: Tensor | None, entry: Entry, bias: Tensor, scale: Tensor, dtype: torch.dtype) -> Residual:
-    """Noisy actions to the expert's stream.
+def lift(x_t: Tensor, first: Tensor, bias: Tensor, tokens: int, *, swish: bool, dtype: torch.dtype) -> Residual:
+    """Noisy actions to the expert's width: `x_t @ first.T + bias`, then swish if asked for.
 
     Args:
       x_t: float32 [B, A, J].
-      state: [B, D], a token before the actions; None for none.
-      entry: the weights.
-      bias: float32 [D], the step's.
-      scale: float32 [D], the first norm's.
-      dtype: of the stream.
+      first: float32 [D, J].
+      bias: float32 [D].
+      tokens: T per sample; those before the actions become zeros.
+      swish: see above.
+      dtype: of what is returned.
 
     Returns:
-      M = B * A rows, or B * (1 + A).
+      x alone, [B * T, D].
     """
     if x_t.is_cuda and dtype == torch.bfloat16:
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.enter(x_t, state, entry, bias, scale, dtype)
-    x = F.linear(x_t, entry.first, bias)
-    if entry.w is not None:
-        x = F.linear(F.silu(x), entry.w.float(), entry.b)
-    x = x.to(dtype)
-    if state is not None:
-        x = torch.cat([state[:, None], x], 1)
-    return start(x.flatten(0, 1), scale)
+        return kernels.lift(x_t, first, bias, tokens, swish=swish)
+    x = F.linear(x_t, first, bias)
+    x = F.pad((F.silu(x) if swish else x).to(dtype), (0, 0, tokens - x_t.shape[1], 0)).flatten(0, 1)
+    return Residual(x, x, x)
+
+
+def enter(x_t: Tensor, base: Tensor | None, entry: Entry, bias: Tensor, scale: Tensor, dtype: torch.dtype) -> Residual:
+    """Noisy actions to the expert's stream.
+
+    Args:
+      x_t: float32 [B, A, J].
+      base: [B * T, D], what `entry.w` adds to: the state's token and the bias; None where there is no `entry.w`.
+      entry: the weights.
+      bias: float32 [D], the step's.
+      scale: float32 [D], the first norm's.
+      dtype: of the stream.
+    """
+    if base is None:
+        return start(lift(x_t, entry.first, bias, x_t.shape[1], swish=False, dtype=dtype).x, scale)
+    hidden = lift(x_t, entry.first, bias, len(base) // len(x_t), swish=True, dtype=dtype)
+    return add_projected(hidden._replace(x=base), hidden.x, entry.w, None, scale)
 
 
 def leave(stream: Residual, w: Tensor, bias: Tensor, x_t: Tensor, dt: float) -> Tensor:

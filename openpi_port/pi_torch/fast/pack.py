@@ -95,12 +95,12 @@ class Norm(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """The way of noisy actions into the expert: `y = x_t @ first.T + step.entry`, in pi0 then `silu(y) @ w.T + b`.
+    """The way of noisy actions into the expert: `y = x_t @ first.T + step.entry`, in pi0 then `swish(y) @ w.T + b`.
 
     Attributes:
       first: float32 [D, J].
       w: [D, D], or None.
-      b: float32 [D], or None.
+      b: [D], or None.
     """
 
     first: Tensor
@@ -217,7 +217,7 @@ def pack_entry(module: Pi0) -> Entry:
         return Entry(first, None, None)
     to_actions = module.action_time_mlp_in.weight.float().chunk(2, 1)[0]
     last, dtype = module.action_time_mlp_out, getattr(torch, module.compute.dtype)
-    return Entry((to_actions.double() @ first.double()).float(), last.weight.to(dtype), last.bias.float())
+    return Entry((to_actions.double() @ first.double()).float(), last.weight.to(dtype), last.bias.to(dtype))
 
 
 def turns(length: int, dim: int, device: torch.device, max_wavelength: float = 10_000.0) -> Tensor:

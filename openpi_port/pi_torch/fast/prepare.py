@@ -95,11 +95,11 @@ class Prepared:
         flow, inputs = self._flow, Inputs(*devices.put(tuple(arrays), self._device))
         with devices.precision(self.module.compute):
             tokens = flow.prefix(inputs)
-            past = flow.prefill(tokens.clone(), inputs.valid, inputs.state)
+            past = flow.prefill(tokens.clone(), inputs.length, inputs.state)
             first = flow.steps(num_steps)[0]
             calls = {
                 "vision": lambda: flow.prefix(inputs),
-                "prefix": lambda: flow.prefill(tokens.clone(), inputs.valid, inputs.state),
+                "prefix": lambda: flow.prefill(tokens.clone(), inputs.length, inputs.state),
                 "step": lambda: flow.step(first, past, inputs.noise),
             }
             return _stages(calls, self._device)
@@ -180,7 +180,7 @@ class PreparedFast:
         key = (id(grammar), temperature, *((a.shape, a.dtype) for a in arrays))
         if key not in self._sessions:
             tables = None if grammar is None else Grammar(*devices.put(grammar, self._device))
-            shape = (size, arrays[2].shape[1], max_steps)
+            shape = (size, len(arrays[2]) // size, max_steps)
             decoder = Decoder(self.module, self._language, *shape, temperature, tables)
             self._sessions[key] = _Session(decoder, grammar, arrays, self._device)
         return self._sessions[key], arrays
@@ -213,12 +213,14 @@ class _Session:
 
 
 def _observe(batch: Batch, config: configs.Pi0 | configs.Pi0Fast) -> list[np.ndarray]:
-    """Images, tokens and which of both are valid, of a trimmed batch."""
+    """Images, tokens, the order of both in which valid ones are first, and their number, of a trimmed batch."""
     pictures, tokens = list(batch["image"].values()), np.asarray(batch["tokenized_prompt"], np.int32)
     size, pixels, per_image = len(tokens), config.vision.image_size, config.vision.num_tokens
     images = np.stack(pictures, 1) if pictures else np.zeros((size, 0, pixels, pixels, 3), np.uint8)
     seen = np.stack([*batch["image_mask"].values()], 1) if pictures else np.zeros((size, 0), bool)
-    return [images, tokens, np.concatenate([seen.repeat(per_image, 1), batch["tokenized_prompt_mask"]], 1)]
+    valid = np.concatenate([seen.repeat(per_image, 1), batch["tokenized_prompt_mask"]], 1)
+    order = np.argsort(~valid, axis=1, kind="stable") + np.arange(size)[:, None] * valid.shape[1]
+    return [images, tokens, order.astype(np.int32).ravel(), valid.sum(1, dtype=np.int32)]
 
 
 def _stages(calls: dict[str, Callable[[], object]], device: torch.device) -> dict[str, Callable[[], None]]:
