@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 pytest.importorskip("triton")
+import numpy as np
 import torch
 import triton.language as tl
+from frameworks import Framework, batch_of, golden_model
 
 from openpi_port.pi_torch.fast import kernels, ops, pack, tiles
 
@@ -117,9 +119,8 @@ def test_attend(make, monkeypatch, splits, limited):
 def test_both_ends(make, monkeypatch, swish):
     if not GPU:
         monkeypatch.setattr(kernels, "_exact_dot", lambda a, b, acc: tl.dot(a, b, acc))
-        monkeypatch.setattr(torch, "bfloat16", torch.float32)
     x_t, first, bias, scale, tokens = make.f(B, T - 1, J), make.f(D, J), make.f(D), make.f(D), T
-    got = kernels.lift(x_t, first, bias, tokens, swish=swish)
+    got = kernels.lift(x_t, first, bias, tokens, swish=swish, dtype=DTYPE)
     want = ops.lift(*exact(x_t, first, bias), tokens, swish=swish, dtype=torch.float32)
     close(got.x, want.x)
     assert not got.arrived.any()
@@ -127,3 +128,19 @@ def test_both_ends(make, monkeypatch, swish):
     w, bias = make.w(J, D), make.f(J)
     moved = kernels.leave(stream, w, bias, x_t, -0.1)
     close(moved - x_t, ops.leave(plain, *exact(w, bias, x_t), -0.1) - x_t.cpu())
+
+
+@pytest.mark.skipif(GPU, reason="in bfloat16 see docs/performance.md")
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_a_whole_chunk(golden, monkeypatch, name):
+    """Every kernel in its place, in the interpreter: vision, prefix and an Euler step of two samples."""
+    weights, config = golden_model(golden / "openpi" / name)
+    plain = Framework("torch").load(config, dict(weights))
+    batch = batch_of(golden / "openpi" / name)
+    want = plain.sample_actions(batch, batch["noise"], 1)
+    monkeypatch.setattr(kernels, "_exact_dot", lambda a, b, acc: tl.dot(a, b, acc))
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    gelu = torch.nn.functional.gelu
+    monkeypatch.setattr(ops, "linear_gelu", lambda x, w, b: gelu(x @ w.t() + b, approximate="tanh"))
+    got = Framework("torch").backend.fast.optimize(plain).sample_actions(batch, batch["noise"], 1)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)

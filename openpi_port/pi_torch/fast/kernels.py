@@ -373,11 +373,11 @@ def _add_projected(
 # ---- in and out of the expert
 
 
-def lift(x_t: Tensor, first: Tensor, bias: Tensor, tokens: int, *, swish: bool) -> Residual:
+def lift(x_t: Tensor, first: Tensor, bias: Tensor, tokens: int, *, swish: bool, dtype: torch.dtype) -> Residual:
     """A program makes some columns; also clears the counters that `add_projected` needs."""
     (size, actions, dim), width, device = x_t.shape, first.shape[0], x_t.device
     rows, columns = size * tokens, tiles.divisor(32, width)
-    x = torch.empty((rows, width), dtype=torch.bfloat16, device=device)
+    x = torch.empty((rows, width), dtype=dtype, device=device)
     arrived = torch.empty((triton.cdiv(rows, 64), width // 16), dtype=torch.int32, device=device)
     _lift[(width // columns, triton.cdiv(rows, 64))](
         x_t, first, bias, x, arrived, rows, tokens, actions, arrived.numel(),

@@ -57,7 +57,7 @@ class Seen(NamedTuple):
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether there is a kernel for this tensor."""
+    """Whether there are kernels for tensors like this one."""
     return x.is_cuda and x.dtype == torch.bfloat16
 
 
@@ -234,10 +234,10 @@ def lift(x_t: Tensor, first: Tensor, bias: Tensor, tokens: int, *, swish: bool, 
     Returns:
       x alone, [B * T, D].
     """
-    if x_t.is_cuda and dtype == torch.bfloat16:
+    if on_gpu(x_t.new_empty(0, dtype=dtype)):
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.lift(x_t, first, bias, tokens, swish=swish)
+        return kernels.lift(x_t, first, bias, tokens, swish=swish, dtype=dtype)
     x = F.linear(x_t, first, bias)
     x = F.pad((F.silu(x) if swish else x).to(dtype), (0, 0, tokens - x_t.shape[1], 0)).flatten(0, 1)
     return Residual(x, x, x)

@@ -35,7 +35,7 @@ EXPERT = {
     "qkv": Tile(rows=64, columns=32, depth=128, splits=1, warps=4, stages=4),
     "gate_up": Tile(rows=64, columns=32, depth=64, splits=1, warps=4, stages=8),
     "o": Tile(rows=64, columns=16, depth=128, splits=2, warps=4, stages=4),
-    "down": Tile(rows=64, columns=64, depth=128, splits=8, warps=4, stages=4),
+    "down": Tile(rows=64, columns=32, depth=128, splits=4, warps=4, stages=4),
 }
 TOKEN = {
     "qkv": Tile(rows=16, columns=16, depth=256, splits=1, warps=4, stages=4),
