@@ -28,6 +28,9 @@ from openpi_port.pi_flax.pi0 import Pi0
 from openpi_port.pi_flax.pi0_fast import Pi0Fast, make_rules
 
 
+EVEN = 8  # the prefix is filled up to a multiple: cuDNN takes no odd lengths, and rows start aligned
+
+
 def optimize(model: Model | FastModel) -> Prepared | PreparedFast:
     """Prepares a loaded model; the given one is kept for what is not in a hurry (`loss`).
 
@@ -204,6 +207,8 @@ def _observe(batch: Batch, config: configs.Pi0 | configs.Pi0Fast) -> flow.Inputs
     images = [np.asarray(image) for image in batch["image"].values()]
     seen = [np.repeat(np.asarray(m, bool)[:, None], config.vision.num_tokens, 1) for m in batch["image_mask"].values()]
     valid = np.concatenate([*seen, batch["tokenized_prompt_mask"]], 1)
+    more = ((0, 0), (0, -valid.shape[1] % EVEN))
+    prompt, valid = np.pad(prompt, more), np.pad(valid, more)
     in_order = (valid[:, :-1] >= valid[:, 1:]).all()
     return flow.Inputs(
         images=np.stack(images, 1) if images else np.zeros((len(prompt), 0, pixels, pixels, 3), np.uint8),
