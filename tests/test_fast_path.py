@@ -52,9 +52,7 @@ def test_golden(reference, models):
     np.testing.assert_allclose(got, reference.outputs["sample_actions_10"], atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("present", "prompt"), [((1, 0, 0), 1), ((0, 1, 1), 16), ((0, 0, 0), 9)], ids=["one", "no base", "none"]
-)
+@pytest.mark.parametrize(("present", "prompt"), [((0, 1, 1), 16), ((0, 0, 0), 1)], ids=["no base", "none"])
 def test_absent_cameras_and_short_prompts(reference, models, present, prompt):
     b = reference.batch
     cameras = dict(zip(reference.config.cameras, ([bool(p)] for p in present), strict=True))

@@ -27,7 +27,6 @@ from openpi_port.pi_flax.infer import FastModel, Model
 from openpi_port.pi_flax.pi0 import Pi0
 from openpi_port.pi_flax.pi0_fast import Pi0Fast, make_rules
 
-
 EVEN = 8  # the prefix is filled up to a multiple: cuDNN takes no odd lengths, and rows start aligned
 
 
