@@ -39,8 +39,8 @@ def numbers(
     infer_ms = [1e3 * s for _, s in calls]
     sim_ms = 1e3 * sum(e.sim_seconds for e in episodes) / steps
     held = sum(e.end == setting.task for e in episodes)
-    kinks = [latency.kinks(e.actions, list(e.borders), task.arms) for e in episodes]
-    at, elsewhere = (np.concatenate(part) for part in zip(*kinks, strict=True))
+    kinks = [latency.kinks(e.actions, list(e.borders), task.arms) for e in episodes if task.arms]
+    at, elsewhere = (np.concatenate(part) for part in zip(*kinks, strict=True)) if kinks else ((), ())
     print(
         f"{successes} of {count} episodes succeeded: {successes / count:.0%} (95% interval {low:.1%} to {high:.1%}); "
         f"{held} still did at the end\n"

@@ -300,7 +300,8 @@ class Policy:
         sample = {
             "image": {c: np.zeros((size, size, 3), np.uint8) for c in config.cameras},
             "image_mask": {c: np.bool_(c in self.data.cameras) for c in config.cameras},
-            "state": np.zeros(config.action_dim, np.float32),
+            # pi0-FAST's transforms write the state into the prompt and don't pad it.
+            "state": np.zeros(config.action_dim if self.noise_shape else self.metadata["state_dim"], np.float32),
             "tokenized_prompt": np.zeros(length, np.int32),
         }
         if self.noise_shape is not None:

@@ -12,10 +12,10 @@ import av
 import numpy as np
 import pytest
 from conftest import ROOT
-from small_policy import make_checkpoint
+from small_policy import FAST, MODEL, make_checkpoint
 
-from experiments import compare, eval_report
-from openpi_port import UserError
+from experiments import compare, eval_report, open_loop
+from openpi_port import Policy, UserError
 from openpi_port.sim import gl, pictures, rollout, wilson
 from openpi_port.sim.aloha import AlohaSim
 from openpi_port.sim.expert import Expert
@@ -278,16 +278,17 @@ def test_the_command(tmp_path):
     assert (tmp_path / "out/grid.mp4").stat().st_size and (tmp_path / "out/episodes/seed_0007.png").stat().st_size
 
 
+EMBEDDED = {
+    "repo_id": "aloha_sim_transfer_cube",
+    "robot": "aloha_sim",
+    "cameras": {"base_0_rgb": "observation.images.top"},
+    "delta": (),
+    "cache_gb": 0.0,
+}
+
+
 def test_open_loop_on_the_data_set_that_ships(tmp_path):
-    cameras = {"base_0_rgb": "observation.images.top"}
-    data = {
-        "repo_id": "aloha_sim_transfer_cube",
-        "robot": "aloha_sim",
-        "cameras": cameras,
-        "delta": (),
-        "cache_gb": 0.0,
-    }
-    path = make_checkpoint(tmp_path / "20", **data)
+    path = make_checkpoint(tmp_path / "20", **EMBEDDED)
     out = tmp_path / "out"
     done = command(
         f"--checkpoint={path}", "--backend=torch", "--env=dataset", "--samples=3", "--plots=1", f"--out={out}"
@@ -296,3 +297,16 @@ def test_open_loop_on_the_data_set_that_ships(tmp_path):
     numbers = json.loads((out / "open_loop.json").read_text())
     assert numbers["samples"] == 3 and len(numbers["mae"]) == 14 and len(numbers["mae_by_step"]) == 4
     assert np.isfinite(numbers["mae"]).all() and len(list((out / "chunks").iterdir())) == 1
+
+
+PI05 = dataclasses.replace(MODEL, state_in="prompt", time_in="adarms", max_token_len=120)
+
+
+@pytest.mark.parametrize("model", [PI05, FAST])
+def test_open_loop_of_other_models(tmp_path, model):
+    """Whose prompts hold the state, and whose chunks are tokens."""
+    path = make_checkpoint(tmp_path / "20", model, **EMBEDDED)
+    policy = Policy.from_pretrained(path, "torch", device="cpu")
+    open_loop.evaluate(policy, tmp_path / "out", samples=2, plots=0)
+    numbers = json.loads((tmp_path / "out/open_loop.json").read_text())
+    assert numbers["samples"] == 2 and len(numbers["rmse"]) == 14 and np.isfinite(numbers["rmse"]).all()

@@ -43,7 +43,7 @@ def about(task: str) -> About:
         max_steps=next(steps for name, steps in MAX_STEPS.items() if suite.startswith(name)),
         after=10,
         replan=5,
-        arms=tuple(range(6)),
+        arms=(),
         panels=(
             Panel("hand (m)", {}, {axis: i for i, axis in enumerate(axes)}),
             Panel("hand (axis-angle, rad)", {}, {axis: 3 + i for i, axis in enumerate(axes)}),

@@ -34,7 +34,7 @@ class About:
       fps: control steps a second.
       success: the reward that means it.
       max_steps, after, replan: usual values of `rollout.Setting`.
-      arms: action dimensions that should be smooth; the others are grippers.
+      arms: action dimensions that are joint targets (rad), which should be smooth; none where actions are motions.
       panels: what to plot.
     """
 
