@@ -71,7 +71,8 @@ def report(errors: np.ndarray, out: Path, name: str) -> None:
     """
     mae = np.nanmean(np.abs(errors), axis=(0, 1))
     rmse = np.sqrt(np.nanmean(errors**2, axis=(0, 1)))
-    by_step = np.nanmean(np.abs(errors), axis=(0, 2))
+    recorded = ~np.isnan(errors).all(axis=(0, 2))  # a chunk may be longer than every episode
+    by_step = np.nanmean(np.abs(errors[:, recorded]), axis=(0, 2))
     print(f"{name}: {len(errors)} validation chunks, robot units\n{'dim':>4} {'mean abs':>10} {'rms':>10}")
     for dim, (a, r) in enumerate(zip(mae, rmse, strict=True)):
         print(f"{dim:4} {a:10.4g} {r:10.4g}")
