@@ -183,15 +183,20 @@ def test_full_weights_lead_to_the_previous_chunk(framework):
 def test_every_step_is_the_same_in_both_frameworks(reference):
     """Guided velocities at each Euler step, along the trajectory of one framework; then whole chunks."""
     observation = {k: v for k, v in reference.batch.items() if k not in ("actions", "noise", "time")}
+    f, module = Framework("torch"), reference.models["torch"].module
+    prefix, cache = ([f.numpy(x) for x in part] for part in module.prefill(f.array(observation)))
 
     def velocity(name):
-        def function(module, batch, x_t, time, previous, weights):
-            prefix, cache = module.prefill(batch)
-            plain = lambda x: module.denoise(prefix, cache, batch["state"], x, 0 * x[:, 0, 0] + time)  # noqa: E731
-            return Framework(name).backend.realtime.guided_velocity(plain, x_t, time, previous, weights, LIMIT)
+        backend = Framework(name).backend
+
+        def function(module, prefix, cache, state, x_t, time, previous, weights):
+            seen = backend.pi0.Tokens(*prefix), backend.pi0.KVCache(*cache)
+            plain = lambda x: module.denoise(*seen, state, x, 0 * x[:, 0, 0] + time)  # noqa: E731
+            return backend.realtime.guided_velocity(plain, x_t, time, previous, weights, LIMIT)
 
         whole = compiled(Framework(name), reference.models[name], function)
-        return lambda x_t, time: whole(observation, x_t, time, reference.previous, reference.weights)
+        held = reference.previous, reference.weights
+        return lambda x_t, time: whole(prefix, cache, observation["state"], x_t, time, *held)
 
     flax, torch = map(velocity, NAMES)
     times, dt = euler_times(STEPS)
@@ -250,7 +255,7 @@ def test_given_actions_come_back(reference):
 
 
 def test_times_of_single_actions(reference):
-    """The same time for every action is the batch's; with different ones, losses and gradients agree."""
+    """The same time for every action is the batch's; with different ones, losses agree."""
     b = reference.batch
     same = np.repeat(b["time"][:, None], H, 1)
     own = np.where(np.arange(H) < np.arange(1, B + 1)[:, None], np.float32(0), same)
@@ -260,9 +265,6 @@ def test_times_of_single_actions(reference):
     flax, torch = (reference.models[n].loss(b, noise, own[:, None]) for n in NAMES)
     np.testing.assert_allclose(flax, torch, atol=1e-4, rtol=0)
     assert np.abs(torch - usual)[own > 0].max() > 1e-3
-    flax, torch = (Framework(n).gradients(reference.models[n], {**b, "time": own}) for n in NAMES)
-    for name, gradient in flax.items():
-        np.testing.assert_allclose(torch[name], gradient, atol=2e-5, rtol=1e-3, err_msg=name)
 
 
 # Policies: delta actions of a real ALOHA, in its own units
@@ -309,9 +311,9 @@ def previous_of(policy):
     return policy.infer(observation_of(5), FLOW)["actions"][1:]
 
 
-def test_a_policy_brings_the_previous_chunk_into_the_model_s_units(guided):
+def test_a_policy_brings_the_previous_chunk_into_the_model_s_units(guided, torch_policy):
     """Joint signs, grippers, differences to the new state, z-scores, padding: by hand."""
-    observation, previous = observation_of(0), previous_of(guided)
+    observation, previous = observation_of(0), previous_of(torch_policy)
     got = guided.infer(observation, FLOW, previous=previous, delay=2)["actions"]
 
     state = observation["state"] * aloha.SIGNS
@@ -331,16 +333,16 @@ def test_a_policy_brings_the_previous_chunk_into_the_model_s_units(guided):
     back = chunk[:, :14] * (stats.std + 1e-6) + stats.mean + np.where(aloha.DELTA, state, 0)
     back[:, aloha.GRIPPERS] = aloha.command_from_pi(back[:, aloha.GRIPPERS])
     np.testing.assert_allclose(got, back * aloha.SIGNS, atol=1e-4)
-    plain = guided.infer(observation, FLOW)["actions"]
+    plain = torch_policy.infer(observation, FLOW)["actions"]
     assert np.abs(got[:3] - previous).mean() < 0.5 * np.abs(plain[:3] - previous).mean()
 
 
-def test_a_policy_that_was_trained_for_it_returns_the_given_actions(conditioned):
+def test_a_policy_that_was_trained_for_it_returns_the_given_actions(conditioned, torch_policy):
     assert conditioned.metadata["realtime"] == "conditioned" and conditioned.metadata["max_delay"] == 2
-    previous, observation = previous_of(conditioned), observation_of(0)
+    previous, observation = previous_of(torch_policy), observation_of(0)
     got = conditioned.infer(observation, FLOW, previous=previous, delay=2)["actions"]
     np.testing.assert_allclose(got[:2], previous[:2], atol=1e-5)
-    plain = conditioned.infer(observation, FLOW)["actions"]
+    plain = torch_policy.infer(observation, FLOW)["actions"]
     assert np.abs(got - plain)[2:].max() > 1e-4
     with pytest.raises(UserError, match="trained for up to 2"):
         conditioned.infer(observation, FLOW, previous=previous, delay=3)

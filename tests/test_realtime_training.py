@@ -99,13 +99,18 @@ def batch_of(model: Pi0, draws: int) -> dict:
 def test_frameworks_train_alike_on_what_is_not_given(model, draws):
     config = config_of(**model)
     batch, weights = batch_of(config.model, draws), init.Fresh(config.model, 0)
-    runs = []
+    runs, moments = [], []
     for name in NAMES:
         f = Framework(name)
         trainer = f.backend.train.Trainer(config, tables.translate(weights, config.model, "flax", name), "cpu")
-        updates = [trainer.update(batch) for _ in range(3)]
+        updates = [trainer.update(batch)]
+        state = {k.removeprefix("mu/"): v for k, v in trainer.train_state().items() if k.startswith("mu/")}
+        moments.append(dict(tables.translate(state, config.model, name, "flax")))  # a tenth of the clipped gradient
+        updates += [trainer.update(batch) for _ in range(2)]
         runs.append([[float(u["loss"]), float(u["grad_norm"])] for u in updates])
     np.testing.assert_allclose(runs[0], runs[1], rtol=2e-4)
+    for path, moment in moments[0].items():
+        np.testing.assert_allclose(moments[1][path], moment, atol=1e-6, rtol=1e-3, err_msg=path)
     loss = f.load(config.model, weights).loss(batch, batch["noise"], batch["time"])
     counted = ~batch["action_is_pad"] & (batch["time"].reshape(3, -1, A)[:, 0] > 0)
     assert counted.sum() == 6 + 2 + 1
