@@ -20,7 +20,6 @@ from experiments.bench_report import Figure
 from openpi_port import memory, meshes
 from openpi_port.backends import Backend
 from openpi_port.config import Compute, Pi0, Pi0Fast, Train
-from openpi_port.data import benchmark as loading
 from openpi_port.errors import UserError
 from openpi_port.realtime import own_times, soft_mask
 from openpi_port.serving import benchmark as serving
@@ -200,6 +199,8 @@ def tokenizer(setting: Setting) -> Iterator[Figure]:
 
 def loader(setting: Setting) -> Iterator[Figure]:
     """Samples per second and core of the data pipeline, three cameras at 224 px; see `openpi_port.data.benchmark`."""
+    from openpi_port.data import benchmark as loading  # needs what decodes video; models are measured without
+
     speed = loading.measure(setting.config.data)
     for name in ("warm", "cold", "uncached"):
         yield Figure(f"loader/{name}", getattr(speed, name), "samples/s per core", better="higher")

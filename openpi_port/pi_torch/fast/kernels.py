@@ -61,11 +61,11 @@ def _rms_norm(x, scale, y, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def start(x: Tensor, scale: Tensor) -> Residual:
-    """One program per row; also clears the counters that `add_projected` needs."""
+    """One program per row; also clears the counters that `add_projected` needs, one per tile of 16 columns or more."""
     (rows, width), device = x.shape, x.device
     scaled = torch.empty_like(x)
     squares = torch.empty((rows, 1), dtype=torch.float32, device=device)
-    arrived = torch.empty((rows, 1), dtype=torch.int32, device=device)
+    arrived = torch.empty((rows, width // 16), dtype=torch.int32, device=device)
     _start[(rows,)](x, scale, scaled, squares, arrived, D=width, BLOCK=triton.next_power_of_2(width))
     return Residual(x, scaled, squares, arrived)
 
@@ -78,7 +78,7 @@ def _start(x, scale, scaled, squares, arrived, D: tl.constexpr, BLOCK: tl.conste
     out = v * tl.load(scale + col, inside, 0.0)
     tl.store(scaled + row * D + col, out.to(scaled.dtype.element_ty), inside)
     tl.store(squares + row, tl.sum(v * v))
-    tl.store(arrived + row, 0)
+    tl.store(arrived + row * (D // 16) + col, tl.zeros((BLOCK,), tl.int32), col < D // 16)
 
 
 def geglu(gate_up: Tensor) -> Tensor:
