@@ -27,7 +27,7 @@ from openpi_port.pi_flax.infer import FastModel, Model
 from openpi_port.pi_flax.pi0 import Pi0
 from openpi_port.pi_flax.pi0_fast import Pi0Fast, make_rules
 
-EVEN = 8  # the prefix is filled up to a multiple: cuDNN takes no odd lengths, and rows start aligned
+EVEN = 8  # the prefix's length is a multiple: cuDNN takes no odd ones, and rows start aligned
 
 
 def optimize(model: Model | FastModel) -> Prepared | PreparedFast:
@@ -55,7 +55,7 @@ class Prepared:
         self._plain = model
         (self._device,) = model.module.gemma.embedding[...].devices()
         self._dtype = self.module.compute.dtype
-        how = options.flow(self.module.compute, self._device) if how is None else how
+        self._how = how = options.flow(self.module.compute, self._device) if how is None else how
         with devices.precision(self.module.compute):
             self._weights = flow.weights(self.module)
         config, dtype = self.config, self._dtype
@@ -111,7 +111,7 @@ class Prepared:
     def _inputs(self, batch: Batch, noise: np.ndarray) -> flow.Inputs:
         batch = batches.trim(batches.select(batch, batches.OBSERVATION), self.config)
         flows = {"state": np.asarray(batch["state"], np.float32), "noise": np.asarray(noise, np.float32)}
-        return _observe(batch, self.config)._replace(**flows)
+        return _observe(batch, self.config, self._how)._replace(**flows)
 
     def _times_of(self, num_steps: int) -> flow.Times:
         if num_steps not in self._times:
@@ -132,7 +132,8 @@ class PreparedFast:
         self.module: Pi0Fast = model.module
         self._plain = model
         (self._device,) = model.module.gemma.embedding[...].devices()
-        how, config, dtype = options.flow(self.module.compute, self._device), self.config, self.module.compute.dtype
+        self._how = how = options.flow(self.module.compute, self._device)
+        config, dtype = self.config, self.module.compute.dtype
         with devices.precision(self.module.compute):
             self._weights = decode.weights(self.module)
 
@@ -182,7 +183,7 @@ class PreparedFast:
         }
 
     def _inputs(self, batch: Batch) -> flow.Inputs:
-        return _observe(batches.trim(batches.select(batch, batches.prompt(batch)), self.config), self.config)
+        return _observe(batches.trim(batches.select(batch, batches.prompt(batch)), self.config), self.config, self._how)
 
 
 def _on(device: jax.Device, grammar: Grammar | None) -> Grammar | None:
@@ -200,13 +201,16 @@ def _timed(module: Pi0 | Pi0Fast, call: Callable[..., Any], *args: Any) -> Calla
     return run
 
 
-def _observe(batch: Batch, config: configs.Pi0 | configs.Pi0Fast) -> flow.Inputs:
+def _observe(batch: Batch, config: configs.Pi0 | configs.Pi0Fast, how: flow.Options) -> flow.Inputs:
     """A trimmed observation in few pieces, still on the host."""
     prompt, pixels = np.asarray(batch["tokenized_prompt"]), config.vision.image_size
     images = [np.asarray(image) for image in batch["image"].values()]
     seen = [np.repeat(np.asarray(m, bool)[:, None], config.vision.num_tokens, 1) for m in batch["image_mask"].values()]
     valid = np.concatenate([*seen, batch["tokenized_prompt_mask"]], 1)
-    more = ((0, 0), (0, -valid.shape[1] % EVEN))
+    # As long as another length would take, so that fewer shapes are compiled: products go by tiles of tokens.
+    most = valid.shape[1] - prompt.shape[1] + config.max_token_len
+    length = min(flow.round_up(valid.shape[1], how), most)
+    more = ((0, 0), (0, -(-length // EVEN) * EVEN - valid.shape[1]))
     prompt, valid = np.pad(prompt, more), np.pad(valid, more)
     in_order = (valid[:, :-1] >= valid[:, 1:]).all()
     return flow.Inputs(
