@@ -169,14 +169,23 @@ class Compute:
 
     Attributes:
       dtype: of activations and matrix products; parameters keep their own (float32 while training).
-      remat: recompute each layer in the backward pass ("full") or keep its activations ("none").
+      remat: what the backward pass computes again: each layer, from its input ("full"); all but matrix products and
+        attention, which are kept ("dots"); or nothing ("none").
       attention: "plain" keeps the logits and is the reference. Fused: torch has "sdpa" and "flex", Flax has "cudnn" and
         "splash". "auto" takes the fastest that the framework, the device and the dtype have, and "plain" on a CPU.
+      compile: how training is compiled. torch: each kind of layer once ("layers"), that and all of a pass recorded as
+        one launch ("graph", of pi0 and pi0.5 on one GPU), or nothing ("none"). Flax: layers as a loop ("scan") or one
+        after another ("unrolled": faster on a GPU, slower to compile). "auto" is the most that is possible on a GPU and
+        "none" on a CPU; "scan".
+      gradients: dtype in which the gradients of `Train.microbatches` are added up, where weights are used in bfloat16:
+        that is the dtype they are computed in, so with one part there is no difference.
     """
 
     dtype: Dtype = "float32"
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["auto", "plain", "sdpa", "flex", "cudnn", "splash"] = "auto"
+    compile: Literal["auto", "none", "layers", "graph", "scan", "unrolled"] = "auto"
+    gradients: Dtype = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +319,8 @@ class Train:
         paths (Flax names).
       save: which weights a checkpoint holds. "trained" leaves out the frozen ones, which are found again by `init` (or
         `seed`, where that is None) and recognised by a checksum.
+      microbatches: parts that each batch goes through the model in, one after another, for want of memory; the step is
+        the same.
       draws: of noise and time per sample; several share one pass over images and prompt.
       max_delay: above 0, training-time real-time chunking: the first actions of a chunk, from none to so many, are
         given as they are, with flow time 0, and the loss is on the others (docs/real_time.md).
@@ -337,6 +348,7 @@ class Train:
     frozen: tuple[str, ...] = ()
     save: Literal["all", "trained"] = "all"
     batch_size: int = 32
+    microbatches: int = 1
     draws: int = 1
     max_delay: int = 0
     insulate: bool = False
@@ -363,6 +375,8 @@ class Train:
             )
         if isinstance(self.model, Pi0Fast) and self.max_delay:
             raise UserError(f"config.max_delay={self.max_delay}: pi0-FAST has no flow times; leave it at 0")
+        if self.microbatches < 1 or self.batch_size % self.microbatches:
+            raise UserError(f"config.microbatches={self.microbatches} doesn't divide batch_size={self.batch_size}")
         if self.insulate and getattr(self.model, "state_in", None) != "prompt":
             raise UserError(
                 "config.insulate=True is for pi0.5 (model.state_in='prompt'): its language model must see the state to "

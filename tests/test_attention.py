@@ -93,6 +93,42 @@ def test_sdpa(case, kv_heads):
     check("torch", case, "sdpa", kv_heads)
 
 
+def test_flash_but_its_kernel(monkeypatch):
+    """The keys are packed, and garbage in the gradients of those that no query sees stays out."""
+    import torch
+
+    module = Backend("torch").attention
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, queries, keys):
+            ctx.save_for_backward(q, k, v, queries, keys)
+            return attend(q, k, v, queries, keys)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            *x, queries, keys = ctx.saved_tensors
+            with torch.enable_grad():
+                x = [part.detach().requires_grad_() for part in x]
+                grads = torch.autograd.grad(attend(*x, queries, keys), x, gradient)
+            for part in grads[1:]:
+                part[keys[-1] :] = torch.nan
+            return *grads, None, None
+
+    def attend(q, k, v, queries, keys):
+        parts = []
+        for b in range(B):
+            mine, seen = slice(queries[b], queries[b + 1]), slice(keys[b], keys[b + 1])
+            parts.append(module._plain(q[None, mine], k[None, seen], v[None, seen], None)[0].unflatten(-1, (N, H)))
+        return torch.cat(parts)
+
+    monkeypatch.setattr(module, "_has_flash", lambda device: True)
+    monkeypatch.setattr(
+        module, "_flash_kernel", lambda q, k, v, queries, keys, length: Kernel.apply(q, k, v, queries, keys)
+    )
+    check("torch", "prefix", "sdpa", kv_heads=2)
+
+
 @pytest.mark.parametrize("case", cases())
 def test_cudnn_but_its_kernel(case, monkeypatch):
     import jax

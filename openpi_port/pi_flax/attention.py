@@ -101,19 +101,21 @@ def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | _Front | None) -> jax.Array:
-    fused = partial(jax.nn.dot_product_attention, scale=1.0, implementation="cudnn")
+    (size, length), keys = q.shape[:2], k.shape[1]
+    if mask is None and (length % 2 or keys % 2):
+        mask = _Front(jnp.broadcast_to(jnp.arange(keys), (size, keys)), jnp.full(size, keys, jnp.int32))
     if isinstance(mask, _Front):
         k, v = (_bring(x, mask.order) for x in (k, v))
-        out = fused(q, k, v, key_value_seq_lengths=mask.length)
-    elif mask is None:
-        out = fused(q, k, v)
+    q, k, v = (_padded(x, x.shape[1] % 2) for x in (q, k, v))  # the kernel wants even lengths
+    fused = partial(jax.nn.dot_product_attention, q, k, v, scale=1.0, implementation="cudnn")
+    if mask is None:
+        out = fused()
+    elif isinstance(mask, _Front):
+        out = fused(key_value_seq_lengths=mask.length)
     else:
-        length, keys = q.shape[1], k.shape[1]
-        mask = jnp.broadcast_to(mask, (len(q), length, keys))
-        mask = jnp.pad(mask, ((0, 0), (0, length % 2), (0, keys % 2)))
-        q, k, v = (_padded(x, x.shape[1] % 2) for x in (q, k, v))  # the kernel wants even lengths where there is a bias
-        out = fused(q, k, v, mask=mask[:, None])[:, :length]
-    return rearrange(out, "B T N H -> B T (N H)")
+        mask = jnp.broadcast_to(mask, (size, length, keys))
+        out = fused(mask=jnp.pad(mask, ((0, 0), (0, length % 2), (0, keys % 2)))[:, None])
+    return rearrange(out[:, :length], "B T N H -> B T (N H)")
 
 
 @jax.custom_vjp

@@ -20,7 +20,7 @@ from openpi_port.config import Gemma as Config
 from openpi_port.masks import Blocks
 from openpi_port.pi_flax import lora
 from openpi_port.pi_flax.attention import attention, prepare
-from openpi_port.pi_flax.layers import AdaRMSNorm, RMSNorm, add_gated, rope, stack
+from openpi_port.pi_flax.layers import AdaRMSNorm, Angles, RMSNorm, add_gated, angles, kept, lowered, rope, run, stack
 
 
 class KVCache(NamedTuple):
@@ -48,14 +48,21 @@ class Expert(nnx.Module):
         self.up = lora.plain(width, config.mlp_dim, mlp)
         self.down = lora.plain(config.mlp_dim, width, mlp)
 
-    def qkv(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x: jax.Array, where: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scaled, rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
-        q, k, v = (rearrange(f(x), "B T (N H) -> B T N H", H=self.head_dim) for f in (self.q, self.k, self.v))
-        return rope(q, positions) * self.head_dim**-0.5, rope(k, positions), v
+        q = rope(self._heads(self.q, x), where) * self.head_dim**-0.5
+        return q, *self.keys_values(x, where)
+
+    def keys_values(self, x: jax.Array, where: Angles) -> KVCache:
+        """Rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
+        return KVCache(rope(self._heads(self.k, x), where), self._heads(self.v, x))
 
     def mlp(self, x: jax.Array) -> jax.Array:
         """GeGLU."""
-        return self.down(jax.nn.gelu(self.gate(x), approximate=True) * self.up(x))
+        return self.down(jax.nn.gelu(kept(self.gate(x)), approximate=True) * kept(self.up(x)))
+
+    def _heads(self, linear: nnx.Module, x: jax.Array) -> jax.Array:
+        return rearrange(kept(linear(x)), "B T (N H) -> B T N H", H=self.head_dim)
 
 
 class Layer(nnx.Module):
@@ -69,18 +76,28 @@ class Layer(nnx.Module):
         self,
         xs: Sequence[jax.Array | None],
         conds: Sequence[jax.Array | None],
-        positions: jax.Array,
+        where: Angles,
         mask: Any,
         cache: KVCache | None,
         write_at: jax.Array | int | None = None,
+        keys_only: bool = False,
     ) -> tuple[list[jax.Array | None], KVCache]:
-        """See `Gemma.__call__`; `mask` is prepared. Returns the experts' outputs and their tokens' keys and values."""
+        """See `Gemma.__call__`; `mask` is prepared, `where` stands for the positions.
+
+        With `keys_only` computes only the keys and values, of the language model.
+
+        Returns:
+          The experts' outputs, and their tokens' keys and values.
+        """
+        if keys_only:
+            expert = self.experts[0]
+            return xs, expert.keys_values(expert.norm_attn(xs[0], conds[0])[0], where)
         present = [i for i, x in enumerate(xs) if x is not None]
         spans = _spans([xs[i].shape[1] for i in present])
         normed, qs, ks, vs = {}, [], [], []
         for i, (start, stop) in zip(present, spans, strict=True):
             normed[i] = self.experts[i].norm_attn(xs[i], conds[i])
-            q, k, v = self.experts[i].qkv(normed[i][0], positions[:, start:stop])
+            q, k, v = self.experts[i].qkv(normed[i][0], where.of(start, stop))
             qs.append(q), ks.append(k), vs.append(v)
         q, new = jnp.concatenate(qs, 1), KVCache(jnp.concatenate(ks, 1), jnp.concatenate(vs, 1))
         if write_at is not None:
@@ -88,12 +105,12 @@ class Layer(nnx.Module):
             seen = new = KVCache(*(jax.lax.dynamic_update_slice(c, n, at) for c, n in zip(cache, new, strict=True)))
         else:
             seen = new if cache is None else KVCache(*(jnp.concatenate(c, 1) for c in zip(cache, new, strict=True)))
-        attended = attention(q, seen.k, seen.v, mask, self.backend)
+        attended = kept(attention(q, seen.k, seen.v, mask, self.backend))
 
         outs: list[jax.Array | None] = [None] * len(xs)
         for i, (start, stop) in zip(present, spans, strict=True):
             expert = self.experts[i]
-            x = add_gated(xs[i], expert.o(attended[:, start:stop]), normed[i][1])
+            x = kept(add_gated(xs[i], expert.o(attended[:, start:stop]), normed[i][1]))
             y, gate = expert.norm_mlp(x, conds[i])
             outs[i] = add_gated(x, expert.mlp(y), gate)
         return outs, new
@@ -104,6 +121,7 @@ class Gemma(nnx.Module):
 
     def __init__(self, configs: Sequence[Config], adarms: Sequence[bool], vocab_size: int, compute: Compute) -> None:
         self.compute = compute
+        self.head_dim = configs[0].head_dim
         self.embedding = nnx.Param(jnp.zeros((vocab_size, configs[0].width)))
         self.layers = stack(Layer(configs, adarms, compute), configs[0].depth)
         self.norms = nnx.List([(AdaRMSNorm if a else RMSNorm)(c.width) for c, a in zip(configs, adarms, strict=True)])
@@ -139,20 +157,24 @@ class Gemma(nnx.Module):
         Returns:
           The normed outputs per expert, and the tokens' keys and values [L, B, T, K, H] or None.
         """
-        graph, layers = nnx.split(self.layers)
-        mask = prepare(mask, self.compute.attention)
-        xs = [None if x is None else x.astype(self.compute.dtype) for x in xs]
-
-        def body(xs: list, inputs: tuple) -> tuple[list, KVCache | None]:
-            layer, seen = inputs
-            xs, new = nnx.merge(graph, layer)(xs, conds, positions, mask, seen, write_at)
-            return xs, new if return_cache or write_at is not None else None
-
-        if self.compute.remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
-        xs, new = jax.lax.scan(body, xs, (layers, cache))
+        graph, layers = self._layers()
+        xs, new = self._scan(graph, layers, xs, conds, positions, mask, cache, return_cache, write_at)
         outs = [None if x is None else norm(x, cond)[0] for x, cond, norm in zip(xs, conds, self.norms, strict=True)]
         return outs, new
+
+    def keys_values(self, x: jax.Array, positions: jax.Array, mask: jax.Array | Blocks) -> KVCache:
+        """The keys and values [L, B, T, K, H] that `__call__` gives of the language model's tokens alone.
+
+        Leaves out what the last layer does after them. Takes the layers apart, which costs nothing where they are cast
+        (in training) and a copy where they aren't.
+        """
+        graph, layers = self._layers()
+        most, last = (jax.tree.map(lambda w, part=part: w[part], layers) for part in (slice(-1), -1))
+        others = [None] * (len(self.norms) - 1)
+        xs, new = self._scan(graph, most, [x, *others], [None, *others], positions, mask, None, True, None)
+        layer, where = nnx.merge(graph, last), angles(positions, self.head_dim)
+        _, last = layer(xs, [None, *others], where, None, None, keys_only=True)
+        return KVCache(*(jnp.concatenate([a, b[None]]) for a, b in zip(new, last, strict=True)))
 
     def logits(self, x: jax.Array, table: jax.Array | None = None) -> jax.Array:
         """Scores of the vocabulary in float32, through the tied embedding: [..., D] to [..., V].
@@ -163,6 +185,33 @@ class Gemma(nnx.Module):
         """
         table = self.embedding[...] if table is None else table
         return jnp.einsum("...D,VD->...V", x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def _layers(self) -> tuple[nnx.GraphDef, nnx.State]:
+        graph, layers = nnx.split(self.layers)
+        return graph, lowered(layers, self.compute)
+
+    def _scan(
+        self,
+        graph: nnx.GraphDef,
+        layers: nnx.State,
+        xs: Sequence[jax.Array | None],
+        conds: Sequence[jax.Array | None],
+        positions: jax.Array,
+        mask: jax.Array | Blocks,
+        cache: KVCache | None,
+        return_cache: bool,
+        write_at: jax.Array | int | None,
+    ) -> tuple[list[jax.Array | None], KVCache | None]:
+        """Runs through those layers; see `__call__`."""
+        mask, where = prepare(mask, self.compute.attention), angles(positions, self.head_dim)
+        xs = [None if x is None else x.astype(self.compute.dtype) for x in xs]
+
+        def body(xs: list, inputs: tuple) -> tuple[list, KVCache | None]:
+            layer, seen = inputs
+            xs, new = nnx.merge(graph, layer)(xs, conds, where, mask, seen, write_at)
+            return xs, new if return_cache or write_at is not None else None
+
+        return run(body, xs, (layers, cache), self.compute)
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:

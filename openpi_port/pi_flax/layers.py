@@ -9,9 +9,18 @@ filled from a checkpoint or from `openpi_port.init`.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from openpi_port.config import Compute
+
+KEPT = "product"
 
 
 class Linear(nnx.Module):
@@ -75,26 +84,98 @@ def add_gated(x: jax.Array, y: jax.Array, gate: jax.Array | None) -> jax.Array:
     return x + y if gate is None else x + y * gate
 
 
-def rope(x: jax.Array, positions: jax.Array, max_wavelength: float = 10_000.0) -> jax.Array:
-    """Rotary position embedding; channel i is paired with channel i + H/2, not with its neighbour.
+class Angles(NamedTuple):
+    """Sine and cosine of the rotary angles, float32 [B, T, 1, H/2]: computed once for all layers."""
+
+    sin: jax.Array
+    cos: jax.Array
+
+    def of(self, start: int, stop: int) -> Angles:
+        """Those of the tokens from `start` up to `stop`."""
+        return Angles(self.sin[:, start:stop], self.cos[:, start:stop])
+
+
+def angles(positions: jax.Array, dim: int, max_wavelength: float = 10_000.0) -> Angles:
+    """Rotary angles.
 
     Args:
-      x: [B, T, N, H].
       positions: int [B, T].
+      dim: H, of the heads.
       max_wavelength: of the slowest pair.
-
-    Returns:
-      [B, T, N, H], rotated in float32 and cast back.
     """
-    half = x.shape[-1] // 2
-    wavelength = max_wavelength ** (jnp.arange(half, dtype=jnp.float32) * (2.0 / x.shape[-1]))
+    half = dim // 2
+    wavelength = max_wavelength ** (jnp.arange(half, dtype=jnp.float32) * (2.0 / dim))
     # Divided behind a barrier, since XLA would make a product with the rounded inverse of what is broadcast: at
     # position 800 that moves logits by 7e-4, away from torch and from openpi.
     wavelength = jax.lax.optimization_barrier(jnp.broadcast_to(wavelength, (*positions.shape, 1, half)))
     angle = positions[..., None, None].astype(jnp.float32) / wavelength  # [B, T, 1, H/2]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    return Angles(jnp.sin(angle), jnp.cos(angle))
+
+
+def rope(x: jax.Array, where: Angles) -> jax.Array:
+    """Rotary position embedding; channel i is paired with channel i + H/2, not with its neighbour.
+
+    Args:
+      x: [B, T, N, H].
+      where: the angles of the tokens.
+
+    Returns:
+      [B, T, N, H], rotated in float32 and cast back.
+    """
+    sin, cos = where
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def kept(x: jax.Array) -> jax.Array:
+    """Marks what took a matrix product to compute, for `remat`."""
+    return checkpoint_name(x, KEPT)
+
+
+def remat(function: Callable, compute: Compute) -> Callable:
+    """What of `function` is computed again in the backward pass, see `Compute.remat`."""
+    if compute.remat == "none":
+        return function
+    policy = _keeps if compute.remat == "dots" else None
+    return jax.checkpoint(function, policy=policy, prevent_cse=compute.compile == "unrolled")
+
+
+def run(body: Callable, x: Any, layers: Any, compute: Compute) -> tuple[Any, Any]:
+    """`jax.lax.scan` of a layer over stacked weights and whatever else is stacked, see `Compute.compile`."""
+    body = remat(body, compute)
+    if compute.compile != "unrolled":
+        return jax.lax.scan(body, x, layers)
+    leaves, structure = jax.tree.flatten(layers)
+    outs = []
+    for layer in zip(*map(_unstack, leaves), strict=True):
+        x, out = body(x, structure.unflatten(layer))
+        outs.append(out)
+    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
+
+
+@jax.custom_vjp
+def _unstack(x: jax.Array) -> tuple[jax.Array, ...]:
+    """A stack's layers; the gradient is stacked again, not added up from one padded array per layer."""
+    return tuple(x[i] for i in range(x.shape[0]))
+
+
+_unstack.defvjp(lambda x: (_unstack(x), None), lambda _, gradients: (jnp.stack(gradients),))
+
+
+def _keeps(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Products that are marked, and what cuDNN's attention gives."""
+    marked = jax.checkpoint_policies.save_only_these_names(KEPT)
+    return "dot_product_attention" in primitive.name or marked(primitive, *args, **params)
+
+
+def lowered(weights: nnx.State, compute: Compute) -> nnx.State:
+    """Layers' weights as they use them, cast once: all but those of the norms, which compute in float32."""
+
+    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = "/".join(str(getattr(part, "key", "")) for part in path)
+        return leaf if re.search(r"\bnorm[^/]*/(scale|bias)\b|\b\d+/scale\b", name) else leaf.astype(compute.dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, weights)
 
 
 def stack(layer: nnx.Module, depth: int) -> nnx.Module:

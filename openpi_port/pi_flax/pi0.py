@@ -129,12 +129,12 @@ class Pi0(nnx.Module):
         Returns:
           float32 [B, A], the mean over the draws; of no use where the flow time is 0, because that action is given.
         """
-        actions, noise, time = jnp.asarray(batch["actions"]), jnp.asarray(noise), jnp.asarray(time)
-        if noise.ndim == 4:
-            return self.loss_of_draws(*self.prefill(batch), batch, noise, time)
-        t = time.reshape(len(time), -1, 1)
-        x_t = t * noise + (1 - t) * actions
-        return jnp.square(self.velocity(batch, x_t, time) - (noise - actions)).mean(-1)
+        noise, time = jnp.asarray(noise), jnp.asarray(time)
+        if noise.ndim == 3:
+            noise, time = noise[:, None], time[:, None]
+        prefix = self.embed_prefix(batch)
+        cache = self.gemma.keys_values(prefix.x, positions(prefix.valid), blocks(prefix.valid, None))
+        return self.loss_of_draws(prefix, cache, batch, noise, time)
 
     def prefill(self, batch: Batch) -> tuple[Tokens, KVCache]:
         """Runs the prefix once: its tokens, and the keys and values that every Euler step attends to."""

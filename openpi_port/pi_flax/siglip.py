@@ -13,7 +13,7 @@ from flax import nnx
 from openpi_port.config import Compute
 from openpi_port.config import Siglip as Config
 from openpi_port.pi_flax.attention import attention
-from openpi_port.pi_flax.layers import LayerNorm, Linear, stack
+from openpi_port.pi_flax.layers import LayerNorm, Linear, kept, lowered, run, stack
 
 
 class Attention(nnx.Module):
@@ -28,8 +28,8 @@ class Attention(nnx.Module):
         self.o = Linear(config.width, config.width, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = (rearrange(f(x), "B T (N H) -> B T N H", N=self.num_heads) for f in (self.q, self.k, self.v))
-        return self.o(attention(q * q.shape[-1] ** -0.5, k, v, None, self.backend))
+        q, k, v = (rearrange(kept(f(x)), "B T (N H) -> B T N H", N=self.num_heads) for f in (self.q, self.k, self.v))
+        return self.o(kept(attention(q * q.shape[-1] ** -0.5, k, v, None, self.backend)))
 
 
 class Mlp(nnx.Module):
@@ -40,7 +40,7 @@ class Mlp(nnx.Module):
         self.down = Linear(config.mlp_dim, config.width, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(jax.nn.gelu(kept(self.up(x)), approximate=True))
 
 
 class Block(nnx.Module):
@@ -53,7 +53,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(config)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attn(self.norm_attn(x))
+        x = kept(x + self.attn(self.norm_attn(x)))
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -85,7 +85,5 @@ class Siglip(nnx.Module):
         def body(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
             return nnx.merge(graph, layer)(x), None
 
-        if self.compute.remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
-        x, _ = jax.lax.scan(body, x, layers)
+        x, _ = run(body, x, lowered(layers, self.compute), self.compute)
         return self.head(self.norm(x))

@@ -5,6 +5,7 @@ B batch, A actions in a chunk.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,10 +19,13 @@ from flax import nnx
 from openpi_port import batch as batches
 from openpi_port import meshes, strict
 from openpi_port.batch import Batch
+from openpi_port.config import Compute
 from openpi_port.config import Train as Config
+from openpi_port.errors import UserError
 from openpi_port.pi_flax import attention, insulated
 from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax.infer import build
+from openpi_port.pi_flax.layers import lowered
 from openpi_port.pi_flax.pi0_fast import Pi0Fast
 from openpi_port.pi_flax.sharding import Layout
 from openpi_port.schedule import learning_rate
@@ -49,6 +53,8 @@ class Trainer:
         self.step = 0
         self._layout = Layout(config, device)
         compute = attention.resolve(config.compute, self._layout.device)
+        if compute.compile not in ("auto", "scan", "unrolled"):
+            raise UserError(f"config.compute.compile={compute.compile!r}: Flax has auto, scan, unrolled")
         self._keys = batches.training(config.model, insulate=config.insulate)
         module = self._layout.fill(build(config.model, compute), weights)
         self._graph, trained, frozen = nnx.split(module, partial(is_trained, config), ...)
@@ -121,7 +127,7 @@ class Trainer:
         return self._state.trained if self._state.average is None else self._state.average
 
     def _update_fn(self, state: State, batch: Batch, rate: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-        (loss, parts), grads = jax.value_and_grad(self._loss, has_aux=True)(state.trained, state.frozen, batch)
+        (loss, parts), grads = self._gradients(state, batch)
         updates, optimizer = self._optimizer.update(grads, state.optimizer, state.trained)
         trained = jax.tree.map(lambda p, u: p - rate * u, state.trained, updates)
         average = state.average
@@ -130,6 +136,26 @@ class Trainer:
             average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, trained)
         metrics = {"loss": loss, **parts, "grad_norm": self._layout.complete(grads), "learning_rate": rate}
         return State(trained, state.frozen, optimizer, average), metrics
+
+    def _gradients(self, state: State, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
+        """The losses and the gradient of their mean, part by part of the batch."""
+        gradients, count = jax.value_and_grad(self._loss, has_aux=True), self.config.microbatches
+        if count == 1:
+            return gradients(state.trained, state.frozen, batch)
+        compute = self.config.compute
+        trained, frozen = (_lowered(part, compute) for part in (state.trained, state.frozen))
+        counted = {} if "action_is_pad" not in batch else {"num_counted": self._counts(batch).sum() / count}
+
+        def add(sums: nnx.State, part: Batch) -> tuple[nnx.State, tuple]:
+            losses, grads = gradients(trained, frozen, part | counted)
+            return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), losses
+
+        # Every `count`-th sample, so that all devices have a share in every part.
+        parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
+        dtype = compute.gradients
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype if p.dtype == jnp.bfloat16 else p.dtype), trained)
+        sums, losses = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda x: x.mean(0), losses), jax.tree.map(lambda s: s / count, sums)
 
     def _evaluate_fn(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> jax.Array:
         return self._loss(trained, frozen, batch)[0]
@@ -146,16 +172,31 @@ class Trainer:
         return self._mean(module.loss(batch, batch["noise"], batch["time"]), batch), {}
 
     def _mean(self, loss: jax.Array, batch: Batch) -> jax.Array:
-        """Of a loss [B, A] over the actions that count."""
-        counted = jnp.ones_like(loss) if self.config.loss_on_padding else 1.0 - batch["action_is_pad"]
+        """Of a loss [B, A] over the actions that count, which are not equally many in all parts."""
+        counted = self._counts(batch)
+        return (loss * counted).sum() / (batch["num_counted"] if "num_counted" in batch else counted.sum())
+
+    def _counts(self, batch: Batch) -> jax.Array:
+        """Which actions of a batch count, float32 [B, A]."""
+        padding = jnp.asarray(batch["action_is_pad"], jnp.float32)
+        counted = jnp.ones_like(padding) if self.config.loss_on_padding else 1.0 - padding
         if self.config.max_delay:  # what is given, in all draws alike, is not learned
-            counted = counted * (batch["time"].reshape(len(loss), -1, loss.shape[1])[:, 0] > 0)
-        return (loss * counted).sum() / counted.sum()
+            counted = counted * (batch["time"].reshape(len(padding), -1, padding.shape[1])[:, 0] > 0)
+        return counted
 
 
 def is_trained(config: Config, path: tuple, _: Any = None) -> bool:
     """Whether the parameter at that path is trained."""
     return not meshes.is_frozen(config, "/".join(map(str, path)))
+
+
+def _lowered(weights: nnx.State, compute: Compute) -> nnx.State:
+    """Casts what only layers use, which would cast it in every part of the batch."""
+    flat = nnx.to_flat_state(weights)
+    within = [
+        (path, leaf) for path, leaf in flat if re.match("vision/(blocks|head)|gemma/layers", "/".join(map(str, path)))
+    ]
+    return nnx.merge_state(weights, lowered(nnx.from_flat_state(within), compute))
 
 
 def _names(state: nnx.State) -> list[str]:

@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from openpi_port.config import Compute
 from openpi_port.config import Gemma as Config
 from openpi_port.masks import Blocks
 from openpi_port.pi_torch import lora
 from openpi_port.pi_torch.attention import attention, prepare
-from openpi_port.pi_torch.layers import AdaRMSNorm, RMSNorm, add_gated, rope, stack
+from openpi_port.pi_torch.layers import AdaRMSNorm, Angles, RMSNorm, add_gated, angles, kept, remat, rope, run, stack
 
 
 class KVCache(NamedTuple):
@@ -50,14 +49,21 @@ class Expert(nn.Module):
         self.up = lora.plain(width, config.mlp_dim, mlp)
         self.down = lora.plain(config.mlp_dim, width, mlp)
 
-    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, where: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled, rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
-        q, k, v = (rearrange(f(x), "B T (N H) -> B T N H", H=self.head_dim) for f in (self.q, self.k, self.v))
-        return rope(q, positions) * self.head_dim**-0.5, rope(k, positions), v
+        q = rope(self._heads(self.q, x), where) * self.head_dim**-0.5
+        return q, *self.keys_values(x, where)
+
+    def keys_values(self, x: Tensor, where: Angles) -> KVCache:
+        """Rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
+        return KVCache(rope(self._heads(self.k, x), where), self._heads(self.v, x))
 
     def mlp(self, x: Tensor) -> Tensor:
         """GeGLU."""
-        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+        return self.down(F.gelu(kept(self.gate(x)), approximate="tanh") * kept(self.up(x)))
+
+    def _heads(self, linear: nn.Module, x: Tensor) -> Tensor:
+        return rearrange(kept(linear(x)), "B T (N H) -> B T N H", H=self.head_dim)
 
 
 class Layer(nn.Module):
@@ -65,37 +71,58 @@ class Layer(nn.Module):
 
     def __init__(self, configs: Sequence[Config], adarms: Sequence[bool], compute: Compute) -> None:
         super().__init__()
-        self.backend = compute.attention
+        self.compute = compute
         self.experts = nn.ModuleList([Expert(c, adarms=a) for c, a in zip(configs, adarms, strict=True)])
 
     def forward(
         self,
         xs: Sequence[Tensor | None],
         conds: Sequence[Tensor | None],
-        positions: Tensor,
+        where: Angles,
         mask: Any,
         cache: KVCache | None,
         write_at: Tensor | None = None,
+        keys_only: bool = False,
     ) -> tuple[list[Tensor | None], KVCache]:
-        """See `Gemma.forward`; `mask` is prepared. Returns the experts' outputs and their tokens' keys and values."""
+        """See `Gemma.forward`; `mask` is prepared, `where` stands for the positions.
+
+        With `keys_only` computes only the keys and values, of the language model.
+
+        Returns:
+          The experts' outputs, and their tokens' keys and values.
+        """
+        if keys_only:
+            expert = self.experts[0]
+            return xs, expert.keys_values(expert.norm_attn(xs[0], conds[0])[0], where)
+        return remat(self._forward, self.compute)(xs, conds, where, mask, cache, write_at)
+
+    def _forward(
+        self,
+        xs: Sequence[Tensor | None],
+        conds: Sequence[Tensor | None],
+        where: Angles,
+        mask: Any,
+        cache: KVCache | None,
+        write_at: Tensor | None,
+    ) -> tuple[list[Tensor | None], KVCache]:
         present = [i for i, x in enumerate(xs) if x is not None]
         spans = _spans([xs[i].shape[1] for i in present])
         normed, qs, ks, vs = {}, [], [], []
         for i, (start, stop) in zip(present, spans, strict=True):
             normed[i] = self.experts[i].norm_attn(xs[i], conds[i])
-            q, k, v = self.experts[i].qkv(normed[i][0], positions[:, start:stop])
+            q, k, v = self.experts[i].qkv(normed[i][0], where.of(start, stop))
             qs.append(q), ks.append(k), vs.append(v)
         q, new = torch.cat(qs, 1), KVCache(torch.cat(ks, 1), torch.cat(vs, 1))
         if write_at is not None:
             seen = new = KVCache(*(c.index_copy_(1, write_at, n) for c, n in zip(cache, new, strict=True)))
         else:
             seen = new if cache is None else KVCache(*(torch.cat(c, 1) for c in zip(cache, new, strict=True)))
-        attended = attention(q, seen.k, seen.v, mask, self.backend)
+        attended = kept(attention(q, seen.k, seen.v, mask, self.compute.attention))
 
         outs: list[Tensor | None] = [None] * len(xs)
         for i, (start, stop) in zip(present, spans, strict=True):
             expert = self.experts[i]
-            x = add_gated(xs[i], expert.o(attended[:, start:stop]), normed[i][1])
+            x = kept(add_gated(xs[i], expert.o(attended[:, start:stop]), normed[i][1]))
             y, gate = expert.norm_mlp(x, conds[i])
             outs[i] = add_gated(x, expert.mlp(y), gate)
         return outs, new
@@ -107,6 +134,7 @@ class Gemma(nn.Module):
     def __init__(self, configs: Sequence[Config], adarms: Sequence[bool], vocab_size: int, compute: Compute) -> None:
         super().__init__()
         self.compute = compute
+        self.head_dim = configs[0].head_dim
         self.embedding = nn.Parameter(torch.zeros(vocab_size, configs[0].width))
         self.layers = stack(Layer(configs, adarms, compute), configs[0].depth)
         self.norms = nn.ModuleList(
@@ -144,22 +172,21 @@ class Gemma(nn.Module):
         Returns:
           The normed outputs per expert, and the tokens' keys and values [L, B, T, K, H] or None.
         """
-        xs = [None if x is None else x.to(getattr(torch, self.compute.dtype)) for x in xs]
-
-        mask = prepare(mask, self.compute.attention)
-        news = []
-        for i, layer in enumerate(self.layers):
-            seen = None if cache is None else KVCache(cache.k[i], cache.v[i])
-            if self.compute.remat == "full" and torch.is_grad_enabled():
-                xs, new = checkpoint(layer, xs, conds, positions, mask, seen, write_at, use_reentrant=False)
-            else:
-                xs, new = layer(xs, conds, positions, mask, seen, write_at)
-            if return_cache:
-                news.append(new)
+        xs, new = self._run(self.layers, xs, conds, positions, mask, cache, write_at)
         outs = [None if x is None else norm(x, cond)[0] for x, cond, norm in zip(xs, conds, self.norms, strict=True)]
         if write_at is not None:
             return outs, cache
-        return outs, KVCache(*map(torch.stack, zip(*news, strict=True))) if return_cache else None
+        return outs, KVCache(*map(torch.stack, zip(*new, strict=True))) if return_cache else None
+
+    def keys_values(self, x: Tensor, positions: Tensor, mask: Tensor | Blocks) -> KVCache:
+        """The keys and values [L, B, T, K, H] that `forward` gives of the language model's tokens alone.
+
+        Leaves out what the last layer does after them.
+        """
+        others = [None] * (len(self.norms) - 1)
+        xs, new = self._run(self.layers[:-1], [x, *others], [None, *others], positions, mask, None, None)
+        _, last = self.layers[-1](xs, [None, *others], angles(positions, self.head_dim), None, None, keys_only=True)
+        return KVCache(*map(torch.stack, zip(*new, last, strict=True)))
 
     def logits(self, x: Tensor, table: Tensor | None = None) -> Tensor:
         """Scores of the vocabulary in float32, through the tied embedding: [..., D] to [..., V].
@@ -170,6 +197,27 @@ class Gemma(nn.Module):
         """
         table = self.embedding if table is None else table
         return F.linear(x, table.to(x.dtype)).float()
+
+    def _run(
+        self,
+        layers: Sequence[Layer],
+        xs: Sequence[Tensor | None],
+        conds: Sequence[Tensor | None],
+        positions: Tensor,
+        mask: Tensor | Blocks,
+        cache: KVCache | None,
+        write_at: Tensor | None,
+    ) -> tuple[list[Tensor | None], list[KVCache]]:
+        """Runs through those layers; see `forward`."""
+        mask, where = prepare(mask, self.compute.attention), angles(positions, self.head_dim)
+        xs = [None if x is None else x.to(getattr(torch, self.compute.dtype)) for x in xs]
+
+        def body(xs: list, inputs: tuple) -> tuple[list, KVCache]:
+            layer, *seen = inputs
+            return layer(xs, conds, where, mask, KVCache(*seen) if seen else None, write_at)
+
+        inputs = zip(layers, *(() if cache is None else cache), strict=True)
+        return run(body, xs, inputs, self.compute)
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -10,10 +10,16 @@ always filled from a checkpoint or from `openpi_port.init`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from openpi_port.config import Compute
 
 
 class Linear(nn.Linear):
@@ -74,23 +80,86 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return x + y if gate is None else x + y * gate
 
 
-def rope(x: Tensor, positions: Tensor, max_wavelength: float = 10_000.0) -> Tensor:
+class Angles(NamedTuple):
+    """Sine and cosine of the rotary angles, float32 [B, T, 1, H/2]: computed once for all layers."""
+
+    sin: Tensor
+    cos: Tensor
+
+    def of(self, start: int, stop: int) -> Angles:
+        """Those of the tokens from `start` up to `stop`."""
+        return Angles(self.sin[:, start:stop], self.cos[:, start:stop])
+
+
+def angles(positions: Tensor, dim: int, max_wavelength: float = 10_000.0) -> Angles:
+    """Rotary angles.
+
+    Args:
+      positions: int [B, T].
+      dim: H, of the heads.
+      max_wavelength: of the slowest pair.
+    """
+    half = dim // 2
+    wavelength = max_wavelength ** (torch.arange(half, dtype=torch.float32, device=positions.device) * (2.0 / dim))
+    angle = positions[..., None, None].float() / wavelength  # [B, T, 1, H/2]
+    return Angles(torch.sin(angle), torch.cos(angle))
+
+
+def rope(x: Tensor, where: Angles) -> Tensor:
     """Rotary position embedding; channel i is paired with channel i + H/2, not with its neighbour.
 
     Args:
       x: [B, T, N, H].
-      positions: int [B, T].
-      max_wavelength: of the slowest pair.
+      where: the angles of the tokens.
 
     Returns:
       [B, T, N, H], rotated in float32 and cast back.
     """
-    half = x.shape[-1] // 2
-    wavelength = max_wavelength ** (torch.arange(half, dtype=torch.float32, device=x.device) * (2.0 / x.shape[-1]))
-    angle = positions[..., None, None].float() / wavelength  # [B, T, 1, H/2]
-    sin, cos = torch.sin(angle), torch.cos(angle)
+    sin, cos = where
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+
+
+def kept(x: Tensor) -> Tensor:
+    """What took a matrix product to compute; `remat` knows it by its operation, so nothing is marked."""
+    return x
+
+
+def remat(function: Callable, compute: Compute) -> Callable:
+    """What of `function` is computed again in the backward pass, see `Compute.remat`."""
+    if compute.remat == "none" or not torch.is_grad_enabled():
+        return function
+    options = {}
+    if compute.remat == "dots":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps)
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def run(body: Callable, x: Any, layers: Any, compute: Compute) -> tuple[Any, list]:
+    """Carries `x` through `body(x, layer)` for every layer; returns what comes out and what the layers give besides."""
+    del compute  # which layers know themselves
+    outs = []
+    for layer in layers:
+        x, out = body(x, layer)
+        outs.append(out)
+    return x, outs
+
+
+def _keeps(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Matrix products and attention."""
+    name = str(operation)
+    product = name.startswith(("aten.mm.", "aten.addmm.", "aten.bmm.")) or "attention" in name
+    return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def lowered(module: nn.Module, compute: Compute) -> nn.Module:
+    """Gives layers their weights as they use them, cast once: all but those of the norms, which compute in float32."""
+    for owner in module.modules():
+        for leaf, weight in list(owner.named_parameters(recurse=False)):
+            if not isinstance(owner, LayerNorm | RMSNorm):
+                cast = weight.detach().to(getattr(torch, compute.dtype))
+                setattr(owner, leaf, nn.Parameter(cast, weight.requires_grad))
+    return module
 
 
 def stack(layer: nn.Module, depth: int) -> nn.ModuleList:

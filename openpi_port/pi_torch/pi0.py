@@ -96,15 +96,14 @@ class Pi0(nn.Module):
             actions = self.action_time_mlp_in(torch.cat([actions, time_emb], dim=-1))
             actions = self.action_time_mlp_out(F.silu(actions))
 
-        starts = [True] + [False] * (self.config.action_horizon - 1)
         x = actions
         if self.config.state_in == "suffix":
             x = torch.cat([self.state_proj(state)[:, None], actions], dim=1)
-            starts = [True, *starts]
             if cond is not None and cond.ndim == 3:  # the state has no flow time; the last action is never a given one
                 cond = torch.cat([cond[:, -1:], cond], dim=1)
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        return Tokens(x, valid, torch.tensor(starts, device=x.device).expand(x.shape[:2])), cond
+        starts = torch.arange(x.shape[1], device=x.device) <= (self.config.state_in == "suffix")  # state, first action
+        return Tokens(x, valid, starts.expand(x.shape[:2])), cond
 
     def joint_inputs(self, batch: Batch, x_t: Tensor, time: Tensor) -> tuple[list, list, Tensor, Tensor]:
         """Tokens and conditions of the two experts, positions [B, S] and mask [B, S, S] of one joint pass."""
@@ -130,12 +129,11 @@ class Pi0(nn.Module):
         Returns:
           float32 [B, A], the mean over the draws; of no use where the flow time is 0, because that action is given.
         """
-        actions = batch["actions"]
-        if noise.ndim == 4:
-            return self.loss_of_draws(*self.prefill(batch), batch, noise, time)
-        t = time.reshape(len(time), -1, 1)
-        x_t = t * noise + (1 - t) * actions
-        return (self.velocity(batch, x_t, time) - (noise - actions)).square().mean(-1)
+        if noise.ndim == 3:
+            noise, time = noise[:, None], time[:, None]
+        prefix = self.embed_prefix(batch)
+        cache = self.gemma.keys_values(prefix.x, positions(prefix.valid), blocks(prefix.valid, None))
+        return self.loss_of_draws(prefix, cache, batch, noise, time)
 
     def prefill(self, batch: Batch) -> tuple[Tokens, KVCache]:
         """Runs the prefix once: its tokens, and the keys and values that every Euler step attends to."""

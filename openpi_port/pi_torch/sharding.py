@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from openpi_port.config import Train
 from openpi_port.errors import UserError
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import weights as weights_io
+from openpi_port.pi_torch.layers import lowered
 
 PATIENCE = datetime.timedelta(hours=2)  # with one another; what one process fetches, the others wait for
 
@@ -103,7 +104,8 @@ class Layout:
       shape: devices along `data` and `fsdp`.
       device: this process's.
       parameters: of the model, by name, once it is filled.
-      parts: what this device holds of each, sharing its memory.
+      parts: what this device holds of each, sharing its memory; but where the model has a rounded copy, the float32.
+      copies: those rounded copies: a single device rounds what its layers use in bfloat16 once a step.
     """
 
     def __init__(self, config: Train, device: str | None) -> None:
@@ -113,10 +115,12 @@ class Layout:
         self.shape = meshes.shape(config.mesh, self._count, self._count, config.batch_size)
         self._min_size = config.mesh.min_size
         self._stored_in = partial(meshes.stored_in, config)
+        self._compute = config.compute
         self._dtype = torch.bfloat16 if config.compute.dtype == "bfloat16" else None
         self._mesh: DeviceMesh | None = None
         self.parameters: dict[str, nn.Parameter] = {}
         self.parts: dict[str, Tensor] = {}
+        self.copies: dict[str, Tensor] = {}
 
     def fill(self, loss: nn.Module, weights: Mapping[str, np.ndarray]) -> nn.Module:
         """Fills a model, strictly, and has its gradients averaged over the devices.
@@ -133,6 +137,8 @@ class Layout:
             self._split(loss)
         self.parameters = dict(loss.model.named_parameters())
         self.parts = {n: p.detach().to_local() if isinstance(p, DTensor) else p for n, p in self.parameters.items()}
+        if self._count == 1 and self._dtype is not None:
+            self._round(loss.model)
         if self._count == 1 or self.shape[1] > 1:
             return loss
         on = [self.device] if self.device.type == "cuda" else None
@@ -150,32 +156,30 @@ class Layout:
         """This process's part of a batch on its device."""
         return devices.put(batch, self.device)
 
-    def complete(self, names: Iterable[str]) -> Tensor:
-        """Averages those gradients over the devices that are not yet, and gives them to the `parts`.
+    def complete(self, grads: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Averages gradients over the devices that are not yet.
 
         Args:
-          names: of the parameters that have gradients.
+          grads: by name of the parameter.
 
         Returns:
-          Their norm over all devices.
+          This device's parts of them, and their norm over all devices.
         """
+        parts = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads.values()]
         split, whole = [], []
-        for name in names:
-            parameter, part = self.parameters[name], self.parts[name]
-            if isinstance(parameter, DTensor):
-                part.grad, parameter.grad = parameter.grad.to_local(), None
-            (split if isinstance(parameter, DTensor) else whole).append(part.grad)
+        for grad, part in zip(grads.values(), parts, strict=True):
+            (split if isinstance(grad, DTensor) else whole).append(part)
         if self._mesh is None:
-            return torch.nn.utils.get_total_norm(whole)
+            return parts, _norm(whole)
         if whole:
             flat = torch.cat([grad.flatten() for grad in whole])
             dist.all_reduce(flat)
             flat /= self._count
             for grad, mean in zip(whole, flat.split([grad.numel() for grad in whole]), strict=True):
                 grad.copy_(mean.view_as(grad))
-        square = torch.nn.utils.get_total_norm(split).to(self.device).square()
+        square = _norm(split).to(self.device).square()
         dist.all_reduce(square, group=self._mesh["fsdp"].get_group())
-        return (square + torch.nn.utils.get_total_norm(whole).to(self.device).square()).sqrt()
+        return parts, (square + _norm(whole).to(self.device).square()).sqrt()
 
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
         """Whole arrays on the host: all of them, or of several processes each gets its share.
@@ -204,3 +208,17 @@ class Layout:
         for module, dtype in [*((layer, self._dtype) for layer in layers), (loss, None)]:
             policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
             fully_shard(module, mp_policy=policy, **options)
+
+    def _round(self, model: nn.Module) -> None:
+        """Gives the layers rounded parameters instead of having them round float32 ones at every use."""
+        for part in (model.vision.blocks, model.vision.head, model.gemma.layers):
+            lowered(part, self._compute)
+        self.parameters = dict(model.named_parameters())
+        self.copies = {n: p.detach() for n, p in self.parameters.items() if p.dtype == self._dtype}
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    """Of all together, in float32."""
+    if not grads:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))

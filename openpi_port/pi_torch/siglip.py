@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from openpi_port.config import Compute
 from openpi_port.config import Siglip as Config
 from openpi_port.pi_torch.attention import attention
-from openpi_port.pi_torch.layers import LayerNorm, Linear, stack
+from openpi_port.pi_torch.layers import LayerNorm, Linear, kept, remat, run, stack
 
 
 class Attention(nn.Module):
@@ -30,8 +29,8 @@ class Attention(nn.Module):
         self.o = Linear(config.width, config.width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (rearrange(f(x), "B T (N H) -> B T N H", N=self.num_heads) for f in (self.q, self.k, self.v))
-        return self.o(attention(q * q.shape[-1] ** -0.5, k, v, None, self.backend))
+        q, k, v = (rearrange(kept(f(x)), "B T (N H) -> B T N H", N=self.num_heads) for f in (self.q, self.k, self.v))
+        return self.o(kept(attention(q * q.shape[-1] ** -0.5, k, v, None, self.backend)))
 
 
 class Mlp(nn.Module):
@@ -43,7 +42,7 @@ class Mlp(nn.Module):
         self.down = Linear(config.mlp_dim, config.width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.gelu(kept(self.up(x)), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -51,13 +50,17 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, compute: Compute) -> None:
         super().__init__()
+        self.compute = compute
         self.norm_attn = LayerNorm(config.width)
         self.attn = Attention(config, compute)
         self.norm_mlp = LayerNorm(config.width)
         self.mlp = Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm_attn(x))
+        return remat(self._forward, self.compute)(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = kept(x + self.attn(self.norm_attn(x)))
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -85,9 +88,5 @@ class Siglip(nn.Module):
         """Takes float32 images [B, H, W, 3]; returns tokens [B, T, D] in the working dtype."""
         x = self.embed(images)
 
-        for block in self.blocks:
-            if self.compute.remat == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+        x, _ = run(lambda x, block: (block(x), None), x, self.blocks, self.compute)
         return self.head(self.norm(x))

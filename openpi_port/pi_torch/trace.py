@@ -168,7 +168,7 @@ def layer_parts(
         if gate is not None:
             parts[f"{name}/gate_attn"] = gate
         gates.append(gate)
-        qkv.append(expert.qkv(parts[f"{name}/norm_attn"], where))
+        qkv.append(expert.qkv(parts[f"{name}/norm_attn"], gemma.angles(where, expert.head_dim)))
         parts |= {f"{name}/{letter}": part for letter, part in zip("qkv", qkv[-1], strict=True)}
 
     q, k, v = (torch.cat(part, dim=1) for part in zip(*qkv, strict=True))
@@ -182,7 +182,8 @@ def layer_parts(
         if gate_mlp is not None:
             parts[f"{name}/gate_mlp"] = gate_mlp
         parts[f"{name}/mlp"] = expert.mlp(parts[f"{name}/norm_mlp"])
-    return parts, layer(xs, conds, positions, mask, None)[0]
+    where = gemma.angles(positions, layer.experts[0].head_dim)
+    return parts, layer(xs, conds, where, mask, None)[0]
 
 
 def score_parts(logits: Tensor, targets: Tensor, scored: Tensor) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ B batch, A actions in a chunk.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from openpi_port import batch as batches
+from openpi_port import config as configs
 from openpi_port import meshes, strict
 from openpi_port.batch import Batch
 from openpi_port.config import Train as Config
+from openpi_port.errors import UserError
 from openpi_port.pi_torch import attention, insulated
 from openpi_port.pi_torch import device as devices
+from openpi_port.pi_torch.fast import adamw
+from openpi_port.pi_torch.fast.replay import Replayed
 from openpi_port.pi_torch.infer import build
 from openpi_port.pi_torch.pi0 import Pi0
 from openpi_port.pi_torch.pi0_fast import Pi0Fast
@@ -27,10 +32,11 @@ from openpi_port.schedule import learning_rate
 
 
 class State(NamedTuple):
-    """Everything that a step reads and writes: this device's parts of what is trained."""
+    """Everything that a step reads and writes: this device's parts of what is trained, in float32, by name."""
 
     trained: dict[str, Tensor]
-    optimizer: torch.optim.AdamW
+    mu: dict[str, Tensor]
+    nu: dict[str, Tensor]
     average: dict[str, Tensor] | None
 
 
@@ -47,23 +53,34 @@ class Trainer:
         self.step = 0
         self._layout = Layout(config, device)
         compute = attention.resolve(config.compute, self._layout.device)
+        if config.microbatches > 1 and devices.count() > 1:
+            raise UserError(
+                f"config.microbatches={config.microbatches}: torch does that on one device only; use 1, or flax"
+            )
         self._keys = batches.training(config.model, insulate=config.insulate)
         module = build(config.model, compute)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(is_trained(config, tuple(name.split("."))))
-        self._loss = self._layout.fill(_Loss(module, config), weights)
+        loss = _Loss(module, config)
+        self._counted = loss.counted
+        self._loss = self._layout.fill(loss, weights)
+        how = _compile(config, self._layout.device)
+        if how != "none":
+            for layer in (*module.vision.blocks, *module.gemma.layers):  # all of a kind share what is compiled
+                layer.forward = torch.compile(layer.forward, dynamic=False)  # FSDP's hooks stay outside
         trained = {n: self._layout.parts[n] for n, p in self._layout.parameters.items() if p.requires_grad}
-        optimizer = torch.optim.AdamW(
-            trained.values(),
-            betas=(config.optimizer.b1, config.optimizer.b2),
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
-        )
-        average = None
-        if config.optimizer.ema:
-            average = {name: p.detach().clone() for name, p in trained.items()}
-        self._state = State(trained, optimizer, average)
+        mu, nu = ({name: torch.zeros_like(p) for name, p in trained.items()} for _ in range(2))
+        average = {name: p.detach().clone() for name, p in trained.items()} if config.optimizer.ema else None
+        self._state = State(trained, mu, nu, average)
+        copies = self._layout.copies
+        self._slots = [adamw.Slot(p, mu[n], nu[n], average and average[n], copies.get(n)) for n, p in trained.items()]
+        self._replayed = Replayed(self._backward, self._prepare, self._layout.device) if how == "graph" else None
+        self._sums: dict[str, Tensor] = {}
+        if config.microbatches > 1 and compute.gradients == "float32":
+            self._sums = {name: torch.zeros_like(p) for name, p in trained.items() if name in copies}
+        with torch.cuda.stream(self._replayed and self._replayed.stream):
+            for name, total in self._sums.items():
+                self._layout.parameters[name].register_post_accumulate_grad_hook(partial(_add_up, total))
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on this process's part of a batch; returns scalars that are still being computed."""
@@ -80,10 +97,10 @@ class Trainer:
         batch = self._layout.put(batches.select(batch, self._keys))
         with devices.precision(self.config.compute):
             if self._state.average is None:
-                return float(self._mean_loss(batch)["loss"])
+                return float(self._over_devices(self._loss(batch))["loss"])
             self._swap()
             try:
-                return float(self._mean_loss(batch)["loss"])
+                return float(self._over_devices(self._loss(batch))["loss"])
             finally:
                 self._swap()
 
@@ -94,11 +111,7 @@ class Trainer:
 
     def train_state(self) -> dict[str, np.ndarray]:
         """What else a resume needs: Adam's moments, and the raw weights where `weights` are averaged."""
-        moments, zero = self._state.optimizer.state, torch.zeros_like
-        parts = {
-            part: {n: moments[p][key] if p in moments else zero(p) for n, p in self._state.trained.items()}
-            for part, key in (("mu", "exp_avg"), ("nu", "exp_avg_sq"))
-        }
+        parts = {"mu": self._state.mu, "nu": self._state.nu}
         if self._state.average is not None:
             parts["raw"] = self._state.trained
         named = {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
@@ -111,11 +124,11 @@ class Trainer:
         strict.check(dict.fromkeys(train_state, ()), dict.fromkeys(names, ()), "train_state")
         for name, parameter in self._state.trained.items():
             mu, nu, *raw = (self._layout.place(train_state[f"{part}/{name}"], name) for part in parts)
-            count = torch.tensor(float(step), device=self._layout.device)
-            self._state.optimizer.state[parameter] = {"step": count, "exp_avg": mu, "exp_avg_sq": nu}
+            self._state.mu[name].copy_(mu), self._state.nu[name].copy_(nu)
             if raw:  # what was deployed, and so loaded, is the average
                 self._state.average[name].copy_(parameter.detach())
                 parameter.data.copy_(raw[0])
+        self._round()
         self.step = step
 
     @torch.no_grad()
@@ -124,35 +137,68 @@ class Trainer:
         for name, parameter in self._state.trained.items():
             average, raw = self._state.average[name], parameter.clone()
             parameter.copy_(average), average.copy_(raw)
+        self._round()
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """Brings the rounded copies of the weights up to date."""
+        for name, copy in self._layout.copies.items():
+            copy.copy_(self._layout.parts[name])
 
     def _update_fn(self, batch: Batch, rate: float) -> dict[str, Any]:
-        metrics = self._mean_loss(batch, backward=True)
-        for name in self._state.trained:  # what the loss doesn't reach still decays, as in optax
-            parameter = self._layout.parameters[name]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = self._layout.complete(self._state.trained)
-        parameters = list(self._state.trained.values())
-        grads = [p.grad for p in parameters]
+        metrics = self._gradients(batch)
+        grads, norm = self._layout.complete({name: self._gradient(name) for name in self._state.trained})
         limit = self.config.optimizer.clip_norm
-        torch._foreach_mul_(grads, limit / norm.clamp(min=limit))
-        for group in self._state.optimizer.param_groups:
-            group["lr"] = rate
-        self._state.optimizer.step()
-        self._state.optimizer.zero_grad(set_to_none=True)
-        if self._state.average is not None:
-            averages = [self._state.average[name] for name in self._state.trained]
-            with torch.no_grad():
-                torch._foreach_lerp_(averages, parameters, 1 - self.config.optimizer.ema)
+        scale = limit / norm.clamp(min=limit)
+        adamw.step(self._slots, grads, scale, self.step + 1, rate, self.config.optimizer)
+        if self._replayed is None or not self._replayed.recorded:
+            for name in self._state.trained:
+                self._layout.parameters[name].grad = None
+        for total in self._sums.values():
+            total.zero_()
         return {**metrics, "grad_norm": norm, "learning_rate": rate}
 
-    def _mean_loss(self, batch: Batch, *, backward: bool = False) -> dict[str, Tensor]:
-        """The loss, and what it consists of where it has parts, over all devices."""
+    def _gradient(self, name: str) -> Tensor:
+        parameter = self._layout.parameters[name]
+        if name in self._sums:
+            return self._sums[name]
+        # What the loss doesn't reach still decays, as in optax.
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Leaves the gradients of the mean loss at the parameters; returns the losses."""
+        count = self.config.microbatches
+        if count > 1 and "action_is_pad" in batch:
+            batch["num_counted"] = self._counted(batch) / count
+        parts = [_part(batch, i, count) for i in range(count)]
+        run, replayed = self._backward, self._replayed
+        if replayed is not None and not replayed.warm:
+            run = replayed.warm_up
+        elif replayed is not None:
+            if not replayed.recorded:
+                replayed.record(parts[0])
+            if count > 1:
+                torch._foreach_zero_([p.grad for p in self._layout.parameters.values() if p.grad is not None])
+            run = replayed
+        found = [run(part) for part in parts]
+        return {name: torch.stack([part[name] for part in found]).mean() for name in found[0]}
+
+    def _prepare(self) -> None:
+        """Before a pass is recorded: what a part adds to is there; what it makes is not."""
+        for name in self._state.trained:
+            parameter = self._layout.parameters[name]
+            added = self.config.microbatches > 1 and name not in self._sums
+            parameter.grad = torch.zeros_like(parameter) if added else None
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Adds a part's share of the gradients to what is at the parameters; returns its losses."""
         losses = self._loss(batch)
-        if backward:
-            losses["loss"].backward()
-        count = devices.count()
-        means = _total(torch.stack([loss.detach() for loss in losses.values()])) / count
+        (losses["loss"] / self.config.microbatches).backward()
+        return self._over_devices(losses)
+
+    def _over_devices(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The means over all devices."""
+        means = _total(torch.stack([loss.detach() for loss in losses.values()])) / devices.count()
         return dict(zip(losses, means, strict=True))
 
 
@@ -177,17 +223,58 @@ class _Loss(nn.Module):
             return {"loss": self.config.flow_weight * flow + tokens, **parts}
         return {"loss": self._mean(self.model.loss(batch, batch["noise"], batch["time"]), batch)}
 
+    def counted(self, batch: Batch) -> Tensor:
+        """How many actions of a batch count, as a mean over the devices."""
+        return _total(self._counts(batch).sum()) / devices.count()
+
     def _mean(self, loss: Tensor, batch: Batch) -> Tensor:
-        """Of a loss [B, A] over the actions that count, which are not equally many on all devices."""
-        counted = torch.ones_like(loss) if self.config.loss_on_padding else 1.0 - batch["action_is_pad"].float()
+        """Of a loss [B, A] over the actions that count, which are not equally many on all devices and in all parts."""
+        counted = self._counts(batch)
+        return (loss * counted).sum() / (batch["num_counted"] if "num_counted" in batch else self.counted(batch))
+
+    def _counts(self, batch: Batch) -> Tensor:
+        """Which actions of a batch count, float32 [B, A]."""
+        padding = batch["action_is_pad"].float()
+        counted = torch.ones_like(padding) if self.config.loss_on_padding else 1.0 - padding
         if self.config.max_delay:  # what is given, in all draws alike, is not learned
-            counted = counted * (batch["time"].reshape(len(loss), -1, loss.shape[1])[:, 0] > 0)
-        return (loss * counted).sum() / (_total(counted.sum()) / devices.count())
+            counted = counted * (batch["time"].reshape(len(padding), -1, padding.shape[1])[:, 0] > 0)
+        return counted
 
 
 def is_trained(config: Config, path: tuple) -> bool:
     """Whether the parameter at that path is trained."""
     return not meshes.is_frozen(config, "/".join(path))
+
+
+def _compile(config: Config, device: torch.device) -> str:
+    """Settles `Compute.compile`.
+
+    Raises:
+      UserError: what torch or the device can't honour.
+    """
+    graph = device.type == "cuda" and devices.count() == 1 and isinstance(config.model, configs.Pi0)
+    graph = graph and not config.insulate  # which picks tokens by their values
+    name = config.compute.compile
+    if name == "auto":
+        return "graph" if graph else "layers" if device.type == "cuda" else "none"
+    if name not in ("none", "layers", "graph"):
+        raise UserError(f"config.compute.compile={name!r}: torch has auto, none, layers, graph")
+    if name == "graph" and not graph:
+        raise UserError("config.compute.compile='graph' is for pi0 and pi0.5 on one GPU, not insulated; use 'layers'")
+    return name
+
+
+def _add_up(total: Tensor, parameter: Tensor) -> None:
+    """Moves a part's gradient into the sum over all parts."""
+    total += parameter.grad
+    parameter.grad = None
+
+
+def _part(batch: Batch, index: int, count: int) -> Batch:
+    """Every `count`-th sample of a batch, so that all devices have a share in every part."""
+    if isinstance(batch, Mapping):
+        return {key: _part(value, index, count) for key, value in batch.items()}
+    return batch[index::count] if batch.ndim else batch
 
 
 def _total(part: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""The Triton kernel of `adamw`: one launch per parameter, every number read and written once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openpi_port.config import Optimizer
+
+if TYPE_CHECKING:
+    from openpi_port.pi_torch.fast.adamw import Slot
+
+BLOCK = 2048
+
+
+def step(slot: Slot, grad: Tensor, scale: Tensor, first: float, second: float, rate: float, config: Optimizer) -> None:
+    """See `adamw.step`; `first` and `second` are Adam's corrections."""
+    weight, mu, nu, average, copy = slot
+    _step[(triton.cdiv(weight.numel(), BLOCK),)](
+        weight, mu, nu, weight if average is None else average, weight if copy is None else copy, grad, scale,
+        1 / first, 1 / second, rate, 1 - config.b1, 1 - config.b2, config.eps, config.weight_decay, 1 - config.ema,
+        weight.numel(), AVERAGE=average is not None, COPY=copy is not None, BLOCK=BLOCK, num_warps=8,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first", "second", "rate"])
+def _step(
+    weight, mu, nu, average, copy, grad, scale, first, second, rate, c1, c2, eps, decay, blend, size,
+    AVERAGE: tl.constexpr, COPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    g = tl.load(grad + at, inside, 0.0).to(tl.float32) * tl.load(scale)
+    m = tl.load(mu + at, inside, 0.0)
+    v = tl.load(nu + at, inside, 0.0)
+    w = tl.load(weight + at, inside, 0.0)
+    m += c1 * (g - m)
+    v += c2 * (g * g - v)
+    w -= rate * (m * first / (tl.sqrt(v * second) + eps) + decay * w)
+    tl.store(mu + at, m, inside)
+    tl.store(nu + at, v, inside)
+    tl.store(weight + at, w, inside)
+    if AVERAGE:
+        a = tl.load(average + at, inside, 0.0)
+        tl.store(average + at, a + blend * (w - a), inside)
+    if COPY:
+        tl.store(copy + at, w.to(copy.dtype.element_ty), inside)
