@@ -11,7 +11,8 @@ from frameworks import NAMES, Framework
 from configs import pi0_aloha
 from convert import tables
 from openpi_port import init
-from openpi_port.config import Optimizer, Train, build
+from openpi_port.config import Compute, Optimizer, Train, build
+from openpi_port.errors import UserError
 from openpi_port.schedule import euler_times, learning_rate
 
 
@@ -105,6 +106,49 @@ def test_padding_is_not_learned(name):
     assert trainer(name, config).evaluate(batch) == trainer(name, config).evaluate(spoilt)
     openpi = dataclasses.replace(config, loss_on_padding=True)
     assert trainer(name, openpi).evaluate(batch) < trainer(name, openpi).evaluate(spoilt)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_in_parts_is_the_same_step(name):
+    """With unequal numbers of actions that count in the parts."""
+    config = dataclasses.replace(run_config(), batch_size=4)
+    batch = batches(config, 1)[0]
+    whole, parts = trainer(name, config), trainer(name, dataclasses.replace(config, microbatches=2))
+    for t in (whole, parts):
+        t.metrics = t.update(batch)
+    for key in ("loss", "grad_norm"):
+        assert float(parts.metrics[key]) == pytest.approx(float(whole.metrics[key]), rel=1e-5)
+    sums = parts.train_state()
+    for path, value in whole.train_state().items():
+        if not path.startswith("raw"):  # moments are gradients; Adam scales up what is rounding in them
+            np.testing.assert_allclose(sums[path], value, atol=1e-6, err_msg=path)
+    with pytest.raises(UserError, match="config.microbatches=3 doesn't divide batch_size=4"):
+        dataclasses.replace(config, microbatches=3)
+
+
+@pytest.mark.parametrize("gradients", ["float32", "bfloat16"])
+def test_rounded_weights_have_float32_masters(gradients):
+    """torch keeps the layers' weights in bfloat16 beside the float32 ones that AdamW works on."""
+    config = dataclasses.replace(
+        run_config(), batch_size=4, microbatches=2, compute=Compute(dtype="bfloat16", gradients=gradients)
+    )
+    t = trainer("torch", config)
+    for batch in batches(config, 2):
+        t.update(batch)
+    masters, copies = t._layout.parts, t._layout.copies
+    assert {str(p.dtype) for p in masters.values()} == {"torch.float32"}
+    assert "gemma.layers.0.experts.1.q.weight" in copies and "gemma.embedding" not in copies
+    for name, copy in copies.items():
+        assert (copy == masters[name].bfloat16()).all(), name
+    fresh = dict(tables.translate(init.Fresh(config.model, 0), config.model, "flax", "torch"))
+    moved = max(np.abs(masters[name].numpy() - fresh[name]).max() for name in copies)
+    assert 1e-5 < moved < 1e-2  # by less than bfloat16 tells apart at 1
+
+
+@pytest.mark.parametrize(("name", "how"), [("flax", "graph"), ("torch", "scan"), ("torch", "graph")])
+def test_what_cannot_be_compiled_is_an_error(name, how):
+    with pytest.raises(UserError, match=f"config.compute.compile='{how}'"):
+        trainer(name, dataclasses.replace(run_config(), compute=Compute(compile=how)))
 
 
 @pytest.mark.parametrize("name", NAMES)
