@@ -90,6 +90,12 @@ def compare(a: Path, b: Path) -> list[Seed]:
     return out
 
 
+def parts(a: Path, b: Path) -> list[str]:
+    """What to compare: the directories themselves, or those of their tasks after --env=aloha_instructions."""
+    tasks = sorted(path.parent.name for path in a.glob(f"*/{RESULTS}") if (b / path.parent.name / RESULTS).exists())
+    return tasks if tasks and not (a / RESULTS).exists() else [""]
+
+
 def report(seeds: list[Seed], tolerance: float) -> str:
     """The table, in words."""
     lines = [f"{'seed':>6} {'A':>8} {'B':>8} {'touched':>9} {'differ from':>12} {'before':>9} {'at the end':>11}"]
@@ -160,14 +166,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a picture of the differences over time")
     args = parser.parse_args(argv)
     try:
-        seeds = compare(args.a, args.b)
+        for part in parts(args.a, args.b):
+            a, b = args.a / part, args.b / part
+            seeds = compare(a, b)
+            print(f"A: {a}\nB: {b}\n{report(seeds, args.tolerance)}")
+            if args.out is not None:
+                path = args.out.with_stem("_".join([args.out.stem, *Path(part).parts]))
+                plot(path, seeds, args.tolerance, (str(a), str(b)))
+                print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"A: {args.a}\nB: {args.b}\n{report(seeds, args.tolerance)}")
-    if args.out is not None:
-        plot(args.out, seeds, args.tolerance, (str(args.a), str(args.b)))
-        print(args.out)
     return 0
 
 

@@ -9,7 +9,8 @@
 
 `aloha_instructions` plays every seed once per task, in the same scene but with that task's instruction, to the end, and
 counts what came of it: whether the instruction alone decides.
-Results, seeds, a grid video and a plot per episode go to --out. Ctrl-C reports the episodes that are finished.
+Results, seeds, a grid video and a plot per episode go to --out. Ctrl-C or SIGTERM reports the episodes that are
+finished.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,14 +76,19 @@ def main() -> None:
         open_loop.evaluate(policy, directory("open_loop"), samples=SAMPLES.value, plots=PLOTS.value)
         return
     gl.require()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit is no reason to report nothing
     out = directory("expert" if EXPERT.value else "server")
     workers = min(WORKERS.value or min(os.cpu_count() or 1, 16), EPISODES.value)
     whole = ENV.value == INSTRUCTIONS  # what an instruction led to shows at the end
     settings = [setting(task, whole=whole) for task in (ALOHA.values() if whole else [task_of(ENV.value)])]
     with contextlib.ExitStack() as stack:
         who = driver(workers, settings[0], stack)
-        played = {how.task: play(who, how, out / how.task if whole else out, workers) for how in settings}
-    if whole:
+        played: dict[str, list[rollout.Episode]] = {}
+        for how in settings:
+            played[how.task], interrupted = play(who, how, out / how.task if whole else out, workers)
+            if interrupted:
+                break
+    if whole and len(played) == len(settings):
         eval_report.instructions(played, out, gif=GIF.value)
     print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
@@ -124,14 +131,14 @@ def driver(workers: int, how: rollout.Setting, stack: contextlib.ExitStack) -> D
 
 
 def setting(task: str, *, whole: bool = False) -> rollout.Setting:
-    """How the command line says to play a task, else its usual values; `whole` plays on after a success."""
+    """How the command line says to play a task, else its usual values; `whole` plays every episode to its end."""
     usual = simulation.about(task)
     max_steps = MAX_STEPS.value or usual.max_steps
     films = min(VIDEO.value, EPISODES.value)
     return rollout.Setting(
         task,
         max_steps=max_steps,
-        after=max_steps if whole else usual.after,
+        after=None if whole else usual.after,
         replan=REPLAN.value or usual.replan,
         chunks=CHUNKS.value,
         latency=math.ceil(round(LATENCY.value * usual.fps, 6)),
@@ -142,8 +149,8 @@ def setting(task: str, *, whole: bool = False) -> rollout.Setting:
     )
 
 
-def play(who: Driver, how: rollout.Setting, out: Path, workers: int) -> list[rollout.Episode]:
-    """Plays all seeds, with a bar, and writes what came out."""
+def play(who: Driver, how: rollout.Setting, out: Path, workers: int) -> tuple[list[rollout.Episode], bool]:
+    """Plays all seeds, with a bar, and writes what came out; tells whether it was interrupted."""
     seeds = range(SEED.value, SEED.value + EPISODES.value)
     calls: list[tuple[int, float]] = []
 
@@ -154,6 +161,7 @@ def play(who: Driver, how: rollout.Setting, out: Path, workers: int) -> list[rol
         return results
 
     episodes: list[rollout.Episode] = []
+    interrupted = False
     begin = time.perf_counter()
     played = rollout.rollout(how, seeds, who.act and timed, workers=workers, noise_shape=who.noise_shape)
     with tqdm(total=len(seeds), unit="episode", dynamic_ncols=True) as bar, contextlib.closing(played):
@@ -163,12 +171,13 @@ def play(who: Driver, how: rollout.Setting, out: Path, workers: int) -> list[rol
                 bar.set_postfix_str(f"{sum(e.success for e in episodes)} of {len(episodes)} succeeded", refresh=False)
                 bar.update()
         except KeyboardInterrupt:
+            interrupted = True
             bar.write("interrupted: reporting the episodes that are finished")
     if not episodes:
         raise UserError("no episode was finished: nothing to report")
     numbers = eval_report.numbers(episodes, how, who.about, time.perf_counter() - begin, calls)
     eval_report.write(out, numbers, episodes, plots=PLOTS.value, gif=GIF.value, trajectories=TRAJECTORIES.value)
-    return episodes
+    return episodes, interrupted
 
 
 def directory(name: str) -> Path:

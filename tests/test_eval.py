@@ -116,6 +116,13 @@ def test_looking_changes_nothing():
     np.testing.assert_array_equal(states[0], states[1])
 
 
+def test_an_episode_may_be_played_to_its_end():
+    setting = rollout.Setting("transfer_cube", max_steps=250, after=None, render=False)
+    scripted = Scripted([0], (50, 14))
+    (episode,) = rollout.rollout(setting, [0], scripted, workers=1, noise_shape=(50, 14))
+    assert episode.success and len(episode.rewards) == 250 and episode.end == "transfer_cube"
+
+
 def test_an_episode_ends_at_max_steps():
     setting = rollout.Setting("transfer_cube", max_steps=30, replan=25, render=False)
     stay = lambda observations: [{"actions": np.tile(o["state"], (50, 1))} for o in observations]  # noqa: E731
@@ -236,6 +243,10 @@ def test_two_evaluations_seed_by_seed(tmp_path, capsys):
     assert "both succeed on 3, neither on 0, A alone on none, B alone on [2]" in said
     assert "agree within 0.001 on 3 of 4 seeds" in said and said.count("before the touch") == 1
     assert (tmp_path / "c.png").stat().st_size
+    saved(tmp_path / "many/x/lift", [0], [early])
+    saved(tmp_path / "many/y/lift", [0.1], [early])
+    assert compare.main([str(tmp_path / "many/x"), str(tmp_path / "many/y"), f"--out={tmp_path / 'c.png'}"]) == 0
+    assert "both succeed on 1" in capsys.readouterr().out and (tmp_path / "c_lift.png").exists()
     other = saved(tmp_path / "other", [0], [early], replan=10)
     assert compare.main([str(a), str(other)]) == 2 and "replan" in capsys.readouterr().err
     (b / "trajectories/seed_0001.npz").unlink()

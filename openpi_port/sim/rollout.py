@@ -37,7 +37,8 @@ class Setting:
     Attributes:
       task: a key of aloha.TASKS, or LIBERO's suite and number, such as libero_spatial_0.
       max_steps: control steps until an episode counts as failed.
-      after: control steps played on after the first success, to see whether it lasts.
+      after: control steps played on after the first success, to see whether it lasts; None plays to max_steps in any
+        case.
       replan: actions played per chunk.
       chunks: how one chunk follows the other, see latency.py.
       latency: control steps from an observation to its chunk.
@@ -50,7 +51,7 @@ class Setting:
 
     task: str
     max_steps: int = 400
-    after: int = 50
+    after: int | None = 50
     replan: int = 25
     chunks: latency.Style = "open_loop"
     latency: int = 0
@@ -192,10 +193,11 @@ def _work(connection: Connection, setting: Setting) -> None:
             while True:
                 name, *arguments = connection.recv()
                 connection.send(getattr(stage, name)(*arguments))
-    except EOFError:
-        pass
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the main process is gone
     except Exception as error:
-        connection.send(error)
+        with contextlib.suppress(BrokenPipeError):
+            connection.send(error)
 
 
 class _Stage:
@@ -258,7 +260,7 @@ class _Stage:
     def _ended(self) -> bool:
         if self._diverged:
             return True
-        if self._success in self._rewards:
+        if self._success in self._rewards and self._setting.after is not None:
             return len(self._rewards) > self._rewards.index(self._success) + self._setting.after
         return len(self._rewards) >= self._setting.max_steps
 
