@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -269,6 +270,41 @@ def test_full_disk_keeps_what_was_there(tmp_path):
     assert checkpoint.steps(tmp_path) == [1] and [p.name for p in tmp_path.iterdir()] == ["1"]
 
 
+def test_a_disk_that_is_really_full(tmp_path):
+    """Both writers on a file system of 2 MB, of which the first checkpoint takes half."""
+    code = f"""
+import pathlib, subprocess
+import numpy as np
+from openpi_port import checkpoint, orbax_io, safetensors_io
+from openpi_port.errors import UserError
+disk = pathlib.Path({str(tmp_path)!r})
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], check=True)
+noise = np.random.default_rng(0).standard_normal(250_000, np.float32)
+for write, name in ((orbax_io.write, "params"), (safetensors_io.write, "model.safetensors")):
+    run = disk / name
+    saver = checkpoint.Saver(run, keep_every=1)
+    for step in (1, 2):
+        def fill(directory):
+            write(directory / name, {{f"gemma/{{i}}": noise * (i + 1) for i in range(step)}})
+            (directory / checkpoint.POLICY).write_text("{{}}")
+        saver.save(step, fill)
+        try:
+            saver.wait()
+        except UserError as error:
+            print(name, step, error)
+    assert [p.name for p in run.iterdir()] == ["1"], list(run.iterdir())
+    subprocess.run(["rm", "-r", run], check=True)
+"""
+    command = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no file system can be made here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [["params", "2"], ["model.safetensors", "2"]], done.stdout
+    assert all("could not be written (the disk is full); finished ones: 1" in line for line in lines), done.stdout
+
+
 def test_kill_while_saving_leaves_no_half_checkpoint(tmp_path):
     code = f"""
 import os, pathlib
@@ -352,3 +388,29 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
     window.add({"loss": 1.0, "grad_norm": float("inf")})
     with pytest.raises(UserError, match=r"the grad_norm of step 7 is inf"):
         window.check(7)
+
+
+def test_after_a_dead_worker_and_a_damaged_video_resuming_gives_the_curve(dataset, tmp_path):
+    """Both end the run with one line; the last checkpoint is resumed once the worker is back and the video whole."""
+    config = dataclasses.replace(of(dataset, tmp_path / "b"), backend="torch", num_steps=12, save_every=2)
+    straight = run(dataclasses.replace(config, out=str(tmp_path / "a")))
+    video = next(dataset.rglob("*.mp4"))
+    whole, trainer = video.read_bytes(), Backend("torch").train.Trainer
+    update = trainer.update
+
+    def kill_workers(self, batch):
+        if self.step == 1:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+        return update(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "update", kill_workers)
+        with pytest.raises(UserError, match=r"a data worker died \(killed"):
+            run(with_data(config, num_workers=1))
+    assert checkpoint.steps(Path(config.out) / config.name)[-1] >= 2
+    video.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=video.name):
+        run(config, resume=True)
+    video.write_bytes(whole)
+    np.testing.assert_array_equal(losses(run(config, resume=True)), losses(straight))
