@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -63,7 +64,19 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def two_processes(backend: str, directory: Path, meshes_: list[str], devices: int = 1) -> None:
-    """Runs `spread.py` in two processes; each says what went wrong, if it did."""
+    """Runs `spread.py` in two processes; each says what went wrong, if it did.
+
+    On a busy machine one compiles so much longer than the other that gloo gives up; then both find in the cache what
+    they need and try again.
+    """
+    outputs, late = _try_two(backend, directory, meshes_, devices)
+    if late:
+        outputs, late = _try_two(backend, directory, meshes_, devices)
+    assert not outputs, outputs
+
+
+def _try_two(backend: str, directory: Path, meshes_: list[str], devices: int) -> tuple[str, bool]:
+    """What they printed, if they failed, and whether that was for waiting too long."""
     command = [str(ROOT / "tests" / "spread.py"), backend, str(directory), *meshes_]
     if backend == "torch":
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
@@ -75,9 +88,10 @@ def two_processes(backend: str, directory: Path, meshes_: list[str], devices: in
     started = [
         subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c, env in commands
     ]
-    for process in started:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    if not any(process.returncode for process in started):
+        return "", False
+    return "\n".join(outputs), re.search(r"time(d )?out|deadline", "\n".join(outputs), re.IGNORECASE) is not None
 
 
 # 2 JAX processes with 4 devices each, of which each holds a quarter of the state; 2 torch processes.
