@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from convert import layout, tables
 from openpi_port import meshes
 from openpi_port.config import Train
 from openpi_port.errors import UserError
@@ -62,6 +61,7 @@ def complete(base: Base, config: Train, trained: Mapping[str, Any], side: str, w
     Raises:
       UserError: the base is not there, or is another.
     """
+    from convert import layout, tables  # they import this package
     from openpi_port import starting
 
     begun = dataclasses.replace(config, init=base.init, seed=base.seed)
@@ -94,7 +94,7 @@ def _checksum(config: Train, weights: Mapping[str, np.ndarray]) -> str:
 class _Last:
     """A mapping whose last value is kept: stacked tensors are asked for layer by layer."""
 
-    def __init__(self, tensors: layout.Translated) -> None:
+    def __init__(self, tensors: Mapping[str, np.ndarray]) -> None:
         self.tensors = tensors
         self._name, self._value = "", np.empty(0)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,11 @@ def test_same_names_in_the_same_order(name):
 def test_the_fast_rooms_have_the_same_door():
     """How a prepared model computes differs by nature; how it is asked does not."""
     assert public(FLAX / "fast" / "prepare.py") == public(TORCH / "fast" / "prepare.py")
+
+
+def test_convert_can_be_imported_first():
+    """The two packages import each other; whichever comes first must work."""
+    subprocess.run([sys.executable, "-c", "import convert.layout"], cwd=ROOT, check=True)
 
 
 def frameworks_of(path: Path) -> set[str]:
