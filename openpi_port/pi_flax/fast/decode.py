@@ -96,7 +96,7 @@ class Decoder:
         by, cache = rotation(self.position(prompt.length, step[None]), sizes.head_dim), list(cache)
         place = jnp.arange(cache[0].k.shape[1])
         seen = ((place < prompt.length[:, None]) | ((place >= start) & (place <= start + step)))[:, None]
-        x, cache = flow.run(w.language, sizes, x, cache, by, start + step, seen, None, self._options)
+        x, cache = flow.run(w.language, sizes, x, cache, by, start + step, seen, None)
         return rms(x, w.norm)[:, 0], cache
 
 

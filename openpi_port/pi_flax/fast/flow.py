@@ -25,7 +25,6 @@ from openpi_port.pi_flax.fast.layers import (
     Rotation,
     add,
     attend,
-    attend_split,
     block,
     layer_norm,
     mlp,
@@ -41,7 +40,6 @@ class Options(NamedTuple):
     """How, never what. Chosen by measurement; see docs/performance.md."""
 
     fused: bool = False  # attention of images and prefix by cuDNN
-    kernels: bool = False  # those of `kernels` in the steps
     align: int = 8  # the cache's length is a multiple
 
 
@@ -207,7 +205,6 @@ def run(
     at: jax.Array | int,
     seen: jax.Array,
     modulation: Modulation | None,
-    options: Options,
 ) -> tuple[jax.Array, list[Keys]]:
     """Tokens x [B, T, D] through all layers.
 
@@ -220,7 +217,6 @@ def run(
       at: see there.
       seen: bool [B, 1 or T, S], which places of the cache they see then.
       modulation: of AdaRMS, [L, 2, ...] each.
-      options: how.
 
     Returns:
       The last layer's output, and the cache.
@@ -233,9 +229,8 @@ def run(
         q, new = qkv(rms(x, attn), w.qkv, config.num_heads, config.num_kv_heads, by)
         written = (jax.lax.dynamic_update_slice_in_dim(c, n, at, 1) for c, n in zip(cache[i], new, strict=True))
         cache[i] = Keys(*written)
-        attended = attend_split(q, cache[i], seen) if options.kernels else attend(q, cache[i], seen)
-        x = add(x, attended @ w.o, attn)
-        x = add(x, mlp(rms(x, ffw), w, kernel=options.kernels), ffw)
+        x = add(x, attend(q, cache[i], seen) @ w.o, attn)
+        x = add(x, mlp(rms(x, ffw), w), ffw)
     return x, cache
 
 
@@ -247,7 +242,6 @@ def step(
     x_t: jax.Array,
     cache: list[Keys],
     time: Times,
-    options: Options,
     *,
     with_state: bool = False,
 ) -> tuple[jax.Array, list[Keys]]:
@@ -259,7 +253,6 @@ def step(
       x_t: [B, A, J].
       cache: keys and values of the prefix; then come the state's and the actions'.
       time: of this step, without the axis E.
-      options: how.
       with_state: the state's token goes through too, ahead of the actions, which it doesn't see.
 
     Returns:
@@ -281,7 +274,7 @@ def step(
         x, at = jnp.concatenate([state[:, None].astype(dtype), x], 1), start
         seen = seen & ((place < actions) | (jnp.arange(x.shape[1])[:, None] > 0))
     by = rotation(inputs.length[:, None] + jnp.arange(at, end) - start, config.expert.head_dim)
-    x, cache = run(w.expert, config.expert, x, cache, by, at, seen, time.layers, options)
+    x, cache = run(w.expert, config.expert, x, cache, by, at, seen, time.layers)
     last = w.last_norm if time.last is None else time.last
     velocity = rms(x[:, -x_t.shape[1] :], last).astype(jnp.float32) @ w.actions_out + w.out_bias
     return x_t + time.dt * velocity, cache
@@ -294,17 +287,16 @@ def integrate(
     all_times: Times,
     cache: list[Keys],
     inputs: Inputs,
-    options: Options,
 ) -> jax.Array:
     """Euler steps from noise to actions."""
     carry = (inputs.noise, cache)
     if w.state is not None:
         first = jax.tree.map(lambda x: x[0], all_times)
         all_times = jax.tree.map(lambda x: x[1:], all_times)
-        carry = step(w, config, dtype, inputs, *carry, first, options, with_state=True)
+        carry = step(w, config, dtype, inputs, *carry, first, with_state=True)
 
     def body(carry: tuple, time: Times) -> tuple[tuple, None]:
-        return step(w, config, dtype, inputs, *carry, time, options), None
+        return step(w, config, dtype, inputs, *carry, time), None
 
     return jax.lax.scan(body, carry, all_times)[0][0]
 
@@ -315,4 +307,4 @@ def sample(
     """A chunk of actions, float32 [B, A, J]; see `Pi0.sample_actions`."""
     tokens = see(w.vision, config.vision, inputs.images, dtype, options)
     cache = read(w, config, tokens, inputs, options)
-    return integrate(w, config, dtype, all_times, cache, inputs, options)
+    return integrate(w, config, dtype, all_times, cache, inputs)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from openpi_port.pi_flax.attention import MASKED
-from openpi_port.pi_flax.fast import kernels
 
 
 class Block(NamedTuple):
@@ -133,15 +132,6 @@ def attend(q: jax.Array, keys: Keys, seen: jax.Array | None, *, fused: bool = Fa
     return rearrange(probs @ v, "B K (T G) H -> B T (K G H)", T=T)
 
 
-def attend_split(q: jax.Array, keys: Keys, seen: jax.Array) -> jax.Array:
-    """`attend` by the kernel that splits the keys, where it can; `seen` is a bool."""
-    B, T, N, H = q.shape
-    if keys.k.shape[2] > 1 or seen.shape[1] > 1 or T * N % kernels.ROWS:
-        return attend(q, keys, seen)
-    out = jax.vmap(kernels.attend)(q.reshape(B, T * N, H), keys.k[:, :, 0], keys.v[:, :, 0], seen[:, 0])
-    return out.reshape(B, T, N * H)
-
-
 def block(x: jax.Array, w: Block, heads: int, *, fused: bool) -> jax.Array:
     """One layer of the vision transformer, x [B, T, D]."""
     B, T, D = x.shape
@@ -159,9 +149,7 @@ def qkv(x: jax.Array, w: jax.Array, heads: int, kv_heads: int, by: Rotation) -> 
     return rotate(q, by), Keys(rotate(k, by), v)
 
 
-def mlp(x: jax.Array, w: Layer, *, kernel: bool = False) -> jax.Array:
-    """GeGLU; the kernel is for few tokens."""
-    if kernel and x.shape[0] * x.shape[1] <= kernels.MOST_ROWS:
-        return kernels.glu(x.reshape(-1, x.shape[-1]), w.gate_up).reshape(*x.shape[:2], -1) @ w.down
+def mlp(x: jax.Array, w: Layer) -> jax.Array:
+    """GeGLU."""
     gate, up = jnp.split(x @ w.gate_up, 2, axis=-1)
     return (jax.nn.gelu(gate, approximate=True) * up) @ w.down

@@ -1,4 +1,4 @@
-"""How prepared models are computed on a device: which attention, which kernels. Chosen by measurement.
+"""How prepared models are computed on a device: which attention, which lengths. Chosen by measurement.
 
 XLA's own options are left as they are: on an H100 none that was tried made a chunk faster (docs/performance.md).
 """
@@ -13,14 +13,15 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from openpi_port.config import Compute
 from openpi_port.pi_flax.fast import flow as flows
-from openpi_port.pi_flax.fast import kernels
+
+TILE = 128  # of tokens or keys, in an accelerator's products
 
 
 def flow(compute: Compute, device: jax.Device) -> flows.Options:
     """The choices of `flow.Options`; the attention is the plain model's."""
     if device.platform == "cpu":
         return flows.Options()
-    return flows.Options(fused=compute.attention == "cudnn", align=kernels.PART)
+    return flows.Options(fused=compute.attention == "cudnn", align=TILE)
 
 
 def keep_programs(device: jax.Device) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from openpi_port import batch as batches
 from openpi_port import config as configs
@@ -25,7 +26,7 @@ from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax.fast import decode, flow, options, transfer
 from openpi_port.pi_flax.infer import FastModel, Model
 from openpi_port.pi_flax.pi0 import Pi0
-from openpi_port.pi_flax.pi0_fast import Pi0Fast, make_rules
+from openpi_port.pi_flax.pi0_fast import Decoding, Pi0Fast, Rules, make_rules
 
 EVEN = 8  # the prefix's length is a multiple: cuDNN takes no odd ones, and rows start aligned
 
@@ -67,7 +68,8 @@ class Prepared:
         self._see = jax.jit(lambda w, images: flow.see(w.vision, config.vision, images, dtype, how))
         self._read = jax.jit(lambda w, tokens, inputs: flow.read(w, config, tokens, inputs, how))
         self._step = jax.jit(
-            lambda w, time, cache, inputs: flow.step(w, config, dtype, inputs, inputs.noise, cache, time, how)
+            lambda cache, w, time, inputs: flow.step(w, config, dtype, inputs, inputs.noise, cache, time)[::-1],
+            donate_argnums=0,
         )
 
     def loss(self, batch: Batch, noise: np.ndarray, time: np.ndarray) -> np.ndarray:
@@ -101,11 +103,10 @@ class Prepared:
             one = jax.tree.map(lambda x: x[-1], self._times_of(num_steps))
             tokens = self._see(w, inputs.images)
             cache = self._read(w, tokens, inputs)
-
         return {
             "vision": _timed(self.module, self._see, w, inputs.images),
             "prefix": _timed(self.module, self._read, w, tokens, inputs),
-            "step": _timed(self.module, self._step, w, one, cache, inputs),
+            "step": _repeated(self.module, self._step, cache, w, one, inputs),
         }
 
     def _inputs(self, batch: Batch, noise: np.ndarray) -> flow.Inputs:
@@ -115,7 +116,8 @@ class Prepared:
 
     def _times_of(self, num_steps: int) -> flow.Times:
         if num_steps not in self._times:
-            self._times[num_steps] = jax.jit(lambda: flow.times(self.module, num_steps))()
+            graph, state = nnx.split(self.module)
+            self._times[num_steps] = jax.jit(lambda state: flow.times(nnx.merge(graph, state), num_steps))(state)
         return self._times[num_steps]
 
 
@@ -143,7 +145,7 @@ class PreparedFast:
         self._decode = jax.jit(lambda w, *args: decoder(w).decode(*args), static_argnums=2)
         self._see = jax.jit(lambda w, images: flow.see(w.vision, config.vision, images, dtype, how))
         self._read = jax.jit(lambda w, *args: decoder(w).read(*args), static_argnums=4)
-        self._step = jax.jit(lambda w, *args: decoder(w).step(*args))
+        self._step = jax.jit(lambda cache, w, *args: _advanced(decoder(w), cache, *args), donate_argnums=0)
         self._begin = jax.jit(lambda w, *args: decoder(w).begin(*args), static_argnums=2)
 
     def loss(self, batch: Batch) -> np.ndarray:
@@ -176,10 +178,11 @@ class PreparedFast:
             rules = make_rules(self.module.gemma, 1.0, None, grammar)
             tokens = self._see(w, inputs.images)
             decoding = self._begin(w, inputs, max_steps, rules)
+        rest = decoding._replace(cache=None, prompt=decoding.prompt._replace(cache=None))
         return {
             "vision": _timed(self.module, self._see, w, inputs.images),
             "prefix": _timed(self.module, self._read, w, tokens, inputs, lead, max_steps),
-            "token": _timed(self.module, self._step, w, decoding, rules),
+            "token": _repeated(self.module, self._step, decoding.cache, w, rest, rules),
         }
 
     def _inputs(self, batch: Batch) -> flow.Inputs:
@@ -199,6 +202,24 @@ def _timed(module: Pi0 | Pi0Fast, call: Callable[..., Any], *args: Any) -> Calla
             jax.block_until_ready(call(*args))
 
     return run
+
+
+def _repeated(module: Pi0 | Pi0Fast, call: Callable[..., Any], cache: Any, *args: Any) -> Callable[[], None]:
+    """The same for a call that writes into a cache and returns it first; no copy is made, as none is in a chunk."""
+    kept = [cache]
+
+    def run() -> None:
+        with devices.precision(module.compute):
+            kept[0], rest = call(kept[0], *args)
+            jax.block_until_ready(rest)
+
+    return run
+
+
+def _advanced(decoder: decode.Decoder, cache: Any, decoding: Decoding, rules: Rules) -> tuple[Any, jax.Array]:
+    """The cache and all tokens, one token later."""
+    after = decoder.step(decoding._replace(cache=cache), rules)
+    return after.cache, after.tokens
 
 
 def _observe(batch: Batch, config: configs.Pi0 | configs.Pi0Fast, how: flow.Options) -> flow.Inputs:
