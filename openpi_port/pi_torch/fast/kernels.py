@@ -221,11 +221,17 @@ def _join(
 
 
 @triton.jit
-def _norm(squares, row, M, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr):
-    """1 / rms of some rows, from the sums of squares over parts of them."""
+def _squares(squares, row, M, PARTS: tl.constexpr, PADDED: tl.constexpr):
+    """Sums of squares over parts of some rows; asked for early, needed late."""
     part = tl.arange(0, PADDED)
     inside = (row < M)[:, None] & (part < PARTS)[None]
-    return tl.rsqrt(tl.sum(tl.load(squares + row[:, None] * PARTS + part[None], inside, 0.0), 1) / D + _EPS)
+    return tl.load(squares + row[:, None] * PARTS + part[None], inside, 0.0)
+
+
+@triton.jit
+def _norm(parts, D: tl.constexpr):
+    """1 / rms of rows of D, from what `_squares` loaded."""
+    return tl.rsqrt(tl.sum(parts, 1) / D + _EPS)[:, None]
 
 
 def normed_qkv(
@@ -253,7 +259,7 @@ def _normed_qkv(
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
     # What is needed at the end is loaded at the beginning, so that nothing waits for it.
-    norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
+    parts = _squares(squares, row, M, PARTS, PADDED)
     place = tl.load(at + row // T, row < M, 0)
     head = tl.program_id(0) * BN // H
     pair = tl.program_id(0) * BN % H // 2 + tl.arange(0, BN // 2)
@@ -264,7 +270,7 @@ def _normed_qkv(
         deep = begin + tl.arange(0, BK)
         left = tl.load(x + row[:, None] * D + deep[None], inside, 0.0)
         acc = tl.dot(left, tl.load(w + col[None] * D + deep[:, None]), acc)
-    acc = acc * norm
+    acc = acc * _norm(parts, D)
     if bias is not None:
         acc += tl.load(bias + col)[None]
     channel = col % H
@@ -303,7 +309,7 @@ def _normed_geglu(
 ):  # fmt: skip
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
-    norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
+    parts = _squares(squares, row, M, PARTS, PADDED)
     gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     for begin in range(0, D, BK):
         deep = begin + tl.arange(0, BK)
@@ -311,6 +317,7 @@ def _normed_geglu(
         source = w + col[None] * D + deep[:, None]
         gate = tl.dot(left, tl.load(source), gate)
         up = tl.dot(left, tl.load(source + F * D), up)
+    norm = _norm(parts, D)
     gate, up = gate * norm, up * norm
     if bias is not None:
         gate, up = gate + tl.load(bias + col)[None], up + tl.load(bias + F + col)[None]
@@ -433,13 +440,13 @@ def _leave(
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     row, j = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, WIDE)
-    norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
+    parts = _squares(squares, row, M, PARTS, PADDED)
     acc = tl.zeros((BM, WIDE), tl.float32)
     for begin in range(0, D, BK):
         deep = begin + tl.arange(0, BK)
         left = tl.load(x + row[:, None] * D + deep[None], (row < M)[:, None], 0.0)
         acc = tl.dot(left, tl.load(w + j[None] * D + deep[:, None], (j < J)[None], 0.0), acc)
-    v_t = acc * norm + tl.load(bias + j, j < J, 0.0)[None]
+    v_t = acc * _norm(parts, D) + tl.load(bias + j, j < J, 0.0)[None]
     sample, action = row // T, row % T - (T - A)
     acting = ((row < M) & (action >= 0))[:, None] & (j < J)[None]
     place = (sample * A + action)[:, None] * J + j[None]
