@@ -146,8 +146,7 @@ class Language:
         size, prefix, _ = x.shape
         dim = self.turns.shape[1] * 2
         shape = (len(self.blocks), size, prefix + extra, dim)
-        blank = torch.empty if ops.on_gpu(x) else torch.zeros  # plain torch multiplies what nobody sees by 0
-        k, v = (blank(shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        k, v = (torch.zeros(shape, dtype=x.dtype, device=x.device) for _ in range(2))
         turns = self.turns[:prefix].repeat(size, 1, 1)
         seen = ops.see(length, None, 0, prefix, 1, x)
         x = x.flatten(0, 1)

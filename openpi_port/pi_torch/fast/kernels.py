@@ -221,17 +221,11 @@ def _join(
 
 
 @triton.jit
-def _squares(squares, row, M, PARTS: tl.constexpr, PADDED: tl.constexpr):
-    """Sums of squares over parts of some rows; asked for early, needed late."""
+def _norm(squares, row, M, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr):
+    """1 / rms of some rows, from the sums of squares over parts of them."""
     part = tl.arange(0, PADDED)
     inside = (row < M)[:, None] & (part < PARTS)[None]
-    return tl.load(squares + row[:, None] * PARTS + part[None], inside, 0.0)
-
-
-@triton.jit
-def _norm(parts, D: tl.constexpr):
-    """1 / rms of rows of D, from what `_squares` loaded."""
-    return tl.rsqrt(tl.sum(parts, 1) / D + _EPS)[:, None]
+    return tl.rsqrt(tl.sum(tl.load(squares + row[:, None] * PARTS + part[None], inside, 0.0), 1) / D + _EPS)
 
 
 def normed_qkv(
@@ -259,7 +253,7 @@ def _normed_qkv(
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
     # What is needed at the end is loaded at the beginning, so that nothing waits for it.
-    parts = _squares(squares, row, M, PARTS, PADDED)
+    norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
     place = tl.load(at + row // T, row < M, 0)
     head = tl.program_id(0) * BN // H
     pair = tl.program_id(0) * BN % H // 2 + tl.arange(0, BN // 2)
@@ -270,7 +264,7 @@ def _normed_qkv(
         deep = begin + tl.arange(0, BK)
         left = tl.load(x + row[:, None] * D + deep[None], inside, 0.0)
         acc = tl.dot(left, tl.load(w + col[None] * D + deep[:, None]), acc)
-    acc = acc * _norm(parts, D)
+    acc = acc * norm
     if bias is not None:
         acc += tl.load(bias + col)[None]
     channel = col % H
@@ -309,7 +303,7 @@ def _normed_geglu(
 ):  # fmt: skip
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
-    parts = _squares(squares, row, M, PARTS, PADDED)
+    norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
     gate, up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     for begin in range(0, D, BK):
         deep = begin + tl.arange(0, BK)
@@ -317,7 +311,6 @@ def _normed_geglu(
         source = w + col[None] * D + deep[:, None]
         gate = tl.dot(left, tl.load(source), gate)
         up = tl.dot(left, tl.load(source + F * D), up)
-    norm = _norm(parts, D)
     gate, up = gate * norm, up * norm
     if bias is not None:
         gate, up = gate + tl.load(bias + col)[None], up + tl.load(bias + F + col)[None]
@@ -440,13 +433,13 @@ def _leave(
     BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     row, j = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, WIDE)
-    parts = _squares(squares, row, M, PARTS, PADDED)
+    norm = _norm(squares, row, M, D, PARTS, PADDED)[:, None]
     acc = tl.zeros((BM, WIDE), tl.float32)
     for begin in range(0, D, BK):
         deep = begin + tl.arange(0, BK)
         left = tl.load(x + row[:, None] * D + deep[None], (row < M)[:, None], 0.0)
         acc = tl.dot(left, tl.load(w + j[None] * D + deep[:, None], (j < J)[None], 0.0), acc)
-    v_t = acc * _norm(parts, D) + tl.load(bias + j, j < J, 0.0)[None]
+    v_t = acc * norm + tl.load(bias + j, j < J, 0.0)[None]
     sample, action = row // T, row % T - (T - A)
     acting = ((row < M) & (action >= 0))[:, None] & (j < J)[None]
     place = (sample * A + action)[:, None] * J + j[None]

@@ -33,8 +33,8 @@ class Attend(NamedTuple):
 # the matrix units' older, smaller tile is enough.
 EXPERT = {
     "qkv": Tile(rows=64, columns=32, depth=128, splits=1, warps=4, stages=4),
-    "gate_up": Tile(rows=64, columns=32, depth=128, splits=1, warps=4, stages=4),
-    "o": Tile(rows=64, columns=32, depth=128, splits=4, warps=4, stages=4),
+    "gate_up": Tile(rows=64, columns=32, depth=64, splits=1, warps=4, stages=8),
+    "o": Tile(rows=64, columns=16, depth=128, splits=2, warps=4, stages=4),
     "down": Tile(rows=64, columns=32, depth=128, splits=4, warps=4, stages=4),
 }
 TOKEN = {
@@ -43,9 +43,9 @@ TOKEN = {
     "o": Tile(rows=16, columns=32, depth=256, splits=4, warps=4, stages=3),
     "down": Tile(rows=16, columns=32, depth=256, splits=8, warps=4, stages=4),
 }
-SUFFIX_ATTENTION = Attend(rows=64, keys=64, splits=8, warps=4, stages=2)
+SUFFIX_ATTENTION = Attend(rows=16, keys=64, splits=5, warps=4, stages=3)
 TOKEN_ATTENTION = Attend(rows=16, keys=64, splits=16, warps=4, stages=2)
-PREFIX_ATTENTION = Attend(rows=128, keys=64, splits=1, warps=8, stages=2)
+PREFIX_ATTENTION = Attend(rows=64, keys=64, splits=1, warps=4, stages=2)
 
 
 def streaming(kind: str, rows: int, columns: int, depth: int) -> Tile:
