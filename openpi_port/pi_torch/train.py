@@ -256,7 +256,7 @@ def _compile(config: Config, device: torch.device) -> str:
     graph = graph and not config.insulate  # which picks tokens by their values
     name = config.compute.compile
     if name == "auto":
-        return "graph" if graph else "layers" if device.type == "cuda" else "none"
+        return "layers" if device.type == "cuda" else "none"
     if name not in ("none", "layers", "graph"):
         raise UserError(f"config.compute.compile={name!r}: torch has auto, none, layers, graph")
     if name == "graph" and not graph:
