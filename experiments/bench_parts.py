@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -146,7 +147,10 @@ def train(setting: Setting) -> Iterator[Figure]:
 
 
 def attention(setting: Setting) -> Iterator[Figure]:
-    """Every attention backend that the device has, on the shapes of vision, prefix and suffix; forward and backward."""
+    """Every attention backend that the device has, on the shapes of vision, prefix and suffix; forward and backward.
+
+    Of one sample, and of a batch.
+    """
     backend, config = setting.backend, setting.config.model
     device, dtype = backend.device.find(None), setting.config.compute.dtype
     vision, language = config.vision, config.language
@@ -158,6 +162,7 @@ def attention(setting: Setting) -> Iterator[Figure]:
     if isinstance(config, Pi0):
         shapes["suffix"] = (config.suffix_len, config.prefix_len + config.suffix_len, text)
     on_cpu = backend.device.describe(device)[0].startswith("CPU")
+    sizes = sorted({1, setting.config.batch_size})
     for name in backend.attention.BACKENDS:
         compute = Compute(dtype=dtype, attention=name)
         try:
@@ -166,17 +171,21 @@ def attention(setting: Setting) -> Iterator[Figure]:
             continue
         if name == "splash" and on_cpu:  # interpreted there, which says nothing
             continue
-        for part, (queries, keys, heads) in shapes.items():
+        for (part, (queries, keys, heads)), count in itertools.product(shapes.items(), sizes):
+            size = count * (len(config.cameras) if part == "vision" else 1)
             for backward in (False, True):
-                label = f"attention/{name}/{part}" + ("/with gradients" if backward else "")
+                label = f"attention/{name}/{part} x{count}" + ("/with gradients" if backward else "")
+                masked = part != "vision"
                 try:
-                    call = backend.probe.attention(device, compute, queries, keys, heads, backward=backward)
+                    call = backend.probe.attention(
+                        device, compute, size, queries, keys, heads, masked=masked, backward=backward
+                    )
                     call()
                 except (NotImplementedError, RuntimeError) as error:  # a kernel that doesn't take this shape
                     print(f"  {label}: not measured: {' '.join(str(error).split()):.120}", flush=True)
                     continue
                 work = Work(4 * queries * keys * heads[0] * heads[2], 2 * keys * heads[1] * heads[2] * setting.size)
-                floor = ((3.5 if backward else 1) * work).seconds(setting.rates)
+                floor = (size * (3.5 if backward else 1) * work).seconds(setting.rates)
                 yield report.times(label, timed(call, setting.repeat, label), floor)
 
 

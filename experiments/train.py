@@ -24,6 +24,7 @@ from absl import flags as absl_flags
 from tqdm import tqdm
 
 from experiments import flags
+from experiments import plan as plans
 from experiments.metrics import Metrics
 from experiments.processes import Processes, SharedError, Stop
 from openpi_port import checkpoint, memory, meshes, starting
@@ -37,12 +38,17 @@ RESUME = absl_flags.DEFINE_bool("resume", False, "go on with the run of this nam
 RESUME_IF_ANY = absl_flags.DEFINE_bool(
     "resume_if_any", False, "go on if there is a checkpoint, else start: for what runs the same command again"
 )
+PLAN = absl_flags.DEFINE_bool("plan", False, "only say how much memory the run would take")
+PLAN_GIB = absl_flags.DEFINE_float("plan_gib", None, "for --plan: memory of a device; by default of the one at hand")
 START = time.perf_counter()
 
 
 def main() -> None:
     """Trains what the command line says."""
     config = flags.config()
+    if PLAN.value:
+        show_plan(config)
+        return
     run = Path(config.out) / config.name
     processes = Processes(Backend(config.backend))
     with processes.end_together():
@@ -115,22 +121,30 @@ def train(config: Train, run: Path, start: starting.Point) -> None:
 
 def announce(config: Train, processes: Processes) -> None:
     """Says what will run, and refuses what the device can't hold, before anything is fetched or allocated."""
-    device = Backend(config.backend).device
+    backend = Backend(config.backend)
+    device = backend.device
     name, room = device.describe(device.find(None))
+    attention = backend.attention.resolve(config.compute, device.find(None)).attention
     num_devices = device.count()
     shape = meshes.shape(config.mesh, num_devices, processes.count, config.batch_size)
     plan, several = memory.plan(config, shape), f"{shape[0]} x {shape[1]} times " if shape != (1, 1) else ""
     processes.say(
         f"{config.name}: {plan.num_params / 1e6:.1f} M parameters ({config.model.size}), {config.backend} on "
-        f"{several}{name}, {config.compute.dtype}\nmemory per device: about {plan}; "
+        f"{several}{name}, {config.compute.dtype}, attention {attention}\nmemory per device: about {plan}; "
         f"it has {room / memory.GIB:.1f} GiB"
     )
     if plan.total > room:
         raise UserError(
-            f"training needs about {plan.total / memory.GIB:.0f} GiB, {name} has {room / memory.GIB:.0f} GiB: try "
-            f"a smaller --config.batch_size, --config.compute.remat=full, --config.optimizer.ema=0, "
-            f"--config.frozen=\"('^vision',)\" or a smaller --config.model.size"
+            f"training needs about {plan.total / memory.GIB:.0f} GiB, {name} has {room / memory.GIB:.0f} GiB: "
+            f"{plans.advice(config, shape, room)}"
         )
+
+
+def show_plan(config: Train) -> None:
+    """Says what the run would take, of the devices that the config asks for."""
+    device = Backend(config.backend).device
+    room = int(PLAN_GIB.value * memory.GIB) if PLAN_GIB.value else device.describe(device.find(None))[1]
+    print(plans.show(config, (max(config.mesh.data, 1), config.mesh.fsdp), room))
 
 
 def save(

@@ -19,15 +19,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose.
+    """Bytes by purpose, on one device.
 
     Attributes:
       num_params: parameters in all; `num_trained` of them are trained.
+      rounded: what layers compute with beside float32 weights.
     """
 
     num_params: int
     num_trained: int
     weights: int
+    rounded: int
     gradients: int
     optimizer: int
     average: int
@@ -36,11 +38,11 @@ class Plan:
     @property
     def total(self) -> int:
         """The peak, without the framework's own buffers."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
+        return self.weights + self.rounded + self.gradients + self.optimizer + self.average + self.activations
 
     def __str__(self) -> str:
         unit, name = (GIB, "GiB") if self.total >= GIB else (2**20, "MiB")
-        parts = ("weights", "gradients", "optimizer", "average", "activations")
+        parts = ("weights", "rounded", "gradients", "optimizer", "average", "activations")
         words = ", ".join(f"{part} {getattr(self, part) / unit:.1f}" for part in parts)
         return f"{self.total / unit:.1f} {name} ({words})"
 
@@ -56,9 +58,10 @@ def count_params(model: Pi0 | Pi0Fast, frozen: tuple[str, ...] = ()) -> tuple[in
 
 
 def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
-    """Weights, their gradients, Adam's two moments and the average, and the activations of one batch.
+    """Weights, their gradients, Adam's two moments and the average, and the activations of one part of a batch.
 
-    All float32, but frozen weights in the dtype they are used in.
+    All float32, but frozen weights in the dtype they are used in; and the gradients of what layers use in bfloat16,
+    which are added up in `Compute.gradients`.
 
     Args:
       config: the run.
@@ -66,38 +69,100 @@ def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
     """
     num_params, num_trained = count_params(config.model, config.frozen)
     shapes = layout.side_shapes(tables.entries(config.model), layout.OURS)
-    size = sum(math.prod(s) * (2 if meshes.stored_in(config, n) == "bfloat16" else 4) for n, s in shapes.items())
-    weights, trained = (-(-count // shape[1]) for count in (size, num_trained))
+    counts = {name: math.prod(s) for name, s in shapes.items()}
+    weights = sum(n * (2 if meshes.stored_in(config, name) == "bfloat16" else 4) for name, n in counts.items())
+    trained = {name: n for name, n in counts.items() if not meshes.is_frozen(config, name)}
+    rounded = sum(n for name, n in trained.items() if _LAYERS.search(name))
+    if config.compute.dtype == "float32" or (config.backend == "torch" and math.prod(shape) > 1):
+        rounded = 0
+    whole, parts = num_trained - rounded, config.microbatches > 1
+    gradients = 4 * whole + 2 * rounded
+    if parts:  # the sum, and in Flax what is added to it
+        total = 4 if config.compute.gradients == "float32" else 2
+        gradients = 4 * whole + total * rounded + (2 * rounded + 4 * whole if config.backend == "flax" else 0)
+    weights, rounded, gradients, moments = (
+        -(-n // shape[1]) for n in (weights, 2 * rounded, gradients, 4 * num_trained)
+    )
     return Plan(
         num_params=num_params,
         num_trained=num_trained,
         weights=weights,
-        gradients=4 * trained,
-        optimizer=8 * trained,
-        average=4 * trained if config.optimizer.ema else 0,
-        activations=config.batch_size // math.prod(shape) * _activations(config),
+        rounded=rounded,
+        gradients=gradients,
+        optimizer=2 * moments,
+        average=moments if config.optimizer.ema else 0,
+        activations=config.batch_size // math.prod(shape) // config.microbatches * _activations(config),
     )
+
+
+def alternatives(config: Train, shape: tuple[int, int], room: int) -> list[tuple[str, Plan]]:
+    """Ways to spend memory on speed, the fastest first: what is kept for the backward pass, in how many parts.
+
+    Args:
+      config: the run.
+      shape: of the mesh.
+      room: bytes of one device.
+
+    Returns:
+      Flags and the plan that goes with them, up to the first whose plan leaves a tenth of the room or more.
+    """
+    here, found = config.batch_size // math.prod(shape), []
+    several = config.backend == "flax" or math.prod(shape) == 1  # torch splits batches on a single device only
+    counts = [n for n in (1, 2, 4, 8, 16) if here % n == 0 and (n == 1 or several)]
+    ways = [("none", 1), *(("dots", n) for n in counts), *(("full", n) for n in counts)]
+    for remat, count in ways:
+        compute = dataclasses.replace(config.compute, remat=remat)
+        changed = dataclasses.replace(config, compute=compute, microbatches=count)
+        flags = f"--config.compute.remat={remat} --config.microbatches={count}"
+        found.append((flags, plan(changed, shape)))
+        if found[-1][1].total <= 0.9 * room:
+            break
+    return found
+
+
+def largest_batch(config: Train, shape: tuple[int, int], room: int) -> int:
+    """The most samples of one step, over all devices, that fit with these settings; 0 if none do."""
+    step, size = math.prod(shape) * config.microbatches, 0
+    while plan(dataclasses.replace(config, batch_size=size + step), shape).total <= room:
+        size += step
+    return size
+
+
+# What is cast before layers use it; norms compute in float32.
+_LAYERS = re.compile(r"^(vision/blocks|vision/head|gemma/layers)/(?!.*norm_\w+/(scale|bias)$)")
 
 
 def _activations(config: Train) -> int:
     """Bytes per sample that the backward pass needs, and the workspace of one layer."""
     model, size = config.model, 2 if config.compute.dtype == "bfloat16" else 4
-    vision = _layer(model.vision, model.vision.num_tokens, model.vision.num_tokens, size)
-    vision_inputs = model.vision.num_tokens * model.vision.width * size
     prefix, suffix = model.prefix_len, 0 if isinstance(model, Pi0Fast) else model.suffix_len
     read = prefix + (config.max_action_tokens if config.insulate else 0)  # by the language model
-    joint = _layer(model.language, read, read + suffix, size)
-    joint_inputs = read * model.language.width * size
+    tokens = len(model.cameras) * model.vision.num_tokens
+    # Passes through layers: their sizes, tokens of a sample, keys that each sees.
+    passes = [(model.vision, tokens, model.vision.num_tokens), (model.language, read, read)]
     if isinstance(model, Pi0):
-        joint += config.draws * _layer(model.expert, suffix, prefix + suffix, size)
-        joint_inputs += config.draws * suffix * model.expert.width * size
-    cameras, vision_depth, depth = len(model.cameras), model.vision.depth, model.language.depth
-    if config.compute.remat == "full":
-        return cameras * (vision_depth * vision_inputs + vision) + depth * joint_inputs + joint
-    return cameras * vision_depth * vision + depth * joint
+        passes.append((model.expert, config.draws * suffix, prefix + suffix))
+    kept = sum(layers.depth * count * _kept(layers, keys, config) for layers, count, keys in passes)
+    return size * (kept + max(count * _workspace(layers) for layers, count, _ in passes))
 
 
-def _layer(config: Siglip | Gemma, queries: int, keys: int, size: int) -> int:
-    """Activations of one layer: norms, projections and MLP per token, and attention logits and probabilities."""
-    per_token = 10 * config.width + 4 * config.mlp_dim
-    return size * queries * per_token + config.num_heads * queries * keys * (4 + size)
+def _kept(layers: Siglip | Gemma, keys: int, config: Train) -> int:
+    """Numbers per token that a layer leaves for the backward pass."""
+    width, mlp, remat = layers.width, layers.mlp_dim, config.compute.remat
+    if remat == "full":
+        return width
+    if isinstance(layers, Gemma):
+        heads, gates = (layers.num_heads + 2 * layers.num_kv_heads) * layers.head_dim, 2
+        attended = layers.num_heads * layers.head_dim
+    else:
+        heads, attended, gates = 3 * width, width, 1
+    products = 2 * width + heads + attended + gates * mlp  # the layer's input, attention's sum, and between them
+    if remat == "dots":
+        return products + (width if config.backend == "torch" else 0)  # torch doesn't know that the last isn't needed
+    plain = config.compute.attention == "plain" or config.compute.dtype == "float32"
+    return products + 4 * width + 2 * mlp + (3 * layers.num_heads * keys if plain else 0)
+
+
+def _workspace(layers: Siglip | Gemma) -> int:
+    """Numbers per token that the backward pass of one layer needs at a time."""
+    return 8 * layers.width + 5 * layers.mlp_dim

@@ -124,7 +124,7 @@ def test_flash_but_its_kernel(monkeypatch):
 
     monkeypatch.setattr(module, "_has_flash", lambda device: True)
     monkeypatch.setattr(
-        module, "_flash_kernel", lambda q, k, v, queries, keys, length: Kernel.apply(q, k, v, queries, keys)
+        module, "_flash_kernel", lambda q, k, v, queries, keys, longest: Kernel.apply(q, k, v, queries, keys)
     )
     check("torch", "prefix", "sdpa", kv_heads=2)
 

@@ -89,7 +89,7 @@ def test_train(config):
 def test_attention_and_rates(config, backend):
     chosen = setting(dataclasses.replace(config, backend=backend), repeat=1)
     named = {f.name: f for f in bench_parts.attention(chosen)}
-    assert named["attention/plain/suffix/with gradients"].floor > named["attention/plain/suffix"].floor
+    assert named["attention/plain/suffix x1/with gradients"].floor > named["attention/plain/suffix x1"].floor
     probe, device = chosen.backend.probe, chosen.backend.device.find("cpu")
     assert probe.copy_rate(device, 2**20) > 0 < probe.product_rate(device, "float32", 64)
 

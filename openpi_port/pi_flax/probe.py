@@ -29,16 +29,26 @@ def product_rate(device: jax.Device, dtype: Dtype, size: int) -> float:
 
 
 def attention(
-    device: jax.Device, compute: Compute, queries: int, keys: int, heads: tuple[int, int, int], *, backward: bool
+    device: jax.Device,
+    compute: Compute,
+    size: int,
+    queries: int,
+    keys: int,
+    heads: tuple[int, int, int],
+    *,
+    masked: bool,
+    backward: bool,
 ) -> Callable[[], None]:
-    """One attention of random numbers, of which the last eighth of the keys is masked: a call that waits for its end.
+    """One attention of random numbers, as a call that waits for its end.
 
     Args:
       device: where.
       compute: dtype and backend.
+      size: B.
       queries: T.
       keys: S.
       heads: N, K, H.
+      masked: the last eighth of the keys is not seen.
       backward: with the gradients of queries, keys and values.
 
     Raises:
@@ -46,12 +56,12 @@ def attention(
     """
     compute = attentions.resolve(compute, device)
     rng = np.random.default_rng(0)
-    shapes = [(1, queries, heads[0], heads[2]), *[(1, keys, heads[1], heads[2])] * 2]
+    shapes = [(size, queries, heads[0], heads[2]), *[(size, keys, heads[1], heads[2])] * 2]
     arrays = [jax.device_put(rng.standard_normal(s, np.float32), device).astype(compute.dtype) for s in shapes]
-    valid = jnp.arange(keys)[None] < keys - keys // 8
+    valid = jnp.broadcast_to(jnp.arange(keys) < keys - keys // 8, (size, keys))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        mask = attentions.prepare(blocks(valid, None), compute.attention)
+        mask = attentions.prepare(blocks(valid, None), compute.attention) if masked else None
         return attentions.attention(q * heads[2] ** -0.5, k, v, mask, compute.attention)
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

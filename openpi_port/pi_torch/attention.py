@@ -115,22 +115,19 @@ class _Packed(NamedTuple):
       order: int [B S], which key comes where; those that aren't valid are at the end.
       place: int [B S], where each key has gone.
       valid: bool [B S].
-      queries, keys: int32 [B + 1], where each sample begins.
+      keys: int32 [B + 1], where each sample begins.
     """
 
     order: Tensor
     place: Tensor
     valid: Tensor
-    queries: Tensor
     keys: Tensor
 
 
 def _packed(valid: Tensor) -> _Packed:
-    size, length = valid.shape
     order = torch.argsort(~valid.flatten(), stable=True)
     keys = F.pad(valid.sum(1).cumsum(0), (1, 0)).int()
-    queries = torch.arange(0, size * length + 1, length, dtype=torch.int32, device=valid.device)
-    return _Packed(order, torch.argsort(order), valid.flatten(), queries, keys)
+    return _Packed(order, torch.argsort(order), valid.flatten(), keys)
 
 
 class _Pack(torch.autograd.Function):
@@ -148,17 +145,19 @@ class _Pack(torch.autograd.Function):
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: _Packed) -> Tensor:
-    """Self-attention over packed keys."""
-    length, width = q.shape[1], q.shape[2] * q.shape[3]
+    """Attention to packed keys."""
+    size, length, heads, dim = q.shape
+    longest = (length, k.shape[1])
+    queries = torch.arange(0, size * length + 1, length, dtype=torch.int32, device=q.device)
     k, v = (_Pack.apply(x.flatten(0, 1), mask.order, mask.place, mask.valid) for x in (k, v))
-    out = _flash_kernel(q.flatten(0, 1), k, v, mask.queries, mask.keys, length)
-    return out.reshape(-1, length, width)
+    out = _flash_kernel(q.flatten(0, 1), k, v, queries, mask.keys, longest)
+    return out.reshape(size, length, heads * dim)
 
 
-def _flash_kernel(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, length: int) -> Tensor:
-    """[B T, N, H] of packed sequences, none longer than `length`."""
+def _flash_kernel(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, longest: tuple[int, int]) -> Tensor:
+    """[B T, N, H] of packed sequences; their queries and keys are no more than `longest`."""
     kernel = torch.ops.aten._flash_attention_forward
-    return kernel(q, k, v, queries, keys, length, length, 0.0, False, False, scale=1.0)[0]
+    return kernel(q, k, v, queries, keys, *longest, 0.0, False, False, scale=1.0)[0]
 
 
 def _has_flash(device: torch.device) -> bool:

@@ -31,28 +31,38 @@ def product_rate(device: torch.device, dtype: Dtype, size: int) -> float:
 
 
 def attention(
-    device: torch.device, compute: Compute, queries: int, keys: int, heads: tuple[int, int, int], *, backward: bool
+    device: torch.device,
+    compute: Compute,
+    size: int,
+    queries: int,
+    keys: int,
+    heads: tuple[int, int, int],
+    *,
+    masked: bool,
+    backward: bool,
 ) -> Callable[[], None]:
-    """One attention of random numbers, of which the last eighth of the keys is masked: a call that waits for its end.
+    """One attention of random numbers, as a call that waits for its end.
 
     Args:
       device: where.
       compute: dtype and backend.
+      size: B.
       queries: T.
       keys: S.
       heads: N, K, H.
+      masked: the last eighth of the keys is not seen.
       backward: with the gradients of queries, keys and values.
 
     Raises:
       UserError: the device doesn't have the backend.
     """
     compute = attentions.resolve(compute, device)
-    shapes = [(1, queries, heads[0], heads[2]), *[(1, keys, heads[1], heads[2])] * 2]
+    shapes = [(size, queries, heads[0], heads[2]), *[(size, keys, heads[1], heads[2])] * 2]
     arrays = [torch.randn(s, device=device).to(getattr(torch, compute.dtype)).requires_grad_(backward) for s in shapes]
-    valid = torch.arange(keys, device=device)[None] < keys - keys // 8
+    valid = (torch.arange(keys, device=device) < keys - keys // 8).expand(size, keys)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = attentions.prepare(blocks(valid, None), compute.attention)
+        mask = attentions.prepare(blocks(valid, None), compute.attention) if masked else None
         return attentions.attention(q * heads[2] ** -0.5, k, v, mask, compute.attention)
 
     def run() -> None:

@@ -1,0 +1,62 @@
+"""What a run takes of a device's memory, known before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from configs import pi0_aloha
+from experiments import plan as plans
+from openpi_port import memory
+from openpi_port.config import Compute, Train, build
+
+GIB = memory.GIB
+
+
+def base(backend: str, remat: str, microbatches: int = 1, gradients: str = "float32", **changes) -> Train:
+    config = build(Train, pi0_aloha.get_config("base"))
+    compute = Compute(dtype="bfloat16", remat=remat, gradients=gradients)
+    return dataclasses.replace(config, backend=backend, compute=compute, microbatches=microbatches, **changes)
+
+
+def test_state():
+    """3,238 M parameters: float32 weights, moments and average; a bfloat16 copy of what layers use."""
+    plan = memory.plan(base("torch", "full"))
+    assert plan.num_params == plan.num_trained == 3_238_048_528
+    assert plan.weights == plan.average == plan.optimizer // 2 == 4 * plan.num_params
+    layers = plan.num_params - 257152 * 2048  # and a few small ones
+    assert plan.rounded == pytest.approx(2 * layers, rel=2e-3) and plan.gradients == pytest.approx(
+        2 * layers + 4 * 257152 * 2048, rel=3e-3
+    )
+    half = memory.plan(base("flax", "full"), (1, 2))
+    assert half.optimizer == plan.optimizer // 2
+
+
+@pytest.mark.parametrize(
+    ("config", "measured"),
+    [(base("torch", "dots", 4, "bfloat16"), 73.2)],
+)  # fmt: skip
+def test_plan_is_the_measured_peak(config, measured):
+    """GiB on an H100 at batch 32; docs/performance.md has the commands."""
+    assert memory.plan(config).total / GIB == pytest.approx(measured, rel=0.1)
+
+
+def test_more_is_kept_with_more_memory():
+    totals = [memory.plan(base("torch", remat)).total for remat in ("full", "dots", "none")]
+    assert totals == sorted(totals)
+    parts = [memory.plan(base("flax", "dots", n)).activations for n in (1, 2, 4)]
+    assert parts[0] == pytest.approx(2 * parts[1]) and parts[1] == pytest.approx(2 * parts[2])
+
+
+def test_advice():
+    config = base("torch", "dots")
+    room = 79 * GIB
+    assert memory.plan(config).total > room
+    assert plans.advice(config, (1, 1), room) == "try --config.compute.remat=dots --config.microbatches=8"
+    size = memory.largest_batch(config, (1, 1), room)
+    fits, bigger = (memory.plan(dataclasses.replace(config, batch_size=n)).total for n in (size, size + 1))
+    assert fits <= room < bigger
+    assert memory.largest_batch(config, (1, 1), 50 * GIB) == 0
+    table = plans.show(config, (1, 1), room)
+    assert f"largest batch that fits as configured: {size}" in table and "does not fit" in table
