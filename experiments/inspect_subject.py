@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from experiments import dimensions
 from openpi_port import normalize, policy, sequence, transforms
 from openpi_port.augment import augment
 from openpi_port.check_sample import split_keys
@@ -56,11 +57,7 @@ class Part:
 
     def names(self, key: Literal["state", "actions"]) -> list[str]:
         """Of the dimensions: the data set's, else numbers."""
-        size = len(self.stats[key].mean)
-        feature = getattr(self.frames, "features", {}).get(getattr(self.data, key), {})
-        names = feature.get("names")
-        names = [n for part in names.values() for n in part] if isinstance(names, Mapping) else names
-        return [f"{i} {n}" for i, n in enumerate(names)] if names and len(names) == size else [*map(str, range(size))]
+        return dimensions.names(self.frames, getattr(self.data, key), len(self.stats[key].mean))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from experiments import dimensions
 from openpi_port import Policy
 from openpi_port.check_sample import split_keys
 from openpi_port.data.datasets import open_datasets
@@ -43,6 +44,7 @@ def evaluate(policy: Policy, out: Path, *, samples: int, plots: int) -> None:
     count = min(samples, len(dataset))
     rows = [i * len(dataset) // count for i in range(count)]
     shown = {rows[i * count // plots] for i in range(min(plots, count))} if plots else set()
+    names = dimensions.names(dataset, data.actions, policy.metadata["action_dim"])
     errors = []
     out.mkdir(parents=True, exist_ok=True)
     policy.warmup((BATCH,))
@@ -57,26 +59,27 @@ def evaluate(policy: Policy, out: Path, *, samples: int, plots: int) -> None:
             errors.append(result["actions"] - true)
             if row in shown:
                 title = f"episode {sample['episode_index']}, frame {sample['frame_index']}"
-                pictures.plot_chunk(out / "chunks" / f"{row:06d}.png", result["actions"], true, title)
-    report(np.stack(errors), out, data.repo_id)
+                pictures.plot_chunk(out / "chunks" / f"{row:06d}.png", result["actions"], true, title, names)
+    report(np.stack(errors), out, data.repo_id, names)
 
 
-def report(errors: np.ndarray, out: Path, name: str) -> None:
+def report(errors: np.ndarray, out: Path, name: str, dims: list[str]) -> None:
     """Mean absolute and root mean square error per dimension.
 
     Args:
       errors: [samples, A, D], robot units; NaN past an episode's end.
       out: where open_loop.json goes.
       name: of the data set.
+      dims: names of the dimensions.
     """
     mae = np.nanmean(np.abs(errors), axis=(0, 1))
     rmse = np.sqrt(np.nanmean(errors**2, axis=(0, 1)))
     recorded = ~np.isnan(errors).all(axis=(0, 2))  # a chunk may be longer than every episode
     by_step = np.nanmean(np.abs(errors[:, recorded]), axis=(0, 2))
-    print(f"{name}: {len(errors)} validation chunks, robot units\n{'dim':>4} {'mean abs':>10} {'rms':>10}")
-    for dim, (a, r) in enumerate(zip(mae, rmse, strict=True)):
-        print(f"{dim:4} {a:10.4g} {r:10.4g}")
-    print(f" all {mae.mean():10.4g} {np.sqrt((rmse**2).mean()):10.4g}")
+    print(f"{name}: {len(errors)} validation chunks, robot units\n{'dimension':24} {'mean abs':>10} {'rms':>10}")
+    for dim, a, r in zip(dims, mae, rmse, strict=True):
+        print(f"{dim:24} {a:10.4g} {r:10.4g}")
+    print(f"{'all':24} {mae.mean():10.4g} {np.sqrt((rmse**2).mean()):10.4g}")
     numbers = {"dataset": name, "samples": len(errors), "mae": mae.tolist(), "rmse": rmse.tolist()}
     numbers["mae_by_step"] = by_step.tolist()
     (out / "open_loop.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

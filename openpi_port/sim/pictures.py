@@ -125,13 +125,14 @@ def plot_episode(path: Path, episode: Episode, about: About, replan: int) -> Non
     _save(figure, path)
 
 
-def plot_chunk(path: Path, predicted: np.ndarray, true: np.ndarray, title: str) -> None:
+def plot_chunk(path: Path, predicted: np.ndarray, true: np.ndarray, title: str, names: Sequence[str]) -> None:
     """A predicted chunk against the recorded one, a panel per dimension.
 
     Args:
       path: of the picture.
       predicted, true: [A, D], robot units; NaN where nothing was recorded.
       title: says which.
+      names: of the dimensions.
     """
     dims = true.shape[1]
     columns = min(4, dims)
@@ -143,7 +144,8 @@ def plot_chunk(path: Path, predicted: np.ndarray, true: np.ndarray, title: str) 
             continue
         axis.plot(true[:, dim], color="k", lw=1, label="recorded")
         axis.plot(predicted[:, dim], color="C1", lw=1, label="predicted")
-        axis.set_title(f"dimension {dim}", fontsize=8)
+        axis.set_title(names[dim], fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=7)
     axes[0, 0].legend(fontsize=7)
     figure.suptitle(title)
