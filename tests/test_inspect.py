@@ -56,7 +56,7 @@ def random_batch(model, size=3):
 
 
 def passes(framework, config, batch, monkeypatch):
-    """Positions [B, T] and mask [B, T, S] of every pass through the language stack in a training step."""
+    """Positions [B, T] and mask [B, T, S] of every pass through the language stack that sees the whole sequence."""
     module = framework.load(config.model, init.Fresh(config.model, 0)).module
     kind, method = type(module.gemma), "forward" if framework.name == "torch" else "__call__"
     original, seen = getattr(kind, method), []
@@ -71,7 +71,7 @@ def passes(framework, config, batch, monkeypatch):
     if config.insulate:
         framework.backend.insulated.losses(module, arrays, arrays["noise"], arrays["time"])
     elif "noise" in batch:
-        module.loss(arrays, arrays["noise"], arrays["time"])
+        module.velocity(arrays, arrays["noise"], arrays["time"])
     else:
         module.loss(arrays)
     return seen
