@@ -4,7 +4,7 @@ B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim.
 
 - "plain": einsum; the logits exist in float32. The reference, and the only one for float32.
 - "cudnn": cuDNN's fused kernels, on NVIDIA GPUs, in bfloat16. Where all queries see the same keys the valid keys are
-  brought to the front and counted; other masks become a bias.
+  brought to the front and counted; other masks become a bias, but where few queries have one, attention is plain.
 - "splash": the Pallas kernel for TPUs (interpreted on a CPU). Where all queries see the same keys, invalid keys form
   a segment of their own; passes with another mask (the 51 queries of pi0's suffix) are plain.
 
@@ -27,6 +27,7 @@ from openpi_port.masks import UNSEEN, Blocks, dense
 
 MASKED = -2.3819763e38  # big_vision's value for a forbidden logit; a fully masked row becomes uniform
 BACKENDS = ("plain", "cudnn", "splash")
+FEW = 64  # queries with a mask of their own (pi0's suffix) for which plain attention is faster than cuDNN with a bias
 TILE = 128  # of the splash kernel, along queries, keys and head dim
 
 
@@ -84,7 +85,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, backend: str 
     Returns:
       [B, T, N * H].
     """
-    if backend == "cudnn":
+    if backend == "cudnn" and not (isinstance(mask, jax.Array) and q.shape[1] <= FEW):
         return _cudnn(q, k, v, mask)
     if backend == "splash" and (mask is None or isinstance(mask, Blocks)):
         return _splash(q, k, v, mask)
