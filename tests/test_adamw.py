@@ -1,0 +1,67 @@
+"""The one pass of AdamW in torch: its plain form is torch's own AdamW, and the kernel is the plain form."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from openpi_port.config import Optimizer
+from openpi_port.pi_torch.fast import adamw
+
+CONFIG = Optimizer(weight_decay=0.1, ema=0.9)
+
+
+def slots(device: str = "cpu") -> list[adamw.Slot]:
+    """A large parameter with a rounded copy, a small one without."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for shape in ((70, 33), (5,)):
+        weight, mu, nu = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
+        copy = weight.bfloat16() if len(shape) == 2 else None
+        made.append(adamw.Slot(weight, 0.1 * mu, nu.square() * 0.01, weight.clone(), copy))
+    return made
+
+
+def gradients(found: list[adamw.Slot]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(s.weight.shape, generator=generator).to(s.weight.device) for s in found]
+    return [g if s.copy is None else g.bfloat16() for g, s in zip(grads, found, strict=True)]
+
+
+def test_against_torch():
+    mine, count, rate = slots(), 7, 1e-2
+    theirs = [torch.nn.Parameter(s.weight.clone()) for s in mine]
+    options = {"betas": (CONFIG.b1, CONFIG.b2), "eps": CONFIG.eps, "weight_decay": CONFIG.weight_decay}
+    optimizer = torch.optim.AdamW(theirs, lr=rate, **options)
+    scale, averages = torch.tensor(0.5), [s.average.clone() for s in mine]
+    for parameter, slot, grad in zip(theirs, mine, gradients(mine), strict=True):
+        parameter.grad = grad.float() * scale
+        step = torch.tensor(float(count - 1))
+        optimizer.state[parameter] = {"step": step, "exp_avg": slot.mu.clone(), "exp_avg_sq": slot.nu.clone()}
+    optimizer.step()
+    adamw.step(mine, gradients(mine), scale, count, rate, CONFIG)
+    for slot, parameter, before in zip(mine, theirs, averages, strict=True):
+        torch.testing.assert_close(slot.weight, parameter.detach(), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(slot.average, before.lerp(slot.weight, 1 - CONFIG.ema))
+        assert slot.copy is None or torch.equal(slot.copy, slot.weight.bfloat16())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")),
+    reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
+)
+def test_kernel():
+    from openpi_port.pi_torch.fast import adamw_kernel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plain, fused = slots(device), slots(device)
+    for slot, other, grad in zip(plain, fused, gradients(plain), strict=True):
+        arguments = (grad, torch.tensor(0.5, device=device), 0.4, 0.3, 1e-2, CONFIG)
+        adamw._plain(slot, *arguments)
+        adamw_kernel.step(other, *arguments)
+        for name, a, b in zip(slot._fields, slot, other, strict=True):
+            if a is not None:
+                torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-2 if name == "copy" else 1e-5)
