@@ -24,6 +24,7 @@ from openpi_port.config import Train as Config
 from openpi_port.errors import UserError
 from openpi_port.pi_flax import attention, insulated
 from openpi_port.pi_flax import device as devices
+from openpi_port.pi_flax.fast import options
 from openpi_port.pi_flax.infer import build
 from openpi_port.pi_flax.layers import lowered
 from openpi_port.pi_flax.pi0_fast import Pi0Fast
@@ -52,6 +53,7 @@ class Trainer:
         self.config = config
         self.step = 0
         self._layout = Layout(config, device)
+        options.keep_programs(self._layout.device)
         compute = attention.resolve(config.compute, self._layout.device)
         if compute.compile not in ("auto", "scan", "unrolled"):
             raise UserError(f"config.compute.compile={compute.compile!r}: Flax has auto, scan, unrolled")
