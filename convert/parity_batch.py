@@ -124,7 +124,8 @@ def dataset(source: Source, size: int) -> dict[str, Any]:
         config, batch_size=size, eval_batches=1, max_delay=0, data=dataclasses.replace(config.data, augment="none"),
         tokenizer=str(tokenizer) if tokenizer.exists() else config.tokenizer,
     )  # fmt: skip
-    loaded = material.load(config, checkpoint.read_norm_stats(source.path, config))
+    stats = None if source.norm_stats is None else checkpoint.read_norm_stats(source.path, config)
+    loaded = material.load(config, stats)
     stream = loaded.batches(0) if loaded.deployed.validation is None else loaded.validation_batches()
     try:
         batch = batches.select(next(stream), [k for k in batches.training(source.model) if k != "action_is_pad"])
