@@ -187,9 +187,10 @@ def finish(config: Train, run: Path, step: int, backend: Backend) -> None:
     if step < config.num_steps:
         print(f"stopped at step {step}; the same command with --resume goes on")
         return
+    env = "aloha_transfer_cube" if config.data.robot == "aloha_sim" else "dataset"
     print(
         f"checkpoint: {path}\n"
-        f"  evaluate: python -m experiments.eval --checkpoint={path} --env=aloha_transfer_cube\n"
+        f"  evaluate: python -m experiments.eval --checkpoint={path} --env={env}\n"
         f"  serve:    python -m experiments.serve --checkpoint={path}\n"
         f"  convert:  python -m convert {path} {path}_{other} --to={other}\n"
         f"  go on:    the same command with --resume --config.num_steps={2 * config.num_steps}\n"
