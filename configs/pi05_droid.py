@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from configs import pi05_aloha
 from configs.edge import to_edge
-from openpi_port.config import Data, Optimizer, Train, build
+from openpi_port.config import Data, Optimizer, Train
+from openpi_port.fields import build
 from openpi_port.robots import droid
 
 

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from configs import pi05_aloha
 from configs.edge import to_edge
-from openpi_port.config import Data, Optimizer, Train, build
+from openpi_port.config import Data, Optimizer, Train
+from openpi_port.fields import build
 
 
 def get_config(size: str = "base") -> ConfigDict:

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict, config_dict
 
 from configs import pi0_aloha
 from configs.edge import to_edge
-from openpi_port.config import LORA_ONLY, Lora, Pi0, Train, build
+from openpi_port.config import LORA_ONLY, Lora, Pi0, Train
+from openpi_port.fields import build
 
 RANKS = {"base": (16, 32), "mini": (4, 8), "debug": (2, 4)}
 

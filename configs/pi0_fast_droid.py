@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from configs import pi0_fast_aloha
 from configs.edge import to_edge
-from openpi_port.config import Data, Train, build
+from openpi_port.config import Data, Train
+from openpi_port.fields import build
 from openpi_port.robots import droid
 
 CAMERAS = ("base_0_rgb", "base_1_rgb", "wrist_0_rgb")

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from configs import pi0_aloha
 from configs.edge import to_edge
-from openpi_port.config import Data, Pi0, Train, build
+from openpi_port.config import Data, Pi0, Train
+from openpi_port.fields import build
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 

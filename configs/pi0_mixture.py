@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from configs import pi0_aloha
 from configs.edge import to_edge
-from openpi_port.config import Data, Train, build
+from openpi_port.config import Data, Train
+from openpi_port.fields import build
 
 
 def get_config(size: str = "base") -> ConfigDict:

@@ -20,8 +20,9 @@ from convert import arguments, formats, parity_batch, parity_rows, tables
 from convert.parity_rows import STAGES, TOLERANCE, Row, compare_gradients, compare_traces, first_beyond
 from convert.source import Source
 from openpi_port.backends import NAMES, Backend
-from openpi_port.config import Compute, Pi0, Pi0Fast, to_dict
+from openpi_port.config import Compute, Pi0, Pi0Fast
 from openpi_port.errors import UserError, near
+from openpi_port.fields import to_dict
 
 PARTS = ("forward", "sampling", "gradients")
 DRAWN = ("masks/attention", "trajectory/", "output/logits", "output/target_logits", "output/logsumexp", "decode/")

@@ -18,8 +18,8 @@ from convert.layout import OURS, Translated
 from convert.source import Source
 from openpi_port import orbax_io, safetensors_io
 from openpi_port.checkpoint import FORMAT, NORM_STATS, TRAIN_STATE
-from openpi_port.config import to_dict
 from openpi_port.errors import UserError
+from openpi_port.fields import to_dict
 from openpi_port.normalize import save_norm_stats
 
 SIDES = {"flax": OURS, "torch": "torch", "openpi": "openpi", "openpi-torch": "hf", "lerobot": "hf"}

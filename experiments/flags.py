@@ -16,8 +16,9 @@ from ml_collections import ConfigDict, config_flags
 
 from openpi_port import memory, meshes
 from openpi_port.backends import Backend
-from openpi_port.config import SIZES, Train, build
+from openpi_port.config import SIZES, Train
 from openpi_port.errors import UserError, near
+from openpi_port.fields import build
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CONFIG = config_flags.DEFINE_config_file(

@@ -13,7 +13,8 @@ from experiments import inspect_pictures as pictures
 from experiments.inspect_subject import Finding, Part, Sample, Subject
 from experiments.inspect_tokens import Piece, action_pieces, prompt_pieces
 from openpi_port import memory, normalize, webpage
-from openpi_port.config import Pi0Fast, to_dict
+from openpi_port.config import Pi0Fast
+from openpi_port.fields import to_dict
 from openpi_port.running_stats import Stats
 from openpi_port.sequence import Block
 from openpi_port.webpage import Html, escape

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from openpi_port.base import Base
-from openpi_port.config import Train, build, to_dict
+from openpi_port.config import Train
 from openpi_port.errors import UserError
+from openpi_port.fields import build, to_dict
 from openpi_port.normalize import NormStats, load_norm_stats, save_norm_stats
 
 FORMAT, PARTIAL = 1, 2  # the second needs its base

@@ -23,8 +23,9 @@ import numpy as np
 from openpi_port import backends, checkpoint, grammar, normalize, observation, robots, transforms
 from openpi_port import batch as batches
 from openpi_port.backends import NAMES, Backend
-from openpi_port.config import Compute, Data, Dtype, Pi0, Pi0Fast, build
+from openpi_port.config import Compute, Data, Dtype, Pi0, Pi0Fast
 from openpi_port.errors import UserError, near
+from openpi_port.fields import build
 from openpi_port.realtime import MAX_GUIDANCE, Continuation
 from openpi_port.rng import draw_noise
 from openpi_port.tokenizers import fast, paligemma

@@ -13,8 +13,9 @@ import numpy as np
 from convert import layout, tables
 from openpi_port import base, checkpoint, init
 from openpi_port.backends import Backend
-from openpi_port.config import Pi0Fast, Train, to_dict
+from openpi_port.config import Pi0Fast, Train
 from openpi_port.errors import UserError
+from openpi_port.fields import to_dict
 from openpi_port.normalize import NormStats
 
 

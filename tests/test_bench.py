@@ -14,8 +14,9 @@ from configs import pi0_aloha
 from experiments import bench, bench_floor, bench_parts, bench_report
 from experiments.bench_floor import Rates
 from experiments.bench_report import Figure
-from openpi_port.config import EXPERT, LANGUAGE, SIGLIP, Pi0, Pi0Fast, Train, build
+from openpi_port.config import EXPERT, LANGUAGE, SIGLIP, Pi0, Pi0Fast, Train
 from openpi_port.errors import UserError
+from openpi_port.fields import build
 
 RATES = Rates(bytes=3e12, operations=8e14)
 BASE = Pi0(SIGLIP["base"], LANGUAGE["base"], EXPERT["base"])

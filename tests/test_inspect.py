@@ -16,7 +16,8 @@ from configs import pi0_aloha, pi0_fast_aloha, pi05_aloha, pi05_aloha_ki
 from experiments import inspect_page, inspect_pictures, inspect_subject
 from experiments.inspect_tokens import action_pieces, prompt_pieces
 from openpi_port import init, masks, sequence, transforms
-from openpi_port.config import Data, Train, build
+from openpi_port.config import Data, Train
+from openpi_port.fields import build
 
 DATA = Data(repo_id="none", robot="aloha_sim", cameras={})
 PI05 = dataclasses.replace(MODEL, state_in="prompt", time_in="adarms")

@@ -16,9 +16,10 @@ from convert import tables
 from experiments import train
 from openpi_port import checkpoint, init, memory, starting
 from openpi_port import grammar as grammars
-from openpi_port.config import SIZES, Gemma, Pi0, Siglip, Train, build
+from openpi_port.config import SIZES, Gemma, Pi0, Siglip, Train
 from openpi_port.data import material
 from openpi_port.errors import UserError
+from openpi_port.fields import build
 from openpi_port.tokenizers import fast
 
 B, N = 3, 12

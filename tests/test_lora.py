@@ -25,8 +25,9 @@ from convert.__main__ import main
 from convert.layout import OURS, side_shapes
 from openpi_port import base as base_lib
 from openpi_port import checkpoint, init, load_model, memory, meshes, orbax_io, safetensors_io, starting
-from openpi_port.config import FROZEN, LORA_ONLY, Compute, Gemma, Lora, Pi0, Siglip, Train, build, to_dict
+from openpi_port.config import FROZEN, LORA_ONLY, Compute, Gemma, Lora, Pi0, Siglip, Train
 from openpi_port.errors import UserError
+from openpi_port.fields import build, to_dict
 
 TINY = Pi0(Siglip(8, 1, 8, 2, 14, 28), Gemma(8, 2, 12, 2, 1, 4), Gemma(6, 2, 10, 2, 1, 4), 16, 3, 4, 5)
 LLM = "PaliGemma/llm/layers"

@@ -19,11 +19,12 @@ from convert import formats, target
 from experiments import train
 from openpi_port import Policy, checkpoint, starting
 from openpi_port.augment import augment
-from openpi_port.config import Data, Train, build, to_dict
+from openpi_port.config import Data, Train
 from openpi_port.data import material
 from openpi_port.data.loader import Part, train_batches
 from openpi_port.data.mixture import Shares
 from openpi_port.errors import UserError
+from openpi_port.fields import build, to_dict
 from openpi_port.rng import generator
 from openpi_port.robots import droid
 

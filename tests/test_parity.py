@@ -17,8 +17,9 @@ from convert import formats, parity, parity_batch, parity_page, parity_rows, tab
 from openpi_port import init
 from openpi_port.backends import Backend
 from openpi_port.checkpoint import Policy
-from openpi_port.config import Compute, Gemma, Pi0, Pi0Fast, Siglip, Train, build
+from openpi_port.config import Compute, Gemma, Pi0, Pi0Fast, Siglip, Train
 from openpi_port.errors import UserError
+from openpi_port.fields import build
 
 TOLERANCE = parity_rows.TOLERANCE["float32"]
 FLOW = set(parity_rows.STAGES) - {"decode"}  # the stages of pi0 and pi0.5

@@ -22,8 +22,9 @@ from convert import formats, tables
 from experiments import train
 from openpi_port import UserError, checkpoint, init, memory, starting
 from openpi_port import grammar as grammars
-from openpi_port.config import SIZES, Compute, Gemma, Optimizer, Pi0Fast, Siglip, Train, build
+from openpi_port.config import SIZES, Compute, Gemma, Optimizer, Pi0Fast, Siglip, Train
 from openpi_port.data import material
+from openpi_port.fields import build
 from openpi_port.grammar import EOS, Grammar
 from openpi_port.tokenizers import fast, paligemma
 from openpi_port.tokenizers.fast import MalformedTokens

@@ -9,7 +9,8 @@ import pytest
 from configs import pi0_aloha
 from experiments import plan as plans
 from openpi_port import memory
-from openpi_port.config import Compute, Train, build
+from openpi_port.config import Compute, Train
+from openpi_port.fields import build
 
 GIB = memory.GIB
 

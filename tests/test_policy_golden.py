@@ -14,7 +14,8 @@ from frameworks import NAMES, Framework, batch_of
 
 from convert import formats, target
 from openpi_port import transforms
-from openpi_port.config import Data, build
+from openpi_port.config import Data
+from openpi_port.fields import build
 from openpi_port.grammar import until_end
 from openpi_port.normalize import Stats
 from openpi_port.policy import Policy

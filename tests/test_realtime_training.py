@@ -13,10 +13,11 @@ from configs import pi0_aloha, pi0_fast_aloha, pi05_aloha_ki
 from convert import formats, parity_batch, tables, target
 from experiments import train
 from openpi_port import Policy, init, starting
-from openpi_port.config import Optimizer, Pi0, Train, build
+from openpi_port.config import Optimizer, Pi0, Train
 from openpi_port.data import material
 from openpi_port.data.loader import Part, eval_batches, train_batches
 from openpi_port.errors import UserError
+from openpi_port.fields import build
 from openpi_port.rng import draw_delay, draw_time
 
 A, J, MOST = 6, 5, 4

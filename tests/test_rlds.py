@@ -20,12 +20,13 @@ from rlds_writer import EPISODES, LENGTHS, droid_episode, write_droid
 from configs import pi0_lerobot, pi05_droid
 from experiments import train
 from openpi_port import robots, starting, transforms
-from openpi_port.config import Data, Train, build
+from openpi_port.config import Data, Train
 from openpi_port.data import material, rlds, rlds_index
 from openpi_port.data.datasets import find, open_datasets
 from openpi_port.data.frame_cache import FrameCache
 from openpi_port.data.rlds import RldsDataset
 from openpi_port.errors import UserError
+from openpi_port.fields import build
 from openpi_port.images import resize_with_pad
 from openpi_port.robots import droid
 

@@ -25,9 +25,10 @@ from configs import pi0_aloha, pi0_lerobot, pi05_aloha
 from experiments import train
 from openpi_port import checkpoint, memory, starting
 from openpi_port.backends import NAMES, Backend
-from openpi_port.config import Train, build
+from openpi_port.config import Train
 from openpi_port.data import material
 from openpi_port.errors import UserError
+from openpi_port.fields import build
 
 EMBEDDED = ROOT / "openpi_port" / "assets" / "aloha_sim_transfer_cube"
 

@@ -11,8 +11,9 @@ from frameworks import NAMES, Framework
 from configs import pi0_aloha
 from convert import tables
 from openpi_port import init
-from openpi_port.config import Compute, Optimizer, Train, build
+from openpi_port.config import Compute, Optimizer, Train
 from openpi_port.errors import UserError
+from openpi_port.fields import build
 from openpi_port.schedule import euler_times, learning_rate
 
 
