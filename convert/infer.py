@@ -16,6 +16,7 @@ from convert import lora, tables
 from openpi_port import config as config_lib
 from openpi_port.config import Pi0Fast
 from openpi_port.errors import UserError, near
+from openpi_port.fields import build
 
 Shapes = Mapping[str, tuple[int, ...]]
 SIGLIP_HEAD_DIM = 72  # So400m/14's, the vision tower of every published checkpoint
@@ -61,7 +62,7 @@ def config(shapes: Shapes, side: str, described: Mapping[str, Any], overrides: M
     found = {"suffix": "pi0", "prompt": "pi05"}.get(fields.get("state_in"), "pi0_fast")
     if kind is not None and kind != found:
         raise UserError(f"model={kind!r} contradicts the weights, which are those of {found!r}")
-    return config_lib.build(cls, {**fields, **stated}, "model")
+    return build(cls, {**fields, **stated}, "model")
 
 
 def _nested(value: Any) -> dict[str, Any]:
