@@ -24,7 +24,7 @@ def get_config(size: str = "base") -> ConfigDict:
             name="pi0_aloha",
             model=Pi0(**sizes),
             data=data,
-            compute=Compute(dtype="bfloat16", remat="full"),
+            compute=Compute(dtype="bfloat16", remat="auto", gradients="auto"),
             init="gs://openpi-assets/checkpoints/pi0_base",
         )
     else:

@@ -32,7 +32,7 @@ def get_config(size: str = "base") -> ConfigDict:
             name="pi0_fast_aloha",
             model=Pi0Fast(**sizes, max_token_len=500),
             data=data,
-            compute=Compute(dtype="bfloat16", remat="full"),
+            compute=Compute(dtype="bfloat16", remat="auto", gradients="auto"),
             init="gs://openpi-assets/checkpoints/pi0_fast_base",
         )
     else:

@@ -141,7 +141,7 @@ def train(setting: Setting) -> Iterator[Figure]:
     floor = passes.seconds(setting.rates) + optimizer.seconds(setting.rates)
     yield report.times("train/step", taken, floor)
     yield Figure("train/throughput", config.batch_size / float(np.median(taken)), "samples/s", better="higher")
-    yield Figure("train/planned memory", memory.plan(config, shape).total / memory.GIB, "GiB")
+    yield Figure("train/planned memory", memory.plan(trainer.config, shape).total / memory.GIB, "GiB")
     if peak := backend.device.peak(backend.device.find(None)):
         yield Figure("train/peak memory", peak / memory.GIB, "GiB")
 

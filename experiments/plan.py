@@ -19,8 +19,10 @@ def show(config: Train, shape: tuple[int, int], room: int) -> str:
       shape: of the mesh: copies of the state, and devices that share one.
       room: bytes of one device.
     """
-    here = f"as configured: remat={config.compute.remat} microbatches={config.microbatches}"
-    rows = [(here, memory.plan(config, shape)), *memory.alternatives(config, shape, room)]
+    others, config = memory.alternatives(config, shape, room), memory.settle(config, shape, room)
+    compute = config.compute
+    here = f"as configured: remat={compute.remat} microbatches={config.microbatches} gradients={compute.gradients}"
+    rows = [(here, memory.plan(config, shape)), *others]
     lines = [
         f"{config.name}: {rows[0][1].num_params / 1e6:.1f} M parameters, {rows[0][1].num_trained / 1e6:.1f} M trained; "
         f"batch {config.batch_size} on {shape[0]} x {shape[1]} devices of {room / GIB:.1f} GiB, {config.backend}",
@@ -40,7 +42,7 @@ def advice(config: Train, shape: tuple[int, int], room: int) -> str:
     for flags, plan in memory.alternatives(config, shape, room):
         if plan.total <= 0.97 * room:
             return f"try {flags}"
-    smaller = memory.largest_batch(config, shape, room)
+    smaller = memory.largest_batch(memory.settle(config, shape, room), shape, room)
     batch = f"--config.batch_size={smaller}" if smaller else "a smaller --config.model.size"
     return (
         f"try {batch}, --config.optimizer.ema=0, --config.frozen=\"('^vision',)\" or more devices (--config.mesh.fsdp)"

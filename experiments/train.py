@@ -127,10 +127,13 @@ def announce(config: Train, processes: Processes) -> None:
     attention = backend.attention.resolve(config.compute, device.find(None)).attention
     num_devices = device.count()
     shape = meshes.shape(config.mesh, num_devices, processes.count, config.batch_size)
-    plan, several = memory.plan(config, shape), f"{shape[0]} x {shape[1]} times " if shape != (1, 1) else ""
+    several = f"{shape[0]} x {shape[1]} times " if shape != (1, 1) else ""
+    settled = memory.settle(config, shape, room)
+    plan, remat, parts = memory.plan(settled, shape), settled.compute.remat, settled.microbatches
     processes.say(
         f"{config.name}: {plan.num_params / 1e6:.1f} M parameters ({config.model.size}), {config.backend} on "
-        f"{several}{name}, {config.compute.dtype}, attention {attention}\nmemory per device: about {plan}; "
+        f"{several}{name}, {config.compute.dtype}, attention {attention}, remat {remat}, "
+        f"{parts} part{'s' * (parts > 1)} a batch\nmemory per device: about {plan}; "
         f"it has {room / memory.GIB:.1f} GiB"
     )
     if plan.total > room:

@@ -169,7 +169,8 @@ class Compute:
     Attributes:
       dtype: of activations and matrix products; parameters keep their own (float32 while training).
       remat: what the backward pass computes again: each layer, from its input ("full"); all but matrix products and
-        attention, which are kept ("dots"); or nothing ("none").
+        attention, which are kept ("dots"); or nothing ("none"). "auto" settles this, and raises `Train.microbatches`,
+        to what is fastest of what the device has memory for (`memory.settle`).
       attention: "plain" keeps the logits and is the reference. Fused: torch has "sdpa" and "flex", Flax has "cudnn" and
         "splash". "auto" takes the fastest that the framework, the device and the dtype have, and "plain" on a CPU.
       compile: how training is compiled. torch: each kind of layer once ("layers"), that and all of a pass recorded as
@@ -177,14 +178,15 @@ class Compute:
         after another ("unrolled": faster on a GPU, slower to compile). "auto" is "layers" on a GPU and "none" on a CPU;
         "scan".
       gradients: dtype in which the gradients of `Train.microbatches` are added up, where weights are used in bfloat16:
-        that is the dtype they are computed in, so with one part there is no difference.
+        that is the dtype they are computed in, so with one part there is no difference. "auto" is "float32", but
+        "bfloat16" where `remat` is "auto" and that avoids further parts.
     """
 
     dtype: Dtype = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["auto", "none", "dots", "full"] = "none"
     attention: Literal["auto", "plain", "sdpa", "flex", "cudnn", "splash"] = "auto"
     compile: Literal["auto", "none", "layers", "graph", "scan", "unrolled"] = "auto"
-    gradients: Dtype = "float32"
+    gradients: Literal["auto", "float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,7 +321,7 @@ class Train:
       save: which weights a checkpoint holds. "trained" leaves out the frozen ones, which are found again by `init` (or
         `seed`, where that is None) and recognised by a checksum.
       microbatches: parts that each batch goes through the model in, one after another, for want of memory; the step is
-        the same.
+        the same. With `compute.remat` "auto" the fewest that there may be.
       draws: of noise and time per sample; several share one pass over images and prompt.
       max_delay: above 0, training-time real-time chunking: the first actions of a chunk, from none to so many, are
         given as they are, with flow time 0, and the loss is on the others (docs/real_time.md).

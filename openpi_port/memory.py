@@ -6,6 +6,7 @@ B batch, S tokens of the whole sequence, T tokens per image, D width, F width of
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 
@@ -15,6 +16,7 @@ from openpi_port.config import Gemma, Pi0, Pi0Fast, Siglip, Train
 from openpi_port.errors import UserError
 
 GIB = 2**30
+SPARED = 0.95  # of a device's memory is what a plan may take: not all of what is free is in one piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,17 +108,50 @@ def alternatives(config: Train, shape: tuple[int, int], room: int) -> list[tuple
     Returns:
       Flags and the plan that goes with them, up to the first whose plan leaves a tenth of the room or more.
     """
-    here, found = config.batch_size // math.prod(shape), []
-    several = config.backend == "flax" or math.prod(shape) == 1  # torch splits batches on a single device only
-    counts = [n for n in (1, 2, 4, 8, 16) if here % n == 0 and (n == 1 or several)]
-    ways = [("none", 1), *(("dots", n) for n in counts), *(("full", n) for n in counts)]
-    for remat, count in ways:
-        compute = dataclasses.replace(config.compute, remat=remat)
-        changed = dataclasses.replace(config, compute=compute, microbatches=count)
-        flags = f"--config.compute.remat={remat} --config.microbatches={count}"
-        found.append((flags, plan(changed, shape)))
+    found = []
+    for way in _ways(config, shape):
+        compute = way.compute
+        sums = f" --config.compute.gradients={compute.gradients}" * (compute.gradients != config.compute.gradients)
+        flags = f"--config.compute.remat={compute.remat} --config.microbatches={way.microbatches}{sums}"
+        found.append((flags, plan(way, shape)))
         if found[-1][1].total <= 0.9 * room:
             break
+    return found
+
+
+def settle(config: Train, shape: tuple[int, int], room: int) -> Train:
+    """Settles `Compute.remat` and `Compute.gradients` where they are "auto", and then `microbatches`.
+
+    Args:
+      config: the run.
+      shape: of the mesh.
+      room: bytes of one device.
+
+    Returns:
+      The run in the fastest way whose plan fits with a little to spare; if none does, in the one that takes the least.
+    """
+    if config.compute.remat != "auto":
+        compute = config.compute
+        gradients = "float32" if compute.gradients == "auto" else compute.gradients
+        return dataclasses.replace(config, compute=dataclasses.replace(compute, gradients=gradients))
+    for way in (ways := _ways(config, shape)):
+        if plan(way, shape).total <= SPARED * room:
+            return way
+    return min(ways, key=lambda way: plan(way, shape).total)
+
+
+def _ways(config: Train, shape: tuple[int, int]) -> list[Train]:
+    """The run with other settings of what takes memory, the fastest first."""
+    here, found = config.batch_size // math.prod(shape), []
+    several = config.backend == "flax" or math.prod(shape) == 1  # torch splits batches on a single device only
+    counts = [n for n in (1, 2, 4, 8, 16) if here % n == 0 and n >= config.microbatches and (n == 1 or several)]
+    counts = counts or [config.microbatches]
+    for remat, count in [("none", counts[0]), *itertools.product(("dots", "full"), counts)]:
+        auto = config.compute.gradients == "auto"
+        sums = ["float32", "bfloat16"] if auto and count > 1 else ["float32" if auto else config.compute.gradients]
+        for gradients in sums:
+            compute = dataclasses.replace(config.compute, remat=remat, gradients=gradients)
+            found.append(dataclasses.replace(config, compute=compute, microbatches=count))
     return found
 
 

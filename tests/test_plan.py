@@ -61,3 +61,19 @@ def test_advice():
     assert memory.largest_batch(config, (1, 1), 50 * GIB) == 0
     table = plans.show(config, (1, 1), room)
     assert f"largest batch that fits as configured: {size}" in table and "does not fit" in table
+
+
+def test_auto_is_the_fastest_that_fits():
+    auto = base("torch", "auto", gradients="auto")
+
+    def settled(gib: float, config: Train = auto) -> tuple[str, int, str]:
+        run = memory.settle(config, (1, 1), int(gib * GIB))
+        return run.compute.remat, run.microbatches, run.compute.gradients
+
+    assert settled(300) == ("none", 1, "float32")
+    assert settled(139.8) == ("dots", 1, "float32")
+    assert settled(79.2) == ("dots", 4, "bfloat16")
+    assert settled(79.2, dataclasses.replace(auto, microbatches=8)) == ("none", 8, "bfloat16")
+    least = memory.settle(auto, (1, 1), 10 * GIB)  # which a run then refuses
+    assert memory.plan(least).total == min(memory.plan(w).total for w in memory._ways(auto, (1, 1)))
+    assert settled(10, base("torch", "full", 2, "auto")) == ("full", 2, "float32")  # what is given stays

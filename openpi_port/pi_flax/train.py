@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 
 from openpi_port import batch as batches
-from openpi_port import meshes, strict
+from openpi_port import memory, meshes, strict
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
 from openpi_port.config import Train as Config
@@ -45,14 +45,16 @@ class Trainer:
     """A model in training.
 
     Attributes:
+      config: the run, its remat settled.
       step: number of optimizer steps done.
     """
 
     def __init__(self, config: Config, weights: Mapping[str, np.ndarray], device: str | None = None) -> None:
         """Fills a model with `weights` (by Flax path, all of them) and makes a fresh optimizer state."""
+        self._layout = Layout(config, device)
+        config = memory.settle(config, self._layout.shape, devices.describe(self._layout.device)[1])
         self.config = config
         self.step = 0
-        self._layout = Layout(config, device)
         options.keep_programs(self._layout.device)
         compute = attention.resolve(config.compute, self._layout.device)
         if compute.compile not in ("auto", "scan", "unrolled"):
