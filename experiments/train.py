@@ -215,7 +215,9 @@ class Window:
         self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
 
     def wait_for(self, batches: Any) -> Any:
-        """The next batch; the time it takes counts as waiting for data."""
+        """The next batch; the time it takes counts as waiting for data once the device has nothing left to do."""
+        if not batches.ready() and self._pending:
+            float(self._pending[-1]["loss"])
         begin = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - begin

@@ -58,9 +58,11 @@ def augment(images: Mapping[str, np.ndarray], kind: Kind, rng: np.random.Generat
         # A fixed number of draws per camera: switching one part off leaves the others as they were.
         draws = rng.uniform(-1.0, 1.0, 8)
         image = images[camera]
-        if "wrist" not in camera:
+        if "wrist" not in camera and kind == "shift":
+            image = _shift(image, *draws[:3])
+        elif "wrist" not in camera:
             height, width = image.shape[:2]
-            matrix = _shift_matrix(*draws[:3]) if kind == "shift" else warp_matrix(height, width, *draws[:3])
+            matrix = warp_matrix(height, width, *draws[:3])
             flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
             image = cv2.warpAffine(image, matrix, (width, height), flags=flags, borderMode=border)
         out[camera] = colour(image, draws[3:])
@@ -88,10 +90,15 @@ def warp_matrix(height: int, width: int, x: float, y: float, angle: float) -> np
     return np.column_stack([linear, centre + shift - linear @ centre])
 
 
-def _shift_matrix(x: float, y: float, coin: float) -> np.ndarray:
-    """A shift by whole pixels, for one image in two."""
-    shift = np.rint(SHIFT * np.array([x, y])) * (coin > 0)
-    return np.column_stack([np.eye(2), shift])
+def _shift(image: np.ndarray, x: float, y: float, coin: float) -> np.ndarray:
+    """Shifts one image in two by whole pixels, which needs no interpolation; mirrored where nothing comes in."""
+    if coin <= 0:
+        return image
+    height, width = image.shape[:2]
+    x, y = round(SHIFT * x), round(SHIFT * y)  # output (0, 0) shows input (x, y)
+    left, right, top, bottom = max(-x, 0), max(x, 0), max(-y, 0), max(y, 0)
+    seen = image[bottom : height - top, right : width - left]
+    return cv2.copyMakeBorder(seen, top, bottom, left, right, cv2.BORDER_REFLECT_101)
 
 
 def _colour_shift(image: np.ndarray, draws: np.ndarray) -> np.ndarray:

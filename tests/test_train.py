@@ -391,6 +391,30 @@ def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
         window.check(7)
 
 
+def test_waiting_for_data_counts_only_while_the_device_is_idle(dataset, tmp_path, monkeypatch):
+    """A device that works for 3 s while a batch takes 5 s has waited 2 s."""
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+
+    class Loss:
+        def __float__(self):
+            clock[0] = max(clock[0], 3.0)
+            return 1.0
+
+    class Late:
+        def ready(self):
+            return False
+
+        def __next__(self):
+            clock[0] = max(clock[0], 5.0)
+            return {}
+
+    window = train.Window(tmp_path, material.load(of(dataset, tmp_path)))
+    window.add({"loss": Loss(), "grad_norm": 1.0})
+    window.wait_for(Late())
+    assert window.numbers(1)["data_wait"] == pytest.approx(2 / 5)
+
+
 def test_after_a_dead_worker_and_a_damaged_video_resuming_gives_the_curve(dataset, tmp_path):
     """Both end the run with one line; the last checkpoint is resumed once the worker is back and the video whole."""
     config = dataclasses.replace(of(dataset, tmp_path / "b"), backend="torch", num_steps=12, save_every=2)

@@ -16,6 +16,7 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import queue
 import re
 import signal
 import threading
@@ -37,6 +38,7 @@ from openpi_port.rng import draw_delay, draw_noise, draw_time, generator
 
 Batch = dict[str, Any]
 ENDLESS = 2**48  # samples
+READ_AHEAD = 2  # batches
 MAX_THREADS = 8  # without workers; beyond that Python's lock is the limit
 
 
@@ -129,40 +131,87 @@ class _Mix:
 
 
 class Batches:
-    """An iterator over batches of numpy arrays. Workers end with `close`, with the program, or with its death."""
+    """An iterator over batches of numpy arrays, the next of which are read ahead in a thread.
+
+    Workers end with `close`, with the program, or with its death.
+    """
 
     def __init__(self, source: grain.IterDataset):
-        self._iterators = [iter(source)]
+        self._ahead = _Ahead(iter(source))
         # Also runs when the program ends, while the modules that closing needs are still there.
-        self._finalizer = weakref.finalize(self, _close, self._iterators)
+        self._finalizer = weakref.finalize(self, self._ahead.close)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if not self._iterators:
-            raise StopIteration
-        try:
-            # Arrays from workers lie in shared memory that is unmapped with them; the framework may still be
-            # copying to the device then, so it gets memory of its own (3 ms for 32 samples).
-            return _map_leaves(np.array, next(self._iterators[0]))
-        except RuntimeError as error:
-            died = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
-            if died is None:
-                raise
-            raise UserError(_why(int(died[1]))) from error
+        return self._ahead.take()
+
+    def ready(self) -> bool:
+        """Whether the next batch is there already."""
+        return self._ahead.ready()
 
     def close(self) -> None:
         """Ends workers and threads; the iterator is exhausted then."""
         self._finalizer()
 
 
-def _close(iterators: list[grain.DatasetIterator]) -> None:
-    """Closes and forgets: grain's iterators close themselves once more when they are collected, and complain if
-    that is when the interpreter is half gone."""
-    while iterators:
-        iterators.pop().close()
-    gc.collect()  # they refer to one another
+class _Ahead:
+    """Reads an iterator in a thread, so that neither workers nor copies of their batches hold up who takes them."""
+
+    def __init__(self, iterator: grain.DatasetIterator) -> None:
+        self._iterators = [iterator]
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(READ_AHEAD)
+        self._closed = threading.Event()
+        self._end: BaseException | None = None
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def ready(self) -> bool:
+        return not self._queue.empty()
+
+    def take(self) -> Batch:
+        if self._closed.is_set():
+            raise StopIteration
+        if self._end is None:
+            item = self._queue.get()
+            if not isinstance(item, BaseException):
+                return item
+            self._end = item  # what ended the thread ends every later call too
+        died = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(self._end))
+        if died is not None:
+            raise UserError(_why(int(died[1]))) from self._end
+        raise self._end
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()  # as long as a batch takes, at most
+        while self._iterators:
+            self._iterators.pop().close()
+        # grain's iterators refer to one another, close themselves once more when they are collected, and complain if
+        # that is when the interpreter is half gone.
+        gc.collect()
+
+    def _read(self) -> None:
+        try:
+            for batch in self._iterators[0]:
+                # Arrays from workers lie in shared memory that is unmapped with them; the framework may still be
+                # copying to the device then, so it gets memory of its own.
+                if not self._put(_map_leaves(np.array, batch)):
+                    return
+            self._put(StopIteration())
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: Batch | BaseException) -> bool:
+        """Waits for room in the queue; False if nobody wants the item any more."""
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
 
 
 def train_batches(
