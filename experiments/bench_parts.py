@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,6 +148,27 @@ def train(setting: Setting) -> Iterator[Figure]:
         yield Figure("train/peak memory", peak / memory.GIB, "GiB")
 
 
+def feed(setting: Setting) -> Iterator[Figure]:
+    """Optimizer steps on batches of the data set, decoded while training: what a run gets, and how long it waits."""
+    from experiments.train import Window  # needs what decodes video; models are measured without
+    from openpi_port.data import material
+
+    config = setting.config
+    data = material.load(config)
+    trainer = setting.backend.train.Trainer(config, random_weights(config.model, config.backend))
+    batches, window = data.batches(0), Window(Path(tempfile.gettempdir()), data)
+    try:
+        for step in tqdm(range(2 + setting.steps), "training", leave=False, delay=2):
+            window.add(trainer.update(window.wait_for(batches)))
+            if step == 1:  # compiled, and what is read ahead is there
+                window.first(step)
+        numbers = window.numbers(trainer.step)
+    finally:
+        batches.close()
+    yield Figure("feed/throughput", numbers["samples_per_s"], "samples/s", better="higher")
+    yield Figure("feed/waiting for data", 100 * numbers["data_wait"], "%")
+
+
 def attention(setting: Setting) -> Iterator[Figure]:
     """Every attention backend that the device has, on the shapes of vision, prefix and suffix; forward and backward.
 
@@ -221,7 +244,7 @@ def server(setting: Setting) -> Iterator[Figure]:
 
 
 PARTS: dict[str, Callable[[Setting], Iterator[Figure]]] = {
-    f.__name__: f for f in (inference, realtime, train, attention, tokenizer, loader, server)
+    f.__name__: f for f in (inference, realtime, train, feed, attention, tokenizer, loader, server)
 }
 
 

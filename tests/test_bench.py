@@ -86,6 +86,13 @@ def test_train(config):
     assert named["train/throughput"].value == pytest.approx(2 / (named["train/step"].value / 1e3), rel=1e-6)
 
 
+def test_training_fed_from_video(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = dataclasses.replace(build(Train, pi0_aloha.get_config("debug")), backend="torch")
+    named = {f.name: f.value for f in bench_parts.feed(setting(config, steps=2))}
+    assert named["feed/throughput"] > 0 and 0 <= named["feed/waiting for data"] <= 100
+
+
 @pytest.mark.parametrize("backend", NAMES)
 def test_attention_and_rates(config, backend):
     chosen = setting(dataclasses.replace(config, backend=backend), repeat=1)
