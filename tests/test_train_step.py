@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from frameworks import NAMES, Framework
 
-from configs import pi0_aloha
+from configs import pi0_aloha, pi05_aloha
 from convert import tables
 from openpi_port import init
 from openpi_port.config import Compute, Optimizer, Train
@@ -125,6 +126,30 @@ def test_a_batch_in_parts_is_the_same_step(name):
             np.testing.assert_allclose(sums[path], value, atol=1e-6, err_msg=path)
     with pytest.raises(UserError, match="config.microbatches=3 doesn't divide batch_size=4"):
         dataclasses.replace(config, microbatches=3)
+
+
+@pytest.mark.parametrize("model", ["pi0", "insulated"])
+def test_gradients_of_layers_apart(model):
+    """Flax's layers as arrays of their own, and the prompts' rows of the embedding alone, change no gradient."""
+    config = build(Train, (pi0_aloha if model == "pi0" else pi05_aloha).get_config("debug"))
+    compute = Compute(compile="unrolled", remat="dots")
+    config = dataclasses.replace(config, batch_size=4, compute=compute, insulate=model != "pi0")
+    data = batches(config, 1)[0]
+    if config.insulate:
+        shape = (4, config.max_action_tokens)
+        data["action_tokens"] = np.random.default_rng(1).integers(0, config.model.vocab_size, shape).astype(np.int32)
+        data["action_tokens_mask"] = np.ones(shape, bool)
+    else:
+        data["action_is_pad"][:] = False  # the parts count alike here; the test above has parts that don't
+    data["tokenized_prompt"][1] = data["tokenized_prompt"][0]  # rows that are read more than once
+    t = trainer("flax", dataclasses.replace(config, microbatches=2))
+    (_, _), found = jax.jit(t._gradients)(t._state, data)
+    whole = jax.jit(lambda trained: jax.grad(lambda w: t._loss(w, t._state.frozen, data)[0])(trained))
+    expected = whole(t._state.trained)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == np.float32
+        np.testing.assert_allclose(a, b, atol=2e-6 * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
 
 
 @pytest.mark.parametrize("gradients", ["float32", "bfloat16"])

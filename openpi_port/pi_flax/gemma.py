@@ -20,6 +20,7 @@ from openpi_port.config import Gemma as Config
 from openpi_port.masks import Blocks
 from openpi_port.pi_flax import lora
 from openpi_port.pi_flax.attention import attention, prepare
+from openpi_port.pi_flax.fast.apart import take
 from openpi_port.pi_flax.layers import AdaRMSNorm, Angles, RMSNorm, add_gated, angles, kept, lowered, rope, run, stack
 
 
@@ -169,7 +170,7 @@ class Gemma(nnx.Module):
         (in training) and a copy where they aren't.
         """
         graph, layers = self._layers()
-        most, last = (jax.tree.map(lambda w, part=part: w[part], layers) for part in (slice(-1), -1))
+        most, last = take(layers, slice(-1)), take(layers, -1)
         others = [None] * (len(self.norms) - 1)
         xs, new = self._scan(graph, most, [x, *others], [None, *others], positions, mask, None, True, None)
         layer, where = nnx.merge(graph, last), angles(positions, self.head_dim)

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from openpi_port.config import Compute
+from openpi_port.pi_flax.fast.apart import apart, is_apart
 
 KEPT = "product"
 
@@ -145,21 +146,12 @@ def run(body: Callable, x: Any, layers: Any, compute: Compute) -> tuple[Any, Any
     body = remat(body, compute)
     if compute.compile != "unrolled":
         return jax.lax.scan(body, x, layers)
-    leaves, structure = jax.tree.flatten(layers)
+    leaves, structure = jax.tree.flatten(layers, is_leaf=is_apart)
     outs = []
-    for layer in zip(*map(_unstack, leaves), strict=True):
+    for layer in zip(*map(apart, leaves), strict=True):
         x, out = body(x, structure.unflatten(layer))
         outs.append(out)
     return x, jax.tree.map(lambda *parts: jnp.stack(parts), *outs)
-
-
-@jax.custom_vjp
-def _unstack(x: jax.Array) -> tuple[jax.Array, ...]:
-    """A stack's layers; the gradient is stacked again, not added up from one padded array per layer."""
-    return tuple(x[i] for i in range(x.shape[0]))
-
-
-_unstack.defvjp(lambda x: (_unstack(x), None), lambda _, gradients: (jnp.stack(gradients),))
 
 
 def _keeps(primitive: Any, *args: Any, **params: Any) -> bool:

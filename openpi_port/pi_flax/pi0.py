@@ -61,14 +61,14 @@ class Pi0(nnx.Module):
 
     def embed_prefix(self, batch: Batch) -> Tokens:
         """Tokens of all cameras, then of the prompt; they all see one another."""
-        images = jnp.stack([to_unit(batch["image"][name]) for name in self.config.cameras])  # [cameras, B, ...]
-        cameras, size = images.shape[:2]
-        image_tokens = self.vision(images.reshape(-1, *images.shape[2:]))
-        image_tokens = image_tokens.reshape(cameras, size, *image_tokens.shape[1:])
+        # Samples first, so that devices that share a batch keep their own.
+        images = jnp.stack([to_unit(batch["image"][name]) for name in self.config.cameras], axis=1)  # [B, cameras, ...]
+        size, cameras = images.shape[:2]
+        image_tokens = self.vision(images.reshape(-1, *images.shape[2:]))  # [B * cameras, T, D]
+        per_image = image_tokens.shape[1]
         prompt = self.gemma.embed(jnp.asarray(batch["tokenized_prompt"]))
-        x = jnp.concatenate([*image_tokens, prompt], axis=1)
+        x = jnp.concatenate([image_tokens.reshape(size, cameras * per_image, -1), prompt], axis=1)
 
-        per_image = image_tokens.shape[2]
         seen = [jnp.asarray(batch["image_mask"][name])[:, None] for name in self.config.cameras]
         valid = [jnp.broadcast_to(m, (size, per_image)) for m in seen]
         valid = jnp.concatenate([*valid, jnp.asarray(batch["tokenized_prompt_mask"])], axis=1)

@@ -5,6 +5,7 @@ B batch, A actions in a chunk.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -25,6 +26,7 @@ from openpi_port.errors import UserError
 from openpi_port.pi_flax import attention, insulated
 from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax.fast import options
+from openpi_port.pi_flax.fast.apart import apart, together
 from openpi_port.pi_flax.infer import build
 from openpi_port.pi_flax.layers import lowered
 from openpi_port.pi_flax.pi0_fast import Pi0Fast
@@ -59,6 +61,10 @@ class Trainer:
         compute = attention.resolve(config.compute, self._layout.device)
         if compute.compile not in ("auto", "scan", "unrolled"):
             raise UserError(f"config.compute.compile={compute.compile!r}: Flax has auto, scan, unrolled")
+        if compute.compile == "auto":
+            how = "unrolled" if self._layout.device.platform == "gpu" else "scan"
+            compute = dataclasses.replace(compute, compile=how)
+        self._compute = compute
         self._keys = batches.training(config.model, insulate=config.insulate)
         module = self._layout.fill(build(config.model, compute), weights)
         self._graph, trained, frozen = nnx.split(module, partial(is_trained, config), ...)
@@ -142,12 +148,22 @@ class Trainer:
         return State(trained, state.frozen, optimizer, average), metrics
 
     def _gradients(self, state: State, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
-        """The losses and the gradient of their mean, part by part of the batch."""
+        """The losses and the gradient of their mean, float32, part by part of the batch."""
+        trained, frozen = (_as_used(part, self._compute) for part in (state.trained, state.frozen))
+        tokens = batch["tokenized_prompt"]
+        if only_rows := self._reads_only_rows():
+            trained, batch = _with_rows(trained, batch)
+        losses, grads = self._summed(trained, frozen, batch)
+        if only_rows:
+            grads = _scattered(grads, tokens, state.trained, self._layout.whole)
+        count = self.config.microbatches
+        return losses, jax.tree.map(lambda g: g.astype(jnp.float32) / count, together(grads))
+
+    def _summed(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[tuple, nnx.State]:
+        """The mean losses, and the sum of the parts' gradients."""
         gradients, count = jax.value_and_grad(self._loss, has_aux=True), self.config.microbatches
         if count == 1:
-            return gradients(state.trained, state.frozen, batch)
-        compute = self.config.compute
-        trained, frozen = (_lowered(part, compute) for part in (state.trained, state.frozen))
+            return gradients(trained, frozen, batch)
         counted = {} if "action_is_pad" not in batch else {"num_counted": self._counts(batch).sum() / count}
 
         def add(sums: nnx.State, part: Batch) -> tuple[nnx.State, tuple]:
@@ -156,10 +172,15 @@ class Trainer:
 
         # Every `count`-th sample, so that all devices have a share in every part.
         parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
-        dtype = compute.gradients
+        dtype = self.config.compute.gradients
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype if p.dtype == jnp.bfloat16 else p.dtype), trained)
         sums, losses = jax.lax.scan(add, zeros, parts)
-        return jax.tree.map(lambda x: x.mean(0), losses), jax.tree.map(lambda s: s / count, sums)
+        return jax.tree.map(lambda x: x.mean(0), losses), sums
+
+    def _reads_only_rows(self) -> bool:
+        """Whether the loss reads of the embedding, which is trained, the prompt's rows alone and writes no tokens."""
+        writes = isinstance(self.config.model, Pi0Fast) or self.config.insulate
+        return not writes and is_trained(self.config, _EMBEDDING)
 
     def _evaluate_fn(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> jax.Array:
         return self._loss(trained, frozen, batch)[0]
@@ -194,13 +215,47 @@ def is_trained(config: Config, path: tuple, _: Any = None) -> bool:
     return not meshes.is_frozen(config, "/".join(map(str, path)))
 
 
-def _lowered(weights: nnx.State, compute: Compute) -> nnx.State:
-    """Casts what only layers use, which would cast it in every part of the batch."""
-    flat = nnx.to_flat_state(weights)
-    within = [
-        (path, leaf) for path, leaf in flat if re.match("vision/(blocks|head)|gemma/layers", "/".join(map(str, path)))
-    ]
-    return nnx.merge_state(weights, lowered(nnx.from_flat_state(within), compute))
+def _as_used(weights: nnx.State, compute: Compute) -> nnx.State:
+    """Casts, once a step, what only layers use, and takes stacks apart where layers are written out."""
+
+    def used(path: tuple, leaf: Any) -> Any:
+        name = "/".join(map(str, path))
+        if not re.match("vision/(blocks|head)|gemma/layers", name):
+            return leaf
+        cast = lowered(nnx.from_flat_state([(path, leaf)]), compute)
+        if compute.compile == "unrolled" and not name.startswith("vision/head"):
+            cast = jax.tree.map(apart, cast)
+        return dict(nnx.to_flat_state(cast))[path]
+
+    return nnx.from_flat_state([(path, used(path, leaf)) for path, leaf in nnx.to_flat_state(weights)])
+
+
+def _with_rows(trained: nnx.State, batch: Batch) -> tuple[nnx.State, Batch]:
+    """Puts the rows that a batch's prompts read in place of the embedding, and their numbers in place of the tokens.
+
+    So that the gradient is not of the size of the vocabulary in every part of the batch.
+    """
+    tokens = batch["tokenized_prompt"]
+    rows = jax.tree.map(lambda table: table[tokens.reshape(-1)], _embedding(trained))
+    numbers = jnp.arange(tokens.size, dtype=tokens.dtype).reshape(tokens.shape)
+    return nnx.merge_state(trained, rows), {**batch, "tokenized_prompt": numbers}
+
+
+def _scattered(grads: nnx.State, tokens: jax.Array, trained: nnx.State, whole: jax.sharding.Sharding) -> nnx.State:
+    """The gradient of the whole embedding from that of the rows that were read, which every device is told."""
+
+    def scattered(rows: jax.Array, table: jax.Array) -> jax.Array:
+        where, rows = (jax.lax.with_sharding_constraint(x, whole) for x in (tokens.reshape(-1), rows))
+        return jnp.zeros_like(table).at[where].add(rows)
+
+    return nnx.merge_state(grads, jax.tree.map(scattered, _embedding(grads), _embedding(trained)))
+
+
+_EMBEDDING = ("gemma", "embedding")
+
+
+def _embedding(weights: nnx.State) -> nnx.State:
+    return nnx.from_flat_state([(path, leaf) for path, leaf in nnx.to_flat_state(weights) if path == _EMBEDDING])
 
 
 def _names(state: nnx.State) -> list[str]:

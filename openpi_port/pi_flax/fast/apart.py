@@ -1,0 +1,65 @@
+"""Stacked weights as one array per layer, for training whose layers are written out one after another.
+
+L layers.
+
+In a loop over stacked weights every layer's weights are copied out of the stack, and what the backward pass needs is
+copied into another and out again. Written out, the products read and write the arrays themselves; and where gradients
+of several parts of a batch are added up, a product adds its own onto the sum as it writes it (cuBLAS's beta), so that
+there is one set of gradients and no pass over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_pytree_node_class
+class Apart(tuple):
+    """The layers of one stacked weight [L, ...]: a pytree of L arrays."""
+
+    def tree_flatten(self) -> tuple[tuple[jax.Array, ...], None]:
+        """The arrays, and nothing else."""
+        return tuple(self), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, arrays: Sequence[jax.Array]) -> Apart:
+        """The way back."""
+        return cls(arrays)
+
+
+def is_apart(x: Any) -> bool:
+    """For `is_leaf` of tree functions."""
+    return isinstance(x, Apart)
+
+
+def take(weights: Any, which: int | slice) -> Any:
+    """One layer, or several, of all stacked weights in a tree, whether they lie apart or not."""
+
+    def taken(weight: jax.Array | Apart) -> Any:
+        found = weight[which]
+        return Apart(found) if is_apart(weight) and isinstance(which, slice) else found
+
+    return jax.tree.map(taken, weights, is_leaf=is_apart)
+
+
+def apart(weight: jax.Array | Apart) -> Apart:
+    """A stacked weight's layers, as they are if they lie apart already."""
+    return weight if is_apart(weight) else Apart(_unstack(weight))
+
+
+def together(weights: Any) -> Any:
+    """Stacks again what lies apart in a tree."""
+    return jax.tree.map(lambda w: jnp.stack(w) if is_apart(w) else w, weights, is_leaf=is_apart)
+
+
+@jax.custom_vjp
+def _unstack(x: jax.Array) -> tuple[jax.Array, ...]:
+    """A stack's layers; the gradient is stacked again, not added up from one padded array per layer."""
+    return tuple(x[i] for i in range(x.shape[0]))
+
+
+_unstack.defvjp(lambda x: (_unstack(x), None), lambda _, gradients: (jnp.stack(gradients),))
