@@ -19,6 +19,7 @@ from openpi_port.grammar import Grammar
 from openpi_port.pi_flax import attention, realtime
 from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax import weights as weights_io
+from openpi_port.pi_flax.fast import options
 from openpi_port.pi_flax.pi0 import Pi0
 from openpi_port.pi_flax.pi0_fast import Pi0Fast
 from openpi_port.realtime import MAX_GUIDANCE, check
@@ -184,7 +185,9 @@ def load(
     Raises:
       UserError: weights are missing, left over or misshapen, or the device can't honour `compute`.
     """
-    compute = attention.resolve(compute, devices.find(device))
+    place = devices.find(device)
+    options.keep_programs(place)
+    compute = attention.resolve(compute, place)
     dtype = "bfloat16" if compute.dtype == "bfloat16" else None
-    module = weights_io.load(build(config, compute), weights, devices.find(device), dtype)
+    module = weights_io.load(build(config, compute), weights, place, dtype)
     return FastModel(module, device) if isinstance(config, configs.Pi0Fast) else Model(module, device)

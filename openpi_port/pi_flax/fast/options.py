@@ -34,5 +34,5 @@ def keep_programs(device: jax.Device) -> None:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(root / "openpi_port" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # rounding the weights alone is 50 small ones
     compilation_cache.reset_cache()  # it may have been asked for before, and have remembered that there is none
