@@ -174,9 +174,9 @@ class Compute:
       attention: "plain" keeps the logits and is the reference. Fused: torch has "sdpa" and "flex", Flax has "cudnn" and
         "splash". "auto" takes the fastest that the framework, the device and the dtype have, and "plain" on a CPU.
       compile: how training is compiled. torch: each kind of layer once ("layers"), that and all of a pass recorded as
-        one launch ("graph", of pi0 and pi0.5 on one GPU), or nothing ("none"). Flax: layers as a loop ("scan") or one
-        after another ("unrolled": faster on a GPU). "auto" is "layers" on a GPU and "none" on a CPU; in Flax "unrolled"
-        on a GPU, where models are trained, and "scan" elsewhere.
+        one launch ("graph", of pi0 and pi0.5 that are not split), or nothing ("none"). Flax: layers as a loop ("scan")
+        or one after another ("unrolled": faster on a GPU). "auto" is "graph" on a GPU, or "layers" where that can't be,
+        and "none" on a CPU; in Flax "unrolled" on a GPU, where models are trained, and "scan" elsewhere.
       gradients: dtype in which the gradients of `Train.microbatches` are added up, where weights are used in bfloat16:
         that is the dtype they are computed in, so with one part there is no difference. "auto" is "float32", but
         "bfloat16" where `remat` is "auto" and that avoids further parts.

@@ -75,9 +75,11 @@ def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
     weights = sum(n * (2 if meshes.stored_in(config, name) == "bfloat16" else 4) for name, n in counts.items())
     trained = {name: n for name, n in counts.items() if not meshes.is_frozen(config, name)}
     rounded = sum(n for name, n in trained.items() if _LAYERS.search(name))
-    if config.compute.dtype == "float32" or (config.backend == "torch" and math.prod(shape) > 1):
+    if config.compute.dtype == "float32" or (config.backend == "torch" and shape[1] > 1):
         rounded = 0
     whole, parts = num_trained - rounded, config.microbatches > 1
+    if config.backend == "torch" and isinstance(config.model, Pi0) and shape[1] == 1 and not config.insulate:
+        whole -= trained.get("gemma/embedding", 0)  # only rows that are looked up have a gradient
     gradients = 4 * whole + 2 * rounded
     if parts:  # the sum, and in Flax what is added to it
         total = 4 if config.compute.gradients == "float32" else 2
@@ -143,7 +145,7 @@ def settle(config: Train, shape: tuple[int, int], room: int) -> Train:
 def _ways(config: Train, shape: tuple[int, int]) -> list[Train]:
     """The run with other settings of what takes memory, the fastest first."""
     here, found = config.batch_size // math.prod(shape), []
-    several = config.backend == "flax" or math.prod(shape) == 1  # torch splits batches on a single device only
+    several = config.backend == "flax" or shape[1] == 1  # torch splits batches where states are whole
     counts = [n for n in (1, 2, 4, 8, 16) if here % n == 0 and n >= config.microbatches and (n == 1 or several)]
     counts = counts or [config.microbatches]
     for remat, count in [("none", counts[0]), *itertools.product(("dots", "full"), counts)]:

@@ -49,6 +49,24 @@ def test_against_torch():
         assert slot.copy is None or torch.equal(slot.copy, slot.weight.bfloat16())
 
 
+def some_rows(device: str = "cpu") -> tuple[adamw.Rows, torch.Tensor]:
+    """Of the large parameter, one of them four times; and what these add up to."""
+    indices = torch.tensor([3, 69, 3, 0, 17, 3, 3], device=device)
+    values = torch.randn(7, 33, generator=torch.Generator().manual_seed(2)).to(device)
+    return adamw.rows(indices, values, 70), torch.zeros(70, 33, device=device).index_add_(0, indices, values)
+
+
+def test_a_gradient_of_few_rows():
+    found, dense = some_rows()
+    torch.testing.assert_close(found.dense(), dense)
+    torch.testing.assert_close(found.values.norm(), dense.norm())
+    a, b = (slots()[0] for _ in range(2))
+    for slot, grad in ((a, found), (b, dense)):
+        adamw.step([slot], [grad], torch.tensor(0.5), 3, 1e-2, CONFIG)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")),
     reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
@@ -57,8 +75,8 @@ def test_kernel():
     from openpi_port.pi_torch.fast import adamw_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plain, fused = slots(device), slots(device)
-    for slot, other, grad in zip(plain, fused, gradients(plain), strict=True):
+    plain, fused = (slots(device) + slots(device)[:1] for _ in range(2))
+    for slot, other, grad in zip(plain, fused, [*gradients(plain[:2]), some_rows(device)[0]], strict=True):
         arguments = (grad, torch.tensor(0.5, device=device), 0.4, 0.3, 1e-2, CONFIG)
         adamw._plain(slot, *arguments)
         adamw_kernel.step(other, *arguments)

@@ -27,10 +27,10 @@ def test_state():
     assert plan.num_params == plan.num_trained == 3_238_048_528
     assert plan.weights == plan.average == plan.optimizer // 2 == 4 * plan.num_params
     layers = plan.num_params - 257152 * 2048  # and a few small ones
-    assert plan.rounded == pytest.approx(2 * layers, rel=2e-3) and plan.gradients == pytest.approx(
-        2 * layers + 4 * 257152 * 2048, rel=3e-3
-    )
-    half = memory.plan(base("flax", "full"), (1, 2))
+    assert plan.rounded == pytest.approx(2 * layers, rel=2e-3)
+    assert plan.gradients == pytest.approx(2 * layers, rel=5e-3)  # the embedding has one in the rows in use alone
+    flax, half = memory.plan(base("flax", "full")), memory.plan(base("flax", "full"), (1, 2))
+    assert flax.gradients == plan.gradients + 4 * 257152 * 2048
     assert half.optimizer == plan.optimizer // 2
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import torch
 from frameworks import NAMES, Framework
 
 from configs import pi0_aloha, pi05_aloha
@@ -15,6 +16,7 @@ from openpi_port import init
 from openpi_port.config import Compute, Optimizer, Train
 from openpi_port.errors import UserError
 from openpi_port.fields import build
+from openpi_port.pi_torch.layers import Linear
 from openpi_port.schedule import euler_times, learning_rate
 
 
@@ -169,6 +171,25 @@ def test_rounded_weights_have_float32_masters(gradients):
     fresh = dict(tables.translate(init.Fresh(config.model, 0), config.model, "flax", "torch"))
     moved = max(np.abs(masters[name].detach().numpy() - fresh[name]).max() for name in copies)
     assert 1e-5 < moved < 1e-2  # by less than bfloat16 tells apart at 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_adds_its_gradient_to_the_sum(dtype):
+    """Without leaving one at the weight; autograd's own gradients otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    linear = Linear(8, 6, bias=True).bfloat16()
+    x = torch.randn(2, 3, 8, generator=generator).bfloat16().requires_grad_()
+    found = {}
+    for total in (None, torch.ones(6, 8, dtype=dtype)):
+        linear.total = total
+        for leaf in (x, linear.weight, linear.bias):
+            leaf.grad = None
+        linear(x).square().sum().backward()
+        weight = linear.weight.grad if total is None else total
+        found[total is None] = x.grad, linear.bias.grad, weight.float() + (total is None)
+    assert linear.weight.grad is None
+    for mine, theirs in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize(("name", "how"), [("flax", "graph"), ("torch", "scan"), ("torch", "graph")])

@@ -129,7 +129,13 @@ class Layer(nn.Module):
 
 
 class Gemma(nn.Module):
-    """The stack of layers, the token embedding of expert 0 and the final norms."""
+    """The stack of layers, the token embedding of expert 0 and the final norms.
+
+    Attributes:
+      sparse: whether the embedding's gradient holds only the rows that are looked up.
+    """
+
+    sparse = False
 
     def __init__(self, configs: Sequence[Config], adarms: Sequence[bool], vocab_size: int, compute: Compute) -> None:
         super().__init__()
@@ -143,7 +149,8 @@ class Gemma(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeds token ids [B, T], scaled by sqrt(D): [B, T, D] in the working dtype."""
-        x = F.embedding(tokens, self.embedding).to(getattr(torch, self.compute.dtype))
+        tokens = tokens.long() if self.sparse else tokens  # a sparse tensor counts so
+        x = F.embedding(tokens, self.embedding, sparse=self.sparse).to(getattr(torch, self.compute.dtype))
         return x * x.new_full((), x.shape[-1] ** 0.5)  # rounded to the working dtype, as the reference
 
     def forward(

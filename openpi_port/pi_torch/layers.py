@@ -20,16 +20,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from openpi_port.config import Compute
+from openpi_port.pi_torch.fast import products
 
 
 class Linear(nn.Linear):
-    """`x @ weight.T + bias` in the dtype of `x`."""
+    """`x @ weight.T + bias` in the dtype of `x`.
+
+    Attributes:
+      total: where the weight's gradient is added up over the parts of a batch, or None for autograd's own way.
+    """
+
+    total: Tensor | None = None
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool = False) -> None:
         super().__init__(d_in, d_out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, weight, bias) if self.total is None else products.linear(x, weight, bias, self.total)
 
 
 class LayerNorm(nn.Module):

@@ -1,10 +1,10 @@
 """How training spreads over devices and processes; the model knows nothing of it.
 
-torchrun starts one process per device. With `fsdp` of one, every process holds the whole state and DDP averages the
-gradients while they are computed. Else FSDP2 splits each layer's matrices along axis 0 (which can be sent without being
-rearranged) and gathers a layer when it is needed, in the dtype in which it computes; `data` copies of that average
-their gradients among them. Small parameters stay whole: they are used in float32, and their gradients are averaged
-together once the others are done.
+torchrun starts one process per device. With `fsdp` of one, every process holds the whole state, computes as a single
+device does, and gradients are added up when the last part of the batch is through. Else FSDP2 splits each layer's
+matrices along axis 0 (which can be sent without being rearranged) and gathers a layer when it is needed, in the dtype
+in which it computes; `data` copies of that average their gradients among them. Small parameters stay whole: they are
+used in float32, and their gradients are averaged together once the others are done.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from openpi_port import meshes
 from openpi_port.config import Train
 from openpi_port.errors import UserError
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import weights as weights_io
+from openpi_port.pi_torch.fast.adamw import Rows
 from openpi_port.pi_torch.layers import lowered
 
 PATIENCE = datetime.timedelta(hours=2)  # with one another; what one process fetches, the others wait for
@@ -105,7 +105,7 @@ class Layout:
       device: this process's.
       parameters: of the model, by name, once it is filled.
       parts: what this device holds of each, sharing its memory; but where the model has a rounded copy, the float32.
-      copies: those rounded copies: a single device rounds what its layers use in bfloat16 once a step.
+      copies: those rounded copies: a device with the whole state rounds what its layers use in bfloat16 once a step.
     """
 
     def __init__(self, config: Train, device: str | None) -> None:
@@ -123,7 +123,7 @@ class Layout:
         self.copies: dict[str, Tensor] = {}
 
     def fill(self, loss: nn.Module, weights: Mapping[str, np.ndarray]) -> nn.Module:
-        """Fills a model, strictly, and has its gradients averaged over the devices.
+        """Fills a model, strictly, and spreads it.
 
         Args:
           loss: a module with the model as its `model`, that computes a loss from this process's part of a batch.
@@ -137,12 +137,9 @@ class Layout:
             self._split(loss)
         self.parameters = dict(loss.model.named_parameters())
         self.parts = {n: p.detach().to_local() if isinstance(p, DTensor) else p for n, p in self.parameters.items()}
-        if self._count == 1 and self._dtype is not None:
+        if self._mesh is None and self._dtype is not None:
             self._round(loss.model)
-        if self._count == 1 or self.shape[1] > 1:
-            return loss
-        on = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(loss, on, static_graph=True, gradient_as_bucket_view=True)
+        return loss
 
     def place(self, array: np.ndarray, name: str) -> Tensor:
         """This device's part of an array of the host that belongs to the parameter of that name."""
@@ -156,11 +153,12 @@ class Layout:
         """This process's part of a batch on its device."""
         return devices.put(batch, self.device)
 
-    def complete(self, grads: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Averages gradients over the devices that are not yet.
+    def complete(self, grads: Mapping[str, Tensor | Rows], sums: Tensor) -> tuple[list[Tensor | Rows], Tensor]:
+        """Brings together the gradients of all devices that are not yet.
 
         Args:
-          grads: by name of the parameter.
+          grads: by name of the parameter, each device's share of the mean; where a state is split, parts of the mean.
+          sums: of those that are parts of one tensor, that tensor.
 
         Returns:
           This device's parts of them, and their norm over all devices.
@@ -170,7 +168,11 @@ class Layout:
         for grad, part in zip(grads.values(), parts, strict=True):
             (split if isinstance(grad, DTensor) else whole).append(part)
         if self._mesh is None:
-            return parts, _norm(whole)
+            inside = sums.untyped_storage().data_ptr()
+            single = [p for p in parts if isinstance(p, Tensor) and p.untyped_storage().data_ptr() != inside]
+            if self._count > 1:
+                _add_up([sums, *single], getattr(torch, self._compute.gradients))
+            return parts, _norm([sums, *single, *(p.values for p in parts if isinstance(p, Rows))])
         if whole:
             flat = torch.cat([grad.flatten() for grad in whole])
             dist.all_reduce(flat)
@@ -215,6 +217,20 @@ class Layout:
             lowered(part, self._compute)
         self.parameters = dict(model.named_parameters())
         self.copies = {n: p.detach() for n, p in self.parameters.items() if p.dtype == self._dtype}
+
+
+def _add_up(grads: list[Tensor], dtype: torch.dtype) -> None:
+    """The sums over all devices, in place; of large ones in parts of that dtype, if theirs is none better."""
+    small = [grad for grad in grads if grad.numel() < 2**20]
+    large = [part for grad in grads if grad.numel() >= 2**20 for part in grad.view(-1).split(2**27)]
+    for part in [*large, *([torch.cat([grad.flatten().float() for grad in small])] if small else [])]:
+        wide = part.to(torch.promote_types(part.dtype, dtype))
+        dist.all_reduce(wide)
+        if wide is not part:
+            part.copy_(wide)
+    if small:
+        for grad, total in zip(small, part.split([grad.numel() for grad in small]), strict=True):
+            grad.copy_(total.view_as(grad))
 
 
 def _norm(grads: list[Tensor]) -> Tensor:

@@ -5,7 +5,7 @@ B batch, A actions in a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ from openpi_port.pi_torch.pi0 import Pi0
 from openpi_port.pi_torch.pi0_fast import Pi0Fast
 from openpi_port.pi_torch.sharding import Layout
 from openpi_port.schedule import learning_rate
+
+_EMBEDDING = "gemma.embedding"
 
 
 class State(NamedTuple):
@@ -55,9 +57,11 @@ class Trainer:
         self.config = config
         self.step = 0
         compute = attention.resolve(config.compute, self._layout.device)
-        if config.microbatches > 1 and devices.count() > 1:
+        split = self._layout.shape[1] > 1
+        if config.microbatches > 1 and split:
             raise UserError(
-                f"config.microbatches={config.microbatches}: torch does that on one device only; use 1, or flax"
+                f"config.microbatches={config.microbatches}: torch doesn't with a state that is split "
+                f"(config.mesh.fsdp={config.mesh.fsdp}); use 1, or flax"
             )
         self._keys = batches.training(config.model, insulate=config.insulate)
         module = build(config.model, compute)
@@ -77,12 +81,19 @@ class Trainer:
         copies = self._layout.copies
         self._slots = [adamw.Slot(p, mu[n], nu[n], average and average[n], copies.get(n)) for n, p in trained.items()]
         self._replayed = Replayed(self._backward, self._prepare, self._layout.device) if how == "graph" else None
-        self._sums: dict[str, Tensor] = {}
-        if config.microbatches > 1 and compute.gradients == "float32":
-            self._sums = {name: torch.zeros_like(p) for name, p in trained.items() if name in copies}
+        self._sparse = isinstance(config.model, configs.Pi0) and not (split or config.insulate)
+        module.gemma.sparse = self._sparse  # where nothing but the lookup reads the embedding
+        within = {name: p for name, p in trained.items() if name in copies and config.microbatches > 1}
+        self._flat, self._sums = _together(within, getattr(torch, config.compute.gradients), self._layout.device)
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._shares = config.microbatches * (1 if split else devices.count())
         with torch.cuda.stream(self._replayed and self._replayed.stream):
             for name, total in self._sums.items():
-                self._layout.parameters[name].register_post_accumulate_grad_hook(partial(_add_up, total))
+                owner, _, leaf = name.rpartition(".")
+                if leaf == "weight":
+                    module.get_submodule(owner).total = total
+                else:
+                    self._layout.parameters[name].register_post_accumulate_grad_hook(partial(_add_up, total))
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on this process's part of a batch; returns scalars that are still being computed."""
@@ -99,10 +110,10 @@ class Trainer:
         batch = self._layout.put(batches.select(batch, self._keys))
         with devices.precision(self.config.compute):
             if self._state.average is None:
-                return float(self._over_devices(self._loss(batch))["loss"])
+                return float(self._losses(self._loss, batch)["loss"])
             self._swap()
             try:
-                return float(self._over_devices(self._loss(batch))["loss"])
+                return float(self._losses(self._loss, batch)["loss"])
             finally:
                 self._swap()
 
@@ -135,10 +146,12 @@ class Trainer:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchanges the raw and the averaged weights, in place: FSDP and DDP know where they lie."""
+        """Exchanges the raw and the averaged weights, in place: FSDP knows where they lie; and piece by piece."""
         for name, parameter in self._state.trained.items():
-            average, raw = self._state.average[name], parameter.clone()
-            parameter.copy_(average), average.copy_(raw)
+            tensors = parameter, self._state.average[name]
+            for here, there in zip(*(x.view(-1).split(2**26) for x in tensors), strict=True):
+                raw = here.clone()
+                here.copy_(there), there.copy_(raw)
         self._round()
 
     @torch.no_grad()
@@ -149,58 +162,76 @@ class Trainer:
 
     def _update_fn(self, batch: Batch, rate: float) -> dict[str, Any]:
         metrics = self._gradients(batch)
-        grads, norm = self._layout.complete({name: self._gradient(name) for name in self._state.trained})
+        grads = {name: self._gradient(name) for name in self._state.trained}
+        grads, norm = self._layout.complete(grads, self._flat)
         limit = self.config.optimizer.clip_norm
         scale = limit / norm.clamp(min=limit)
         adamw.step(self._slots, grads, scale, self.step + 1, rate, self.config.optimizer)
         if self._replayed is None or not self._replayed.recorded:
             for name in self._state.trained:
                 self._layout.parameters[name].grad = None
-        for total in self._sums.values():
-            total.zero_()
+        self._flat.zero_()
         return {**metrics, "grad_norm": norm, "learning_rate": rate}
 
-    def _gradient(self, name: str) -> Tensor:
+    def _gradient(self, name: str) -> Tensor | adamw.Rows:
         parameter = self._layout.parameters[name]
         if name in self._sums:
             return self._sums[name]
+        if self._rows and name == _EMBEDDING:
+            indices, values = (_joined(torch.cat(x)) for x in zip(*self._rows, strict=True))
+            self._rows.clear()
+            return adamw.rows(indices, values, len(parameter))
         # What the loss doesn't reach still decays, as in optax.
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
     def _gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Leaves the gradients of the mean loss at the parameters; returns the losses."""
-        count = self.config.microbatches
-        if count > 1 and "action_is_pad" in batch:
-            batch["num_counted"] = self._counted(batch) / count
-        parts = [_part(batch, i, count) for i in range(count)]
         run, replayed = self._backward, self._replayed
         if replayed is not None and not replayed.warm:
             run = replayed.warm_up
         elif replayed is not None:
-            if not replayed.recorded:
-                replayed.record(parts[0])
-            if count > 1:
-                torch._foreach_zero_([p.grad for p in self._layout.parameters.values() if p.grad is not None])
             run = replayed
-        found = [run(part) for part in parts]
-        return {name: torch.stack([part[name] for part in found]).mean() for name in found[0]}
+            if replayed.recorded and self.config.microbatches > 1:
+                grads = [p.grad for p in self._layout.parameters.values() if p.grad is not None]
+                torch._foreach_zero_([grad for grad in grads if not grad.is_sparse])
+        return self._losses(partial(self._run, run), batch)
+
+    def _losses(self, run: Callable[[Batch], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
+        """The means over all parts of a batch and all devices of what `run` gives of a part."""
+        count = self.config.microbatches
+        count = 1 if len(batch["tokenized_prompt"]) % count else count  # of an evaluation
+        if "action_is_pad" in batch:
+            batch["num_counted"] = self._counted(batch) / count
+        found = [run(_part(batch, i, count)) for i in range(count)]
+        return self._over_devices({name: torch.stack([part[name] for part in found]).mean() for name in found[0]})
+
+    def _run(self, run: Callable[[Batch], dict[str, Tensor]], part: Batch) -> dict[str, Tensor]:
+        """A pass, and what it leaves of the rows of the embedding."""
+        losses, embedding = run(part), self._layout.parameters[_EMBEDDING]
+        if embedding.grad is not None and embedding.grad.is_sparse:
+            rows = embedding.grad
+            self._rows.append((rows._indices()[0].clone(), rows._values().clone()))
+            if self._replayed is None or not self._replayed.recorded:
+                embedding.grad = None
+        return losses
 
     def _prepare(self) -> None:
         """Before a pass is recorded: what a part adds to is there; what it makes is not."""
         for name in self._state.trained:
             parameter = self._layout.parameters[name]
             added = self.config.microbatches > 1 and name not in self._sums
+            added = added and not (name == _EMBEDDING and self._sparse)
             parameter.grad = torch.zeros_like(parameter) if added else None
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Adds a part's share of the gradients to what is at the parameters; returns its losses."""
         losses = self._loss(batch)
-        (losses["loss"] / self.config.microbatches).backward()
-        return self._over_devices(losses)
+        (losses["loss"] / self._shares).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def _over_devices(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """The means over all devices."""
-        means = _total(torch.stack([loss.detach() for loss in losses.values()])) / devices.count()
+        means = _total(torch.stack(list(losses.values()))) / devices.count()
         return dict(zip(losses, means, strict=True))
 
 
@@ -254,15 +285,17 @@ def _compile(config: Config, device: torch.device) -> str:
     Raises:
       UserError: what torch or the device can't honour.
     """
-    graph = device.type == "cuda" and devices.count() == 1 and isinstance(config.model, configs.Pi0)
+    graph = device.type == "cuda" and config.mesh.fsdp == 1 and isinstance(config.model, configs.Pi0)
     graph = graph and not config.insulate  # which picks tokens by their values
     name = config.compute.compile
     if name == "auto":
-        return "layers" if device.type == "cuda" else "none"
+        return "none" if device.type != "cuda" else "graph" if graph else "layers"
     if name not in ("none", "layers", "graph"):
         raise UserError(f"config.compute.compile={name!r}: torch has auto, none, layers, graph")
     if name == "graph" and not graph:
-        raise UserError("config.compute.compile='graph' is for pi0 and pi0.5 on one GPU, not insulated; use 'layers'")
+        raise UserError(
+            "config.compute.compile='graph' is for pi0 and pi0.5 on GPUs, neither split nor insulated; use 'layers'"
+        )
     return name
 
 
@@ -277,6 +310,24 @@ def _part(batch: Batch, index: int, count: int) -> Batch:
     if isinstance(batch, Mapping):
         return {key: _part(value, index, count) for key, value in batch.items()}
     return batch[index::count] if batch.ndim else batch
+
+
+def _together(like: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """Zeros in the shapes of named tensors, as parts of one tensor; and that tensor."""
+    sizes = [-(-x.numel() // 128) * 128 for x in like.values()]  # so that all begin where reading is fastest
+    whole = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    parts = zip(whole.split(sizes), like.items(), strict=True)
+    # As data: autograd would take a change of one for a change of all.
+    return whole, {name: part[: x.numel()].view_as(x).data for part, (name, x) in parts}
+
+
+def _joined(part: Tensor) -> Tensor:
+    """Those of all devices, one after another."""
+    if devices.count() == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(devices.count())]
+    dist.all_gather(parts, part)
+    return torch.cat(parts)
 
 
 def _total(part: Tensor) -> Tensor:

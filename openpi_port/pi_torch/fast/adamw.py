@@ -10,6 +10,7 @@ import importlib.util
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openpi_port.config import Optimizer
@@ -32,13 +33,47 @@ class Slot(NamedTuple):
     copy: Tensor | None
 
 
+class Rows(NamedTuple):
+    """The gradient of a matrix most of whose rows have none.
+
+    Attributes:
+      where: int32 [rows of the matrix], which row of `values` is a row's gradient; -1 for none.
+      values: [N, columns], no two of the same row.
+    """
+
+    where: Tensor
+    values: Tensor
+
+    def dense(self) -> Tensor:
+        """The same, with zeros."""
+        return torch.where(self.where[:, None] < 0, 0, self.values[self.where.clamp(min=0)])
+
+
+def rows(indices: Tensor, values: Tensor, size: int) -> Rows:
+    """Adds up what belongs to the same row, without waiting for the device.
+
+    Args:
+      indices: int [N], of rows, in any order, any of them several times.
+      values: [N, columns].
+      size: rows of the matrix.
+    """
+    indices, order = torch.sort(indices)
+    first = F.pad(indices[1:] != indices[:-1], (1, 0), value=True)
+    place = first.cumsum(0) - 1
+    where = torch.full((size,), -1, dtype=torch.int32, device=indices.device)
+    where[indices] = place.int()
+    return Rows(where, torch.zeros_like(values).index_add_(0, place, values[order]))
+
+
 @torch.no_grad()
-def step(slots: list[Slot], grads: list[Tensor], scale: Tensor, count: int, rate: float, config: Optimizer) -> None:
+def step(
+    slots: list[Slot], grads: list[Tensor | Rows], scale: Tensor, count: int, rate: float, config: Optimizer
+) -> None:
     """One step, in place.
 
     Args:
       slots: of all parameters.
-      grads: theirs, in any dtype.
+      grads: theirs, in any dtype. What has none still decays.
       scale: [], what the gradients are multiplied by (clipping).
       count: of steps, this one included.
       rate: the learning rate.
@@ -47,17 +82,18 @@ def step(slots: list[Slot], grads: list[Tensor], scale: Tensor, count: int, rate
     first, second = 1 - config.b1**count, 1 - config.b2**count  # Adam's correction of moments that began at zero
     fused = _fused() if scale.is_cuda else None
     for slot, grad in zip(slots, grads, strict=True):
-        if fused is not None and all(x is None or x.is_contiguous() for x in (*slot, grad)):
+        tensors = (*slot, *(grad if isinstance(grad, Rows) else (grad,)))
+        if fused is not None and all(x is None or x.is_contiguous() for x in tensors):
             fused(slot, grad, scale, first, second, rate, config)
         else:
             _plain(slot, grad, scale, first, second, rate, config)
 
 
 def _plain(
-    slot: Slot, grad: Tensor, scale: Tensor, first: float, second: float, rate: float, config: Optimizer
+    slot: Slot, grad: Tensor | Rows, scale: Tensor, first: float, second: float, rate: float, config: Optimizer
 ) -> None:
     weight, mu, nu, average, copy = slot
-    grad = grad.float() * scale
+    grad = (grad.dense() if isinstance(grad, Rows) else grad).float() * scale
     mu.lerp_(grad, 1 - config.b1)
     nu.mul_(config.b2).addcmul_(grad, grad, value=1 - config.b2)
     update = (mu / first) / ((nu / second).sqrt_() + config.eps)

@@ -50,7 +50,7 @@ class Replayed:
         self.warm = True
         return losses
 
-    def record(self, batch: Any) -> None:
+    def _record(self, batch: Any) -> None:
         """Records a pass without running it."""
         self._prepare()
         self._batch = _each(torch.clone, batch)
@@ -62,7 +62,9 @@ class Replayed:
         self._graph = graph
 
     def __call__(self, batch: Any) -> Losses:
-        """A recorded pass."""
+        """A recorded pass; the first call records it."""
+        if self._graph is None:
+            self._record(batch)
         _each(Tensor.copy_, self._batch, batch)
         self._graph.replay()
         return {name: loss.clone() for name, loss in self._losses.items()}
