@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import QUICK_COMPILE, ROOT
 from spread import config, train
 from test_train import caches, config_for, losses, run  # noqa: F401 (a fixture)
 
@@ -21,8 +21,6 @@ from openpi_port import checkpoint, meshes
 from openpi_port.backends import NAMES, Backend
 from openpi_port.config import Mesh
 from openpi_port.errors import UserError
-
-QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def test_rule():
