@@ -137,8 +137,9 @@ def _largest(argv: list[str], path: Path) -> str:
     backend = Backend(base.backend)
     index, count = backend.sharding.join()  # before any device is looked at
     name, room = backend.device.describe(backend.device.find(None))
-    need = memory.plan(base, meshes.shape(base.mesh, backend.device.count(), count, base.batch_size)).total
-    size = "base" if need < 0.95 * room else "mini"
+    shape = meshes.shape(base.mesh, backend.device.count(), count, base.batch_size)
+    need = memory.plan(memory.settle(base, shape, room), shape).total
+    size = "base" if need <= memory.SPARED * room else "mini"
     if index == 0:
         print(
             f"size {size}: training base needs {need / memory.GIB:.0f} GiB, {name} has {room / memory.GIB:.0f} GiB "

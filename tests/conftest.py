@@ -14,8 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # time. jaxlib 0.11 has no other emitters, and ends at a flag that it doesn't know.
 QUICK_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    " --xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false" * (version("jaxlib") < "0.11")
+    " --xla_cpu_parallel_codegen_split_count=1" + " --xla_cpu_use_fusion_emitters=false" * (version("jaxlib") < "0.11")
 )
 
 # Both frameworks run on the CPU in one process; tests compare in float32, so nothing may be rounded lower.

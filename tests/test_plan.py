@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 
 from configs import pi0_aloha
+from experiments import flags
 from experiments import plan as plans
 from openpi_port import memory
+from openpi_port.backends import Backend
 from openpi_port.config import Compute, Train
 from openpi_port.fields import build
 
@@ -77,3 +80,14 @@ def test_auto_is_the_fastest_that_fits():
     least = memory.settle(auto, (1, 1), 10 * GIB)  # which a run then refuses
     assert memory.plan(least).total == min(memory.plan(w).total for w in memory._ways(auto, (1, 1)))
     assert settled(10, base("torch", "full", 2, "auto")) == ("full", 2, "float32")  # what is given stays
+
+
+@pytest.mark.parametrize(("backend", "room"), [("flax", 75.6), ("torch", 79.2)])
+def test_the_size_without_a_size(backend, room, monkeypatch, capsys):
+    """The largest that the device can train in some way; of an 80 GB H100 either framework gets so many GiB."""
+    for gib, size in ((room, "base"), (24, "mini")):
+        monkeypatch.setattr(Backend(backend).device, "describe", lambda device, gib=gib: ("GPU", int(gib * GIB)))
+        monkeypatch.setattr(sys, "argv", ["train", "--config=pi0_aloha", f"--config.backend={backend}"])
+        resolved = flags._resolve(sys.argv)
+        assert resolved[1].endswith(f"pi0_aloha.py:{size}")
+        assert capsys.readouterr().out.startswith(f"size {size}: training base needs ")
