@@ -26,6 +26,8 @@ class Plan:
     Attributes:
       num_params: parameters in all; `num_trained` of them are trained.
       rounded: what layers compute with beside float32 weights.
+      gradients: what they add to the peak. Of a batch in one part Flax writes them where activations were, as far as
+        these reach.
     """
 
     num_params: int
@@ -78,12 +80,17 @@ def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
     if config.compute.dtype == "float32" or (config.backend == "torch" and shape[1] > 1):
         rounded = 0
     whole, parts = num_trained - rounded, config.microbatches > 1
-    if config.backend == "torch" and isinstance(config.model, Pi0) and shape[1] == 1 and not config.insulate:
+    if isinstance(config.model, Pi0) and not config.insulate and (config.backend == "flax" or shape[1] == 1):
         whole -= trained.get("gemma/embedding", 0)  # only rows that are looked up have a gradient
-    gradients = 4 * whole + 2 * rounded
-    if parts:  # the sum, and in Flax what is added to it
-        total = 4 if config.compute.gradients == "float32" else 2
-        gradients = 4 * whole + total * rounded + (2 * rounded + 4 * whole if config.backend == "flax" else 0)
+    sums = 4 if parts and config.compute.gradients == "float32" else 2
+    gradients = 4 * whole + sums * rounded
+    samples = config.batch_size // math.prod(shape) // config.microbatches
+    kept, workspace = (samples * n for n in _activations(config))
+    if config.backend == "flax":
+        if parts and config.compute.compile == "scan":  # not only the sum, but what is added to it
+            gradients += 4 * whole + 2 * rounded
+        elif not parts:
+            gradients = max(0, gradients - kept)
     weights, rounded, gradients, moments = (
         -(-n // shape[1]) for n in (weights, 2 * rounded, gradients, 4 * num_trained)
     )
@@ -95,7 +102,7 @@ def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
         gradients=gradients,
         optimizer=2 * moments,
         average=moments if config.optimizer.ema else 0,
-        activations=config.batch_size // math.prod(shape) // config.microbatches * _activations(config),
+        activations=kept + workspace,
     )
 
 
@@ -169,18 +176,21 @@ def largest_batch(config: Train, shape: tuple[int, int], room: int) -> int:
 _LAYERS = re.compile(r"^(vision/blocks|vision/head|gemma/layers)/(?!.*norm_\w+/(scale|bias)$)")
 
 
-def _activations(config: Train) -> int:
-    """Bytes per sample that the backward pass needs, and the workspace of one layer."""
+def _activations(config: Train) -> tuple[int, int]:
+    """Bytes per sample that the backward pass needs, and of the workspace of one layer."""
     model, size = config.model, 2 if config.compute.dtype == "bfloat16" else 4
     prefix, suffix = model.prefix_len, 0 if isinstance(model, Pi0Fast) else model.suffix_len
     read = prefix + (config.max_action_tokens if config.insulate else 0)  # by the language model
     tokens = len(model.cameras) * model.vision.num_tokens
     # Passes through layers: their sizes, tokens of a sample, keys that each sees.
-    passes = [(model.vision, tokens, model.vision.num_tokens), (model.language, read, read)]
+    language = model.language
+    if isinstance(model, Pi0) and not config.insulate:  # of its last layer only keys and values are computed
+        language = dataclasses.replace(language, depth=language.depth - 1)
+    passes = [(model.vision, tokens, model.vision.num_tokens), (language, read, read)]
     if isinstance(model, Pi0):
         passes.append((model.expert, config.draws * suffix, prefix + suffix))
     kept = sum(layers.depth * count * _kept(layers, keys, config) for layers, count, keys in passes)
-    return size * (kept + max(count * _workspace(layers) for layers, count, _ in passes))
+    return size * kept, size * max(count * _workspace(layers, keys, config) for layers, count, keys in passes)
 
 
 def _kept(layers: Siglip | Gemma, keys: int, config: Train) -> int:
@@ -200,6 +210,9 @@ def _kept(layers: Siglip | Gemma, keys: int, config: Train) -> int:
     return products + 4 * width + 2 * mlp + (3 * layers.num_heads * keys if plain else 0)
 
 
-def _workspace(layers: Siglip | Gemma) -> int:
+def _workspace(layers: Siglip | Gemma, keys: int, config: Train) -> int:
     """Numbers per token that the backward pass of one layer needs at a time."""
+    if config.backend == "flax" and config.compute.compile != "scan":
+        again = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat="dots"))
+        return 3 * layers.mlp_dim + (_kept(layers, keys, again) if config.compute.remat == "full" else 0)
     return 8 * layers.width + 5 * layers.mlp_dim
