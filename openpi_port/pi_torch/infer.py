@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from openpi_port import batch as batches
 from openpi_port import config as configs
@@ -17,6 +18,7 @@ from openpi_port.grammar import Grammar
 from openpi_port.pi_torch import attention, realtime
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import weights as weights_io
+from openpi_port.pi_torch.fast.graph import Recorded
 from openpi_port.pi_torch.pi0 import Pi0
 from openpi_port.pi_torch.pi0_fast import Decoding, Pi0Fast, Rules
 from openpi_port.realtime import MAX_GUIDANCE, check
@@ -24,6 +26,9 @@ from openpi_port.realtime import MAX_GUIDANCE, check
 
 class Model:
     """The public methods of `Pi0` on numpy batches.
+
+    On a GPU sampling is recorded as a CUDA graph, once for every shape of batch and options: its thousands of small
+    kernels take ten times longer to launch than to run.
 
     Attributes:
       config: the architecture.
@@ -34,6 +39,7 @@ class Model:
         self.config: configs.Pi0 = module.config
         self._device = devices.find(device)
         self.module = module.to(self._device).eval()
+        self._recordings: dict[tuple, Recorded] | None = {} if self._device.type == "cuda" else None
 
     @torch.inference_mode()
     def loss(self, batch: Batch, noise: np.ndarray, time: np.ndarray) -> np.ndarray:
@@ -69,19 +75,26 @@ class Model:
           float32 [B, A, J].
         """
         check(previous, weights, delay)
-        batch = batches.select(batch, batches.OBSERVATION)
-        inference = weights is None  # guidance needs gradients, which tensors of the inference mode can't take part in
-        with devices.precision(self.module.compute), torch.inference_mode(inference), torch.no_grad():
-            batch, noise = devices.put((batch, noise), self._device)
-            if previous is None:
-                chunk = self.module.sample_actions(batch, noise, num_steps)
-            elif inference:
-                given = devices.put((previous, delay), self._device)
-                chunk = realtime.sample_conditioned(self.module, batch, noise, *given, num_steps)
-            else:
-                held = devices.put((previous, weights), self._device)
-                chunk = realtime.sample_guided(self.module, batch, noise, *held, num_steps, limit)
-            return chunk.cpu().numpy()
+        module, inference = self.module, weights is None  # guidance needs gradients, which inference mode rules out
+
+        def sample(batch: Batch, noise: Tensor, previous: Tensor, weights: Tensor, delay: Tensor) -> Tensor:
+            if weights is not None:
+                return realtime.sample_guided(module, batch, noise, previous, weights, num_steps, limit)
+            if delay is not None:
+                return realtime.sample_conditioned(module, batch, noise, previous, delay, num_steps)
+            return module.sample_actions(batch, noise, num_steps)
+
+        inputs = [batches.select(batch, batches.OBSERVATION), noise, previous, weights, delay]
+        with devices.precision(module.compute), torch.inference_mode(inference), torch.no_grad():
+            arrays = _leaves(inputs)
+            call = lambda *tensors: sample(*_like(inputs, iter(tensors)))  # noqa: E731
+            if self._recordings is None:
+                return call(*devices.put(arrays, self._device)).cpu().numpy()
+            key = num_steps, limit, *((a.shape, a.dtype) for a in arrays), *(x is None for x in inputs)
+            if key not in self._recordings:
+                pool = next((recording.pool for recording in self._recordings.values()), None)
+                self._recordings[key] = Recorded(call, arrays, self._device, pool)
+            return self._recordings[key].run(arrays)
 
 
 class FastModel:
@@ -166,11 +179,29 @@ class FastModel:
         return decoding, graph.replay
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+def _tensors(tree: Any) -> list[Tensor]:
     """The tensors in nested tuples, which may hold None."""
-    if isinstance(tree, torch.Tensor):
+    if isinstance(tree, Tensor):
         return [tree]
     return [] if tree is None else [tensor for part in tree for tensor in _tensors(part)]
+
+
+def _leaves(tree: Any) -> list[np.ndarray]:
+    """The arrays in nested lists and mappings, which may hold None."""
+    if isinstance(tree, Mapping):
+        return [leaf for key in sorted(tree) for leaf in _leaves(tree[key])]
+    if isinstance(tree, list):
+        return [leaf for part in tree for leaf in _leaves(part)]
+    return [] if tree is None else [np.asarray(tree)]
+
+
+def _like(tree: Any, leaves: Iterator[Tensor]) -> Any:
+    """The tree that `_leaves` gave leaves of, with others in their places."""
+    if isinstance(tree, Mapping):
+        return {key: _like(tree[key], leaves) for key in sorted(tree)}
+    if isinstance(tree, list):
+        return [_like(part, leaves) for part in tree]
+    return None if tree is None else next(leaves)
 
 
 def build(config: configs.Pi0 | configs.Pi0Fast, compute: Compute) -> Pi0 | Pi0Fast:

@@ -198,8 +198,8 @@ def integrate(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, num_s
     """
     times, dt = euler_times(num_steps)
     x_t = noise
-    for time in torch.from_numpy(times).to(noise.device):
-        x_t = x_t + float(dt) * velocity(x_t, time)
+    for time in times:  # made on the device: a copy from the host can't be recorded
+        x_t = x_t + float(dt) * velocity(x_t, torch.full((), float(time), device=noise.device))
     return x_t
 
 

@@ -29,7 +29,7 @@ class Recorded:
         device: torch.device,
         pool: tuple[int, int] | None,
     ) -> None:
-        pinned = [torch.from_numpy(np.require(a, requirements="C")).pin_memory() for a in like]
+        pinned = [torch.from_numpy(np.require(a, requirements=["C", "W"])).pin_memory() for a in like]
         self._host = [p.numpy() for p in pinned]
         inputs = [p.to(device) for p in pinned]
         self._stream = torch.cuda.Stream(device)
