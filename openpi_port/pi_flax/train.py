@@ -18,6 +18,7 @@ import optax
 from flax import nnx
 
 from openpi_port import batch as batches
+from openpi_port import config as configs
 from openpi_port import memory, meshes, strict
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
@@ -179,7 +180,7 @@ class Trainer:
 
     def _reads_only_rows(self) -> bool:
         """Whether the loss reads of the embedding, which is trained, the prompt's rows alone and writes no tokens."""
-        writes = isinstance(self.config.model, Pi0Fast) or self.config.insulate
+        writes = isinstance(self.config.model, configs.Pi0Fast) or self.config.insulate
         return not writes and is_trained(self.config, _EMBEDDING)
 
     def _evaluate_fn(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> jax.Array:
