@@ -96,7 +96,8 @@ def test_streaming(make, biased):
     turns, at = pack.turns(M, H, torch.device(DEVICE)), torch.tensor([AT, 5], dtype=torch.int32, device=DEVICE)
     w, ours, theirs = make.w((N + 2) * H, D), *caches(make)
     q = kernels.normed_qkv(stream, w, bias, turns, *ours, at)
-    want = ops.normed_qkv(plain, *exact(w, bias, turns), *theirs, at.cpu())
+    seen = ops.see(at.cpu(), torch.zeros(T), T, S, N, torch.zeros(1))
+    want = ops.normed_qkv(plain, *exact(w, bias, turns), *theirs, seen)
     for got, wanted in zip((q, *ours), (want, *theirs), strict=True):
         close(got, wanted)
 

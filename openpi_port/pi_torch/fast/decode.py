@@ -137,7 +137,7 @@ class Decoder:
 
     def _choose(self, stream: ops.Residual) -> Tensor:
         """The next token, and what follows from it."""
-        scores, grammar = ops.normed_linear(stream, self._table, None), self.grammar
+        scores, grammar = ops.normed_linear(stream, self._table, None).float(), self.grammar
         allowed = torch.ones_like(scores, dtype=torch.bool)
         if grammar is not None:
             allowed = may_follow(grammar, self._left, self._at, self._max_steps - self._step)

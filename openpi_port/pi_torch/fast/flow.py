@@ -74,7 +74,7 @@ def run(blocks: Sequence[Block], norms: Sequence[Norm], stream: Residual, past: 
     """
     for i, block in enumerate(blocks):
         attn, mlp, after = norms[2 * i : 2 * i + 3]
-        q = ops.normed_qkv(stream, block.qkv, attn.bias, past.turns, past.k[i], past.v[i], past.seen.past)
+        q = ops.normed_qkv(stream, block.qkv, attn.bias, past.turns, past.k[i], past.v[i], past.seen)
         y = ops.attend(q, past.k[i], past.v[i], past.seen)
         stream = ops.add_projected(stream, y, block.o, attn.gate, mlp.scale)
         y = ops.normed_geglu(stream, block.gate_up, mlp.bias)
@@ -108,14 +108,11 @@ class Language:
         p = self.patch_size
         patches = rearrange(pixels, "B C (h p) (w q) c -> (B C) (h w) (p q c)", p=p, q=p)
         x = (F.linear(patches, packed.patch) + packed.start).to(self.dtype)
-        size, tokens, width = x.shape
         x = x.flatten(0, 1)
         for layer in packed.layers:
             y = ops.layer_norm(x, layer.offset_attn, layer.scale_attn, layer.bias_attn)
-            qkv = F.linear(y, layer.qkv, layer.qkv_bias).view(size, tokens, 3, self.heads, -1)
-            q, k, v = qkv.transpose(1, 3).unbind(2)
-            y = F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2)
-            ops.add_linear_(x, y.reshape(x.shape), layer.o)
+            y = ops.attend_all(F.linear(y, layer.qkv, layer.qkv_bias), len(patches), self.heads)
+            ops.add_linear_(x, y, layer.o)
             y = ops.layer_norm(x, layer.offset_mlp, layer.scale_mlp, layer.bias_mlp)
             ops.add_linear_(x, ops.linear_gelu(y, layer.up, layer.up_bias), layer.down)
         y = ops.layer_norm(x, packed.offset, packed.scale, packed.bias)

@@ -104,19 +104,19 @@ def _gelu(x):
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
 
 
-def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: Tensor | None = None) -> Tensor:
+def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One program per row, all its heads."""
     rows, (size, _, dim) = qkv.shape[0], k.shape
     heads = qkv.shape[1] // dim - 2
     q = torch.empty((rows, heads * dim), dtype=qkv.dtype, device=qkv.device)
     blocks = {"PADDED": triton.next_power_of_2(heads + 2), "WIDE": triton.next_power_of_2(dim)}
-    _split_qkv[(rows,)](qkv, turns, at, q, k, v, rows // size, k.stride(0), HEADS=heads, H=dim, **blocks)
+    _split_qkv[(rows,)](qkv, turns, q, k, v, rows // size, k.stride(0), HEADS=heads, H=dim, **blocks)
     return q
 
 
 @triton.jit
 def _split_qkv(
-    qkv, turns, at, q, k, v, T, stride, HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr
+    qkv, turns, q, k, v, T, stride, HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, WIDE: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     head, channel = tl.arange(0, PADDED)[:, None], tl.arange(0, WIDE)[None]
@@ -128,10 +128,7 @@ def _split_qkv(
     turned = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (PADDED, WIDE))
     turned = turned.to(value.dtype)
     tl.store(q + row * HEADS * H + head * H + channel, turned, inside & (head < HEADS))
-    place = row % T
-    if at is not None:
-        place += tl.load(at + row // T)
-    offset = row // T * stride + place * H + channel + head * 0
+    offset = row // T * stride + row % T * H + channel + head * 0
     tl.store(k + offset, turned, inside & (head == HEADS))
     tl.store(v + offset, value, inside & (head == HEADS + 1))
 

@@ -47,13 +47,16 @@ class Seen(NamedTuple):
       past: int32 [B], keys that all tokens see.
       extra: int32 [T], of the keys behind those, how many each token sees; None for none.
       most: the largest of `extra`.
-      bias: the same as plain torch adds it to the logits, [B, 1, 1 or T * N, S]; None where kernels run.
+      bias: the same as plain torch adds it to the logits, [B, 1 or T * N, S]; None where kernels run.
+      place: where plain torch puts the keys of the tokens, int64 [B * T] of B * S; None where kernels run or without
+        `extra`.
     """
 
     past: Tensor
     extra: Tensor | None
     most: int
     bias: Tensor | None
+    place: Tensor | None = None
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -65,11 +68,13 @@ def see(past: Tensor, extra: Tensor | None, most: int, keys: int, heads: int, li
     """Makes a mask of S keys once for all layers, for activations `like`; see `Seen`."""
     if on_gpu(like):
         return Seen(past, extra, most, None)
-    visible = past[:, None]
+    key, visible, place = torch.arange(keys, device=past.device), past[:, None], None
     if extra is not None:
+        first = visible + torch.arange(len(past), device=past.device)[:, None] * keys
+        place = (first + key[: len(extra)]).flatten()
         visible = visible + extra.repeat_interleave(heads)
-    mask = torch.arange(keys, device=past.device) < visible[..., None]
-    return Seen(past, extra, most, torch.where(mask, 0.0, MASKED).to(like.dtype)[:, None])
+    mask = key < visible[..., None]
+    return Seen(past, extra, most, torch.where(mask, 0.0, MASKED).to(like.dtype), place)
 
 
 def add_linear_(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
@@ -81,7 +86,13 @@ def linear_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """`gelu(x @ w.T + b)`, tanh form: [M, D], [F, D], [F] to [M, F]."""
     if on_gpu(x):
         return torch._addmm_activation(b, x, w.t(), use_gelu=True)  # cuBLASLt's epilogue, which has the tanh form
-    return F.gelu(F.linear(x, w, b), approximate="tanh")
+    return gelu(F.linear(x, w, b))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form, `x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x ** 3))`: a CPU has no fast tanh."""
+    y = x * x
+    return y.mul_(1.5957691216057308 * 0.044715).add_(1.5957691216057308).mul_(x).sigmoid_().mul_(x)
 
 
 def layer_norm(x: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -110,23 +121,29 @@ def geglu(gate_up: Tensor) -> Tensor:
 
         return kernels.geglu(gate_up)
     gate, up = gate_up.chunk(2, -1)
-    return F.gelu(gate, approximate="tanh") * up
+    return gelu(gate).mul_(up)
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs: [M, N, H] by float32 (cos, sin) [M, H/2, 2]."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.view_as_complex(turns)[:, None]).flatten(-2).to(x.dtype)
+    """Rotary embedding of neighbouring pairs: [M, N, H] by float32 (cos, sin) [M, H/2, 2]; float32 x is overwritten."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    pairs.mul_(torch.view_as_complex(turns)[:, None])
+    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
 
 
-def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: Tensor | None = None) -> Tensor:
+def rotate_qkv(qkv: Tensor, turns: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated queries [M, N * H], rotated keys [M, H] and values [M, H] of [M, (N + 2) * H]; qkv is overwritten."""
+    turned = rotate(qkv[:, :-dim].unflatten(1, (-1, dim)), turns)
+    return turned[:, :-1].flatten(1), turned[:, -1], qkv[:, -dim:]
+
+
+def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Rotates queries and keys and puts keys and values where they belong.
 
     Args:
-      qkv: [M, (N + 2) * H], or [M, 2 * H] without queries.
+      qkv: [M, (N + 2) * H], or [M, 2 * H] without queries; overwritten.
       turns: float32 [M, H/2, 2], cos and sin of every row's angles.
-      k, v: [B, S, H], written from key `at` on.
-      at: int32 [B]; None for 0.
+      k, v: [B, S, H], of which the first are written.
 
     Returns:
       Queries [M, N * H].
@@ -134,16 +151,11 @@ def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor, at: Tensor | Non
     if on_gpu(qkv):
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.split_qkv(qkv, turns, k, v, at)
-    size, _, dim = k.shape
-    heads = qkv.shape[1] // dim - 2
-    rotated = rotate(qkv[:, :-dim].unflatten(1, (-1, dim)), turns)  # queries and key
-    keys, values = (x.unflatten(0, (size, -1)) for x in (rotated[:, -1], qkv[:, -dim:]))
-    place = torch.arange(keys.shape[1], device=k.device) + (0 if at is None else at[:, None])
-    place = place.long().expand(keys.shape[:2])[..., None].expand_as(keys)
-    k.scatter_(1, place, keys)
-    v.scatter_(1, place, values)
-    return rotated[:, :heads].flatten(1)
+        return kernels.split_qkv(qkv, turns, k, v)
+    q, keys, values = rotate_qkv(qkv, turns, k.shape[2])
+    for cache, new in ((k, keys), (v, values)):
+        cache[:, : len(new) // len(cache)] = new.unflatten(0, (len(cache), -1))
+    return q
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
@@ -161,8 +173,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
         from openpi_port.pi_torch.fast import kernels
 
         return kernels.attend(q, k, v, seen)
-    rows = q.reshape(len(k), 1, -1, k.shape[2])  # heads share keys, so they are rows
-    return F.scaled_dot_product_attention(rows, k[:, None], v[:, None], attn_mask=seen.bias, scale=1.0).reshape(q.shape)
+    rows = q.reshape(len(k), -1, k.shape[2])  # heads share keys, so they are rows
+    return torch.bmm(torch.baddbmm(seen.bias, rows, k.transpose(1, 2)).softmax(-1), v).reshape(q.shape)
+
+
+def attend_all(qkv: Tensor, size: int, heads: int) -> Tensor:
+    """Attention of every row of a sample to all its rows: [B * T, 3 * N * H] to [B * T, N * H]; queries come scaled."""
+    q, k, v = qkv.view(size, -1, 3, heads, qkv.shape[1] // (3 * heads)).transpose(1, 3).unbind(2)
+    if on_gpu(qkv):
+        y = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    else:  # on a CPU faster than that
+        y = (q @ k.mT).softmax(-1) @ v
+    return y.transpose(1, 2).reshape(len(qkv), -1)
 
 
 def start(x: Tensor, scale: Tensor) -> Residual:
@@ -172,25 +194,29 @@ def start(x: Tensor, scale: Tensor) -> Residual:
 
         return kernels.start(x, scale)
     x32 = x.float()
-    return Residual(x, (x32 * scale).to(x.dtype), torch.linalg.vecdot(x32, x32)[:, None])
+    squares = torch.linalg.vector_norm(x32, dim=1, keepdim=True).square_()
+    return Residual(x, (x32 * scale).to(x.dtype), squares)
 
 
 def normed_linear(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
-    """`norm(x) @ w.T + bias`, in float32: w [F, D], bias float32 [F] or None; float32 [M, F]."""
+    """`norm(x) @ w.T + bias`: w [F, D], bias float32 [F] or None; [M, F], in float32 with a bias."""
     norm = torch.rsqrt(stream.squares.sum(-1, keepdim=True) / w.shape[1] + EPS)
-    y = F.linear((stream.scaled * norm).to(w.dtype), w).float()  # in plain torch it is cheaper to divide first
+    y = F.linear((stream.scaled * norm).to(w.dtype), w)  # in plain torch it is cheaper to divide first
     return y if bias is None else y + bias
 
 
 def normed_qkv(
-    stream: Residual, w: Tensor, bias: Tensor | None, turns: Tensor, k: Tensor, v: Tensor, at: Tensor
+    stream: Residual, w: Tensor, bias: Tensor | None, turns: Tensor, k: Tensor, v: Tensor, seen: Seen
 ) -> Tensor:
-    """`split_qkv` of `normed_linear`."""
+    """`split_qkv` of `normed_linear`, but keys and values go behind those that all tokens see."""
     if on_gpu(stream.x):
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.normed_qkv(stream, w, bias, turns, k, v, at)
-    return split_qkv(normed_linear(stream, w, bias).to(stream.x.dtype), turns, k, v, at)
+        return kernels.normed_qkv(stream, w, bias, turns, k, v, seen.past)
+    q, keys, values = rotate_qkv(normed_linear(stream, w, bias).to(stream.x.dtype), turns, k.shape[2])
+    k.flatten(0, 1).index_copy_(0, seen.place, keys)
+    v.flatten(0, 1).index_copy_(0, seen.place, values)
+    return q
 
 
 def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -216,8 +242,9 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
         from openpi_port.pi_torch.fast import kernels
 
         return kernels.add_projected(stream, a, w, gate, scale)
-    y = F.linear(a, w)
-    return start(stream.x + (y if gate is None else (y * gate).to(y.dtype)), scale)
+    if gate is None:
+        return start(torch.addmm(stream.x, a, w.t()), scale)
+    return start(stream.x + (F.linear(a, w) * gate).to(a.dtype), scale)
 
 
 def lift(x_t: Tensor, first: Tensor, bias: Tensor, tokens: int, *, swish: bool, dtype: torch.dtype) -> Residual:
