@@ -13,6 +13,7 @@ from flax import nnx
 from openpi_port.config import Compute
 from openpi_port.config import Siglip as Config
 from openpi_port.pi_flax.attention import attention
+from openpi_port.pi_flax.fast.backward import add_to_each, finished
 from openpi_port.pi_flax.layers import LayerNorm, Linear, kept, lowered, run, stack
 
 
@@ -40,7 +41,7 @@ class Mlp(nnx.Module):
         self.down = Linear(config.mlp_dim, config.width, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(kept(self.up(x)), approximate=True))
+        return self.down(jax.nn.gelu(kept(finished(self.up(x))), approximate=True))
 
 
 class Block(nnx.Module):
@@ -73,7 +74,7 @@ class Siglip(nnx.Module):
         """Patches of float32 images [B, H, W, 3] with their positions, [B, T, W] in the working dtype."""
         p = self.patch_size
         patches = rearrange(images, "B (h p) (w q) c -> B (h w) (p q c)", p=p, q=p)
-        x = self.patch_embed(patches) + self.pos_embedding[...]  # in float32, as the reference
+        x = add_to_each(self.patch_embed(patches), self.pos_embedding[...])  # in float32, as the reference
         return x.astype(self.compute.dtype)
 
     def __call__(self, images: jax.Array) -> jax.Array:
