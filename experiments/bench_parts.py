@@ -133,6 +133,8 @@ def train(setting: Setting) -> Iterator[Figure]:
     The host looks at the loss of every fifth step: in a run it doesn't wait for each either.
     """
     config, backend = setting.config, setting.backend
+    every = dict.fromkeys(config.model.cameras, "any")  # the random batch has all that the model has
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, cameras=every))
     _, count = backend.sharding.join()
     shape = meshes.shape(config.mesh, backend.device.count(), count, config.batch_size)
     trainer = backend.train.Trainer(config, random_weights(config.model, config.backend))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,20 @@ def prompt(batch: Batch) -> tuple[str, ...]:
 def select(batch: Batch, keys: tuple[str, ...]) -> dict[str, Any]:
     """The named fields of a batch, so that nothing else is copied to the device."""
     return {key: dict(batch[key]) if isinstance(batch[key], Mapping) else batch[key] for key in keys}
+
+
+def leave_out(batch: Batch, cameras: Collection[str]) -> dict[str, Any]:
+    """A batch in numpy without the other cameras, whose images are masked: a masked image changes nothing but the work.
+
+    Args:
+      batch: of training.
+      cameras: that some data set has (`Train.cameras`). If another one is seen nevertheless, nothing is left out.
+    """
+    image, mask = batch["image"], batch["image_mask"]
+    if any(np.any(mask[name]) for name in mask if name not in cameras):
+        return dict(batch)
+    kept = [name for name in image if name in cameras]
+    return {**batch, "image": {name: image[name] for name in kept}, "image_mask": {name: mask[name] for name in kept}}
 
 
 def prompt_lengths(model: Pi0 | Pi0Fast) -> list[int]:

@@ -393,6 +393,17 @@ class Train:
                     )
 
     @property
+    def cameras(self) -> tuple[str, ...]:
+        """The model's cameras that some data set has; images of others are masked in all samples.
+
+        All of them where masks don't hide what is missing (`Pi0Fast.missing_cameras`), or where none is named yet.
+        """
+        if getattr(self.model, "missing_cameras", "masked") == "visible":
+            return self.model.cameras
+        named = {camera for data in self.datasets.values() for camera in data.cameras}
+        return tuple(camera for camera in self.model.cameras if camera in named) or self.model.cameras
+
+    @property
     def datasets(self) -> Mapping[str, Data]:
         """All data sets by name; that of the deployed robot comes first and is called ""."""
         return {"": self.data, **self.mixture}

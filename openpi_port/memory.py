@@ -178,7 +178,8 @@ _LAYERS = re.compile(r"^(vision/blocks|vision/head|gemma/layers)/(?!.*norm_\w+/(
 
 def _activations(config: Train) -> tuple[int, int]:
     """Bytes per sample that the backward pass needs, and of the workspace of one layer."""
-    model, size = config.model, 2 if config.compute.dtype == "bfloat16" else 4
+    model = dataclasses.replace(config.model, cameras=config.cameras)
+    size = 2 if config.compute.dtype == "bfloat16" else 4
     prefix, suffix = model.prefix_len, 0 if isinstance(model, Pi0Fast) else model.suffix_len
     read = prefix + (config.max_action_tokens if config.insulate else 0)  # by the language model
     tokens = len(model.cameras) * model.vision.num_tokens

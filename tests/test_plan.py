@@ -20,6 +20,8 @@ GIB = memory.GIB
 
 def base(backend: str, remat: str, microbatches: int = 1, gradients: str = "float32", **changes) -> Train:
     config = build(Train, pi0_aloha.get_config("base"))
+    data = dataclasses.replace(config.data, cameras=dict.fromkeys(config.model.cameras, "top"))
+    changes = {"data": data, **changes}
     compute = Compute(dtype="bfloat16", remat=remat, gradients=gradients)
     return dataclasses.replace(config, backend=backend, compute=compute, microbatches=microbatches, **changes)
 

@@ -13,6 +13,7 @@ from frameworks import NAMES, Framework
 from configs import pi0_aloha, pi05_aloha
 from convert import tables
 from openpi_port import init
+from openpi_port.batch import leave_out
 from openpi_port.config import Compute, Optimizer, Train
 from openpi_port.errors import UserError
 from openpi_port.fields import build
@@ -152,6 +153,24 @@ def test_gradients_of_layers_apart(model):
     for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == np.float32
         np.testing.assert_allclose(a, b, atol=2e-6 * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cameras_that_no_data_set_has_are_left_out(name):
+    """They are masked: the step is the same with and without them."""
+    few = run_config()
+    few = dataclasses.replace(few, model=dataclasses.replace(few.model, cameras=("base_0_rgb", "left_wrist_0_rgb")))
+    data = dataclasses.replace(few.data, cameras=dict.fromkeys(few.model.cameras, "top"))
+    batch = batches(few, 1)[0]
+    batch["image_mask"]["left_wrist_0_rgb"][:] = False
+    assert few.cameras == ("base_0_rgb",)
+    assert set(leave_out(batch, few.cameras)["image"]) == {"base_0_rgb"}
+    one, both = trainer(name, few), trainer(name, dataclasses.replace(few, data=data))
+    found, expected = one.update(batch), both.update(batch)
+    for key in ("loss", "grad_norm"):
+        assert float(found[key]) == pytest.approx(float(expected[key]), rel=1e-5)
+    batch["image_mask"]["left_wrist_0_rgb"][0] = True
+    assert len(leave_out(batch, few.cameras)["image"]) == 2
 
 
 @pytest.mark.parametrize("gradients", ["float32", "bfloat16"])

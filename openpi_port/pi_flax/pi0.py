@@ -60,16 +60,17 @@ class Pi0(nnx.Module):
         self.action_out_proj = Linear(width, config.action_dim, bias=True)
 
     def embed_prefix(self, batch: Batch) -> Tokens:
-        """Tokens of all cameras, then of the prompt; they all see one another."""
+        """Tokens of the batch's cameras, in the model's order, then of the prompt; they all see one another."""
+        names = [name for name in self.config.cameras if name in batch["image"]]
         # Samples first, so that devices that share a batch keep their own.
-        images = jnp.stack([to_unit(batch["image"][name]) for name in self.config.cameras], axis=1)  # [B, cameras, ...]
+        images = jnp.stack([to_unit(batch["image"][name]) for name in names], axis=1)  # [B, cameras, ...]
         size, cameras = images.shape[:2]
         image_tokens = self.vision(images.reshape(-1, *images.shape[2:]))  # [B * cameras, T, D]
         per_image = image_tokens.shape[1]
         prompt = self.gemma.embed(jnp.asarray(batch["tokenized_prompt"]))
         x = jnp.concatenate([image_tokens.reshape(size, cameras * per_image, -1), prompt], axis=1)
 
-        seen = [jnp.asarray(batch["image_mask"][name])[:, None] for name in self.config.cameras]
+        seen = [jnp.asarray(batch["image_mask"][name])[:, None] for name in names]
         valid = [jnp.broadcast_to(m, (size, per_image)) for m in seen]
         valid = jnp.concatenate([*valid, jnp.asarray(batch["tokenized_prompt_mask"])], axis=1)
         return Tokens(x, valid, jnp.zeros_like(valid))

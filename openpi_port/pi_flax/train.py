@@ -83,7 +83,7 @@ class Trainer:
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on this process's part of a batch; returns scalars that are still being computed."""
-        batch = self._layout.put(batches.select(batch, self._keys))
+        batch = self._layout.put(batches.leave_out(batches.select(batch, self._keys), self.config.cameras))
         rate = np.float32(learning_rate(self.step, self.config.optimizer))
         with devices.precision(self.config.compute):
             self._state, metrics = self._update(self._state, batch, rate)
@@ -92,7 +92,7 @@ class Trainer:
 
     def evaluate(self, batch: Batch) -> float:
         """The loss of the averaged weights on a batch, of which this process gives its part."""
-        batch = self._layout.put(batches.select(batch, self._keys))
+        batch = self._layout.put(batches.leave_out(batches.select(batch, self._keys), self.config.cameras))
         trained = self._deployed()
         with devices.precision(self.config.compute):
             return float(self._evaluate(trained, self._state.frozen, batch))

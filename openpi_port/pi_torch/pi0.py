@@ -61,8 +61,9 @@ class Pi0(nn.Module):
         self.action_out_proj = Linear(width, config.action_dim, bias=True)
 
     def embed_prefix(self, batch: Batch) -> Tokens:
-        """Tokens of all cameras, then of the prompt; they all see one another."""
-        images = torch.stack([to_unit(batch["image"][name]) for name in self.config.cameras])  # [cameras, B, ...]
+        """Tokens of the batch's cameras, in the model's order, then of the prompt; they all see one another."""
+        names = [name for name in self.config.cameras if name in batch["image"]]
+        images = torch.stack([to_unit(batch["image"][name]) for name in names])  # [cameras, B, ...]
         cameras, size = images.shape[:2]
         image_tokens = self.vision(images.flatten(0, 1))
         image_tokens = image_tokens.unflatten(0, (cameras, size))
@@ -70,7 +71,7 @@ class Pi0(nn.Module):
         x = torch.cat([*image_tokens, prompt], dim=1)
 
         per_image = image_tokens.shape[2]
-        seen = [batch["image_mask"][name][:, None] for name in self.config.cameras]
+        seen = [batch["image_mask"][name][:, None] for name in names]
         valid = [m.expand(size, per_image) for m in seen]
         valid = torch.cat([*valid, batch["tokenized_prompt_mask"]], dim=1)
         return Tokens(x, valid, torch.zeros_like(valid))

@@ -97,7 +97,7 @@ class Trainer:
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on this process's part of a batch; returns scalars that are still being computed."""
-        batch = self._layout.put(batches.select(batch, self._keys))
+        batch = self._layout.put(batches.leave_out(batches.select(batch, self._keys), self.config.cameras))
         rate = learning_rate(self.step, self.config.optimizer)
         with devices.precision(self.config.compute):
             metrics = self._update_fn(batch, rate)
@@ -107,7 +107,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> float:
         """The loss of the averaged weights on a batch, of which this process gives its part."""
-        batch = self._layout.put(batches.select(batch, self._keys))
+        batch = self._layout.put(batches.leave_out(batches.select(batch, self._keys), self.config.cameras))
         with devices.precision(self.config.compute):
             if self._state.average is None:
                 return float(self._losses(self._loss, batch)["loss"])
