@@ -1,6 +1,6 @@
 """A run for `test_sharding.py`, in one of several processes: a few steps, and a checkpoint of each.
 
-python tests/spread.py BACKEND DIRECTORY data=2,fsdp=4 data=8,fsdp=1
+python tests/spread.py BACKEND DIRECTORY data=2,fsdp=4 data=8,fsdp=1,microbatches=2
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from test_train_step import batches, run_config
 from convert import tables
 from openpi_port import init
 from openpi_port.backends import Backend
-from openpi_port.config import Mesh, Train
+from openpi_port.config import Compute, Mesh, Train
 
 STEPS = 3
 
 
-def config(mesh: Mesh) -> Train:
+def config(mesh: Mesh, microbatches: int = 1) -> Train:
     """A small run in which every parameter with a suitable axis is split."""
-    return dataclasses.replace(run_config(), batch_size=8, mesh=mesh)
+    compute = Compute(remat="auto", gradients="auto")
+    return dataclasses.replace(run_config(), batch_size=8, mesh=mesh, compute=compute, microbatches=microbatches)
 
 
 def part(tree, index: int, count: int):
@@ -34,9 +35,9 @@ def part(tree, index: int, count: int):
     return tree[index * size : (index + 1) * size]
 
 
-def train(backend: str, mesh: Mesh, index: int = 0, count: int = 1):
+def train(backend: str, mesh: Mesh, index: int = 0, count: int = 1, microbatches: int = 1):
     """Losses and norms of a few steps (and of an evaluation, which Flax would compile for long), and the trainer."""
-    run = config(mesh)
+    run = config(mesh, microbatches)
     weights = tables.translate(init.Fresh(run.model, 0), run.model, "flax", backend)
     trainer = Backend(backend).train.Trainer(run, weights, "cpu")
     data = [part(batch, index, count) for batch in batches(run, STEPS)]
@@ -49,9 +50,11 @@ def main() -> None:
     """Runs every mesh that the command line names."""
     backend, directory, *meshes = sys.argv[1:]
     index, count = Backend(backend).sharding.join()
+    Backend(backend).sharding.LARGE = 2**10
     for i, words in enumerate(meshes):
         sizes = {key: int(value) for key, value in (word.split("=") for word in words.split(","))}
-        losses, trainer = train(backend, Mesh(**sizes, min_size=2**10), index, count)
+        microbatches = sizes.pop("microbatches", 1)
+        losses, trainer = train(backend, Mesh(**sizes, min_size=2**10), index, count, microbatches)
         state = trainer.weights() | trainer.train_state()
         np.savez(Path(directory) / f"{i}.{index}.npz", **{k.replace("/", "|"): v for k, v in state.items()})
         (Path(directory) / f"{i}.{index}.json").write_text(json.dumps(losses))

@@ -94,7 +94,7 @@ def _try_two(backend: str, directory: Path, meshes_: list[str], devices: int) ->
 
 # 2 JAX processes with 4 devices each, of which each holds a quarter of the state; 2 torch processes.
 @pytest.mark.parametrize(
-    ("backend", "wanted"), [("flax", ["data=2,fsdp=4"]), ("torch", ["data=2,fsdp=1", "data=1,fsdp=2"])]
+    ("backend", "wanted"), [("flax", ["data=2,fsdp=4"]), ("torch", ["data=2,fsdp=1,microbatches=2", "data=1,fsdp=2"])]
 )
 def test_the_curve_of_one_device(tmp_path, backend, wanted):
     losses, trainer = train(backend, Mesh(data=1))

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from openpi_port import meshes
+from openpi_port import memory, meshes
 from openpi_port.config import Train
 from openpi_port.errors import UserError
 from openpi_port.pi_torch import device as devices
@@ -31,6 +31,7 @@ from openpi_port.pi_torch import weights as weights_io
 from openpi_port.pi_torch.fast.adamw import Rows
 from openpi_port.pi_torch.layers import lowered
 
+LARGE = 2**20  # elements of a gradient that is sent by itself
 PATIENCE = datetime.timedelta(hours=2)  # with one another; what one process fetches, the others wait for
 
 
@@ -102,6 +103,7 @@ class Layout:
 
     Attributes:
       shape: devices along `data` and `fsdp`.
+      config: the run, with what is "auto" of what takes memory settled.
       device: this process's.
       parameters: of the model, by name, once it is filled.
       parts: what this device holds of each, sharing its memory; but where the model has a rounded copy, the float32.
@@ -113,6 +115,7 @@ class Layout:
         self.device = devices.find(device)
         self._count = dist.get_world_size() if dist.is_initialized() else 1
         self.shape = meshes.shape(config.mesh, self._count, self._count, config.batch_size)
+        self.config = config = memory.settle(config, self.shape, devices.describe(self.device)[1])
         self._min_size = config.mesh.min_size
         self._stored_in = partial(meshes.stored_in, config)
         self._compute = config.compute
@@ -221,8 +224,8 @@ class Layout:
 
 def _add_up(grads: list[Tensor], dtype: torch.dtype) -> None:
     """The sums over all devices, in place; of large ones in parts of that dtype, if theirs is none better."""
-    small = [grad for grad in grads if grad.numel() < 2**20]
-    large = [part for grad in grads if grad.numel() >= 2**20 for part in grad.view(-1).split(2**27)]
+    small = [grad for grad in grads if grad.numel() < LARGE]
+    large = [part for grad in grads if grad.numel() >= LARGE for part in grad.view(-1).split(2**27)]
     for part in [*large, *([torch.cat([grad.flatten().float() for grad in small])] if small else [])]:
         wide = part.to(torch.promote_types(part.dtype, dtype))
         dist.all_reduce(wide)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openpi_port import batch as batches
 from openpi_port import config as configs
-from openpi_port import memory, meshes, strict
+from openpi_port import meshes, strict
 from openpi_port.batch import Batch
 from openpi_port.config import Train as Config
 from openpi_port.errors import UserError
@@ -53,8 +53,7 @@ class Trainer:
     def __init__(self, config: Config, weights: Mapping[str, np.ndarray], device: str | None = None) -> None:
         """Fills a model with `weights` (by torch name, all of them) and makes a fresh optimizer state."""
         self._layout = Layout(config, device)
-        config = memory.settle(config, self._layout.shape, devices.describe(self._layout.device)[1])
-        self.config = config
+        self.config = config = self._layout.config
         self.step = 0
         compute = attention.resolve(config.compute, self._layout.device)
         split = self._layout.shape[1] > 1
