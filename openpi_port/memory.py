@@ -26,7 +26,7 @@ class Plan:
     Attributes:
       num_params: parameters in all; `num_trained` of them are trained.
       rounded: what layers compute with beside float32 weights.
-      gradients: what they add to the peak. Of a batch in one part Flax writes them where activations were, as far as
+      gradients: what they add to the peak. Of a batch in one part they are written where activations were, as far as
         these reach.
     """
 
@@ -86,11 +86,10 @@ def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
     gradients = 4 * whole + sums * rounded
     samples = config.batch_size // math.prod(shape) // config.microbatches
     kept, workspace = (samples * n for n in _activations(config))
-    if config.backend == "flax":
-        if parts and config.compute.compile == "scan":  # not only the sum, but what is added to it
-            gradients += 4 * whole + 2 * rounded
-        elif not parts:
-            gradients = max(0, gradients - kept)
+    if not parts:
+        gradients = max(0, gradients - kept)
+    elif config.backend == "flax" and config.compute.compile == "scan":  # not only the sum, but what is added to it
+        gradients += 4 * whole + 2 * rounded
     weights, rounded, gradients, moments = (
         -(-n // shape[1]) for n in (weights, 2 * rounded, gradients, 4 * num_trained)
     )
@@ -206,7 +205,8 @@ def _kept(layers: Siglip | Gemma, keys: int, config: Train) -> int:
         heads, attended, gates = 3 * width, width, 1
     products = 2 * width + heads + attended + gates * mlp  # the layer's input, attention's sum, and between them
     if remat == "dots":
-        return products + (width if config.backend == "torch" else 0)  # torch doesn't know that the last isn't needed
+        eager = config.backend == "torch" and config.compute.compile == "none"
+        return products + (width if eager else 0)  # which doesn't know that the last isn't needed
     plain = config.compute.attention == "plain" or config.compute.dtype == "float32"
     return products + 4 * width + 2 * mlp + (3 * layers.num_heads * keys if plain else 0)
 
