@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import av
+import commands
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -37,11 +38,7 @@ def transfer():
         yield sim
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m experiments.collect` as a user runs it."""
-    command = [sys.executable, "-m", "experiments.collect", *arguments]
-    env = {**os.environ, **environment}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100, check=False)
+run = partial(commands.run, "experiments.collect")
 
 
 @pytest.mark.parametrize("task", aloha.TASKS)

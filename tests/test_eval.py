@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 
 import av
+import commands
 import numpy as np
 import pytest
-from conftest import ROOT
 from small_policy import FAST, MODEL, make_checkpoint
 
 from experiments import compare, eval_report, open_loop
@@ -253,11 +251,7 @@ def test_two_evaluations_seed_by_seed(tmp_path, capsys):
     assert compare.main([str(a), str(b)]) == 2 and "--trajectories" in capsys.readouterr().err
 
 
-def command(*arguments, **env):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.eval", *arguments], cwd=ROOT, env={**os.environ, **env},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+command = partial(commands.run, "experiments.eval")
 
 
 def test_a_wrong_command_is_one_line():

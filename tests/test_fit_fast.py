@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import numpy as np
 import scipy.fft
 
@@ -54,17 +52,8 @@ def test_page():
 
 def test_the_program(tmp_path):
     out = tmp_path / "tokenizer"
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.fit_fast",
-        "--config=pi0_aloha:debug",
-        f"--out={out}",
-        "--max_chunks=60",
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MPLCONFIGDIR": str(tmp_path)}
-    )
+    arguments = ["--config=pi0_aloha:debug", f"--out={out}", "--max_chunks=60"]
+    done = commands.run("experiments.fit_fast", *arguments, MPLCONFIGDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "recommended: scale" in done.stdout and "<table>" in (out / "report.html").read_text()
     assert FastTokenizer.open(out).time_horizon == 50

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
+from functools import partial
 
+import commands
 import numpy as np
 import pytest
-from conftest import ROOT
 from frameworks import NAMES, Framework
 from small_policy import ACTION_DIM, FAST, HORIZON, MODEL, make_checkpoint
 
@@ -218,13 +217,12 @@ def test_page_of_a_checkpoint_without_its_data(tmp_path):
 
 
 def test_the_command(tmp_path):
+    run = partial(commands.run, "experiments.inspect")
     out = tmp_path / "page.html"
-    command = [sys.executable, "-m", "experiments.inspect", f"--out={out}"]
-    run = lambda *more: subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=False)  # noqa: E731
-    done = run("--config=pi0_aloha:debug", "--samples=1", "--config.data.cache_gb=0.0")
+    done = run(f"--out={out}", "--config=pi0_aloha:debug", "--samples=1", "--config.data.cache_gb=0.0")
     assert done.returncode == 0, done.stderr
     assert "1 samples" in done.stdout and out.read_text().startswith("<!doctype html>")
-    done = run()
+    done = run(f"--out={out}")
     assert (
         done.returncode == 2 and done.stderr.startswith("error: give one of --config") and done.stderr.count("\n") == 1
     )

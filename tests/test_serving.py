@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import commands
 import hypothesis.strategies as st
 import msgpack
 import numpy as np
@@ -455,15 +456,12 @@ def test_the_command_serves_and_ends_on_sigterm(tmp_path):
 
 
 def test_the_command_without_a_checkpoint_is_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.serve"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = commands.run("experiments.serve")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --checkpoint=") and done.stderr.count("\n") == 1
 
 
 def test_no_reply_is_lost_or_crossed_among_faults():
-    command = [sys.executable, "-m", "openpi_port.serving.benchmark", "soak", "--clients=4", "--seconds=2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = commands.run("openpi_port.serving.benchmark", "soak", "--clients=4", "--seconds=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "replies" in done.stdout and "crossed" not in done.stdout and "lost" not in done.stdout

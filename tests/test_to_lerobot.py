@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
 from rlds_writer import droid_episode, write_droid
 from test_aloha_hdf5 import write as write_hdf5
 
@@ -148,15 +145,13 @@ def test_pictures_that_video_cannot_hold(tmp_path):
 
 def test_the_command_line(tmp_path):
     root = write_droid(tmp_path)
-    command = [sys.executable, "-m", "experiments.to_lerobot", f"--repo_id={root}", f"--state={droid.STATE}"]
-    arguments = [f"--actions={droid.RLDS_VELOCITIES}", "--fps=15", f"--out={tmp_path / 'out'}"]
+    arguments = [f"--repo_id={root}", f"--state={droid.STATE}", f"--actions={droid.RLDS_VELOCITIES}", "--fps=15"]
+    arguments.append(f"--out={tmp_path / 'out'}")
     for extra, code, words in (
         ([], 0, "3 episodes, 12 frames"),
         ([], 2, "exists already"),
         (["--skip=x"], 2, "--skip=x"),
     ):
-        done = subprocess.run(
-            [*command, *arguments, *extra], cwd=ROOT, env={**os.environ}, capture_output=True, text=True
-        )
+        done = commands.run("experiments.to_lerobot", *arguments, *extra)
         assert done.returncode == code and words in done.stdout + done.stderr.splitlines()[-1], done.stderr
         assert "Traceback" not in done.stderr

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -128,12 +129,11 @@ def start(*args: str) -> subprocess.Popen:
     ],
 )
 def test_one_line_for_a_mistake(args, words):
-    process = start(*args)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2, output
-    last = output.strip().splitlines()[-1]
-    assert last.startswith("error: ") and words in last, output
-    assert "Traceback" not in output
+    done = commands.run("experiments.train", *args)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and words in last, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
