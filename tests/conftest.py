@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -44,3 +45,11 @@ def shared() -> Path:
     if os.environ.get("OPENPI_PORT_REQUIRE_SHARED"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="module")
+def own_caches(tmp_path_factory) -> Iterator[None]:
+    """Caches of decoded frames that nothing else has filled."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -7,28 +7,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from frameworks import NAMES, Framework, batch_of, golden_model
+import tiny_fast
+from frameworks import NAMES, Framework, golden_reference
 from small_policy import MODEL, make_checkpoint, observation_of
+from tiny_fast import TINY
 
 from openpi_port import Policy, UserError, init
 from openpi_port import batch as batches
-from openpi_port import grammar as grammars
-from openpi_port.config import Lora, Pi0Fast
+from openpi_port.config import Lora
 from openpi_port.rng import draw_noise
-from openpi_port.tokenizers import fast as fast_tokenizer
-from openpi_port.tokenizers import paligemma
-from openpi_port.tokenizers.fast_sequence import FastSequence
 
 ATOL = 1e-4
 
 
 @pytest.fixture(scope="module", params=["pi0", "pi05"])
 def reference(request, golden):
-    path = golden / "openpi" / request.param
-    weights, config = golden_model(path)
-    return SimpleNamespace(
-        weights=dict(weights), config=config, batch=batch_of(path), outputs=dict(np.load(path / "outputs_float32.npz"))
-    )
+    return golden_reference(golden / "openpi" / request.param)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -109,14 +103,8 @@ def test_adapters_must_be_merged(name):
 
 # ---- pi0-FAST
 
-TINY = Pi0Fast(
-    vision=MODEL.vision,
-    language=MODEL.language,
-    vocab_size=1152,
-    action_dim=5,
-    action_horizon=6,
-    max_token_len=20,
-    cameras=("base_0_rgb", "wrist_0_rgb"),
+TWO_CAMERAS = dataclasses.replace(
+    TINY, vision=MODEL.vision, language=MODEL.language, cameras=("base_0_rgb", "wrist_0_rgb")
 )
 
 
@@ -127,28 +115,18 @@ def fast_framework(request):
 
 def test_greedy_tokens(golden, fast_framework):
     """Every token is allowed, and what is generated first hangs on the prompt's last token."""
-    path = golden / "openpi" / "pi0_fast"
-    weights, config = golden_model(path)
-    plain = fast_framework.load(config, dict(weights))
+    reference = golden_reference(golden / "openpi" / "pi0_fast")
+    plain, batch = fast_framework.load(reference.config, reference.weights), reference.batch
     fast = fast_framework.backend.fast.optimize(plain)
-    batch = batch_of(path)
     np.testing.assert_array_equal(fast.decode(batch, 12), plain.decode(batch, 12))
     np.testing.assert_array_equal(fast.loss(batch), plain.loss(batch))
 
 
 def test_decoding_whole_chunks(fast_framework):
     """With the grammar, likeliest and drawn tokens, prompts of many lengths, an absent camera."""
-    plain = fast_framework.load(TINY, init.Fresh(TINY, 3))
+    plain = fast_framework.load(TWO_CAMERAS, init.Fresh(TWO_CAMERAS, 3))
     fast = fast_framework.backend.fast.optimize(plain)
-    sequence = FastSequence(paligemma.load("small"), fast_tokenizer.load("fast_aloha"), TINY.vocab_size)
-    grammar = grammars.build(sequence, TINY.action_horizon, TINY.action_dim)
-    rng, size = np.random.default_rng(0), 3
-    batch = {
-        "image": {c: rng.integers(0, 256, (size, 32, 32, 3), np.uint8) for c in TINY.cameras},
-        "image_mask": {c: np.full(size, i == 0) for i, c in enumerate(TINY.cameras)},
-        "tokenized_prompt": rng.integers(2, 512, (size, TINY.max_token_len)).astype(np.int32),
-        "tokenized_prompt_mask": np.arange(TINY.max_token_len) < rng.integers(3, TINY.max_token_len + 1, (size, 1)),
-    }
+    grammar, batch = tiny_fast.grammar(), tiny_fast.batch_of_prompts(3, TWO_CAMERAS)
     for temperature in (0.0, 1.0):
         a, b = (m.decode(batch, 40, temperature, 5, grammar) for m in (plain, fast))
         np.testing.assert_array_equal(a, b)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
+from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 from frameworks import NAMES, Framework
@@ -13,8 +14,7 @@ from frameworks import NAMES, Framework
 import openpi_port
 from configs import pi0_aloha, pi05_aloha, pi05_aloha_ki
 from convert import tables
-from experiments import train
-from openpi_port import checkpoint, init, memory, starting
+from openpi_port import checkpoint, init, memory
 from openpi_port import grammar as grammars
 from openpi_port.config import SIZES, Gemma, Pi0, Siglip, Train
 from openpi_port.data import material
@@ -80,30 +80,14 @@ def insulated(framework):
     return importlib.import_module(f"openpi_port.pi_{framework.name}.insulated")
 
 
-def call(framework, model, function, *args):
-    """A function of the module and of numpy, compiled, without gradients; numpy again."""
-    inputs = framework.array(args)
-    if framework.name == "torch":
-        import torch
-
-        with torch.no_grad():
-            return tuple(map(framework.numpy, function(model.module, *inputs)))
-    import jax
-    from flax import nnx
-
-    graph, state = nnx.split(model.module)
-    out = jax.jit(lambda state, inputs: tuple(function(nnx.merge(graph, state), *inputs)))(state, inputs)
-    return tuple(map(framework.numpy, out))
-
-
 def losses(framework, model, batch) -> tuple[np.ndarray, np.ndarray]:
     """Of the flow [B, A] and of the tokens [B]."""
-    return call(framework, model, insulated(framework).losses, batch, batch["noise"], batch["time"])
+    return framework.compiled(model, insulated(framework).losses)(batch, batch["noise"], batch["time"])
 
 
 def hidden(framework, model, batch) -> np.ndarray:
     """What each action token is predicted from, [B, N, D]."""
-    return call(framework, model, lambda module, batch: insulated(framework).read(module, batch)[2:], batch)[0]
+    return framework.compiled(model, lambda module, batch: insulated(framework).read(module, batch)[2:])(batch)[0]
 
 
 @pytest.fixture(scope="module")
@@ -212,49 +196,39 @@ def test_padding_takes_no_part(framework, model):
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """The debug config with few samples, and caches of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        config = build(Train, pi05_aloha_ki.get_config("debug"))
-        optimizer = dataclasses.replace(config.optimizer, peak_lr=2e-3)
-        every = {"log_every": 1, "save_every": 100, "eval_every": 100, "eval_batches": 1}
-        data = dataclasses.replace(config.data, validation=0.0)
-        yield dataclasses.replace(config, optimizer=optimizer, data=data, batch_size=2, **every)
+def job(own_caches, tmp_path_factory) -> Train:
+    config = jobs.debug(pi05_aloha_ki, tmp_path_factory.mktemp("run"), peak_lr=2e-3, backend="torch", num_steps=15)
+    return jobs.with_data(config, validation=0.0)
 
 
-def run(config: Train, out, *, resume: bool = False, **changes):
-    config = dataclasses.replace(config, out=str(out), **changes)
-    path = out / config.name
-    train.train(config, path, starting.point(path, config, resume=resume))
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return path, [[line[k] for k in ("loss", "loss_flow", "loss_tokens")] for line in lines if "loss" in line]
+def curves(path: Path) -> np.ndarray:
+    """Loss, loss of the flow, loss of the tokens, of every step: [steps, 3]."""
+    return np.transpose([jobs.logged(path, key) for key in ("loss", "loss_flow", "loss_tokens")])
 
 
 @pytest.fixture(scope="module")
-def torch_run(job, tmp_path_factory):
+def torch_run(job) -> Path:
     """15 steps."""
-    return run(job, tmp_path_factory.mktemp("torch"), backend="torch", num_steps=15)
+    return jobs.run(job)
 
 
-def test_both_losses_fall(job, torch_run):
-    path, curve = torch_run
-    curve = np.array(curve)
+def test_both_losses_fall(torch_run):
+    curve = curves(torch_run)
     np.testing.assert_allclose(curve[:, 0], curve[:, 1] + curve[:, 2], rtol=1e-6)
     assert (curve[-4:].mean(0) < [1, 0.9, 0.95] * curve[:4].mean(0)).all()
 
 
 def test_frameworks_train_alike(job, torch_run, tmp_path):
     """Three steps: the losses; then torch goes on where Flax stopped."""
-    config = dataclasses.replace(job, num_steps=15)
-    run(config, tmp_path, backend="flax", num_steps=3)
-    _, curve = run(config, tmp_path, backend="torch", num_steps=5, resume=True)
-    np.testing.assert_allclose(curve, torch_run[1][:5], atol=1e-4, rtol=0)
+    config = dataclasses.replace(job, out=str(tmp_path))
+    jobs.run(dataclasses.replace(config, backend="flax", num_steps=3))
+    path = jobs.run(dataclasses.replace(config, num_steps=5), resume=True)
+    np.testing.assert_allclose(curves(path), curves(torch_run)[:5], atol=1e-4, rtol=0)
 
 
 def test_checkpoint_is_pi05(job, torch_run):
     """It opens as pi0.5, in either framework, and holds the tokenizer that it was trained with."""
-    path = torch_run[0] / "15"
+    path = torch_run / "15"
     assert checkpoint.read_policy(path).train.insulate
     assert fast.load(str(path / "fast_tokenizer")).token_bytes == fast.load("fast_aloha").token_bytes
     plain = build(Train, pi05_aloha.get_config("debug")).model

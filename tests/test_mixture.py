@@ -7,6 +7,7 @@ import itertools
 from fractions import Fraction
 from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,8 +17,7 @@ from test_loader import ACTIONS, DIM, Rows, Twice, assert_equal, image
 
 from configs import pi0_fast_aloha, pi0_mixture, pi05_aloha_ki
 from convert import formats, target
-from experiments import train
-from openpi_port import Policy, checkpoint, starting
+from openpi_port import Policy, checkpoint
 from openpi_port.augment import augment
 from openpi_port.config import Data, Train
 from openpi_port.data import material
@@ -143,17 +143,11 @@ def config_for(tmp_path: Path, **changes) -> Train:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> tuple[Train, Path]:
+def ran(own_caches, tmp_path_factory) -> tuple[Train, Path]:
     """Two steps of training on a mixture, the second after a resume."""
-    root = tmp_path_factory.mktemp("mixture")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
-        config = config_for(root)
-        run = Path(config.out) / config.name
-        for steps in (1, 2):
-            config = dataclasses.replace(config, num_steps=steps)
-            train.train(config, run, starting.point(run, config, resume=steps > 1))
-        yield config, run / "2"
+    config = config_for(tmp_path_factory.mktemp("mixture"))
+    jobs.run(dataclasses.replace(config, num_steps=1))
+    return config, jobs.run(config, resume=True) / "2"
 
 
 def test_a_checkpoint_has_the_statistics_of_all(ran):

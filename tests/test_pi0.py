@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
-from frameworks import NAMES, Framework, batch_of, golden_model
+from frameworks import NAMES, Framework, golden_reference
 
 from convert import tables
 from openpi_port.config import Compute
@@ -18,12 +16,7 @@ ATOL = 1e-4
 
 @pytest.fixture(scope="module", params=["pi0", "pi05"])
 def reference(request, golden):
-    path = golden / "openpi" / request.param
-    weights, config = golden_model(path)
-    return SimpleNamespace(
-        weights=dict(weights), config=config, batch=batch_of(path), path=path,
-        outputs=dict(np.load(path / "outputs_float32.npz")),
-    )  # fmt: skip
+    return golden_reference(golden / "openpi" / request.param)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -34,6 +27,12 @@ def framework(request):
 @pytest.fixture(scope="module")
 def model(reference, framework):
     return framework.load(reference.config, reference.weights)
+
+
+@pytest.fixture(scope="module")
+def gradients(reference, framework, model):
+    """Of the mean loss; compiling them takes Flax longest."""
+    return framework.gradients(model, reference.batch)
 
 
 def close(ours, theirs, atol=ATOL):
@@ -74,9 +73,9 @@ def test_sample_actions(reference, model, num_steps):
     close(model.sample_actions(b, b["noise"], num_steps), reference.outputs[f"sample_actions_{num_steps}"])
 
 
-def test_gradients(reference, framework, model):
+def test_gradients(reference, gradients):
     """The norm of every parameter's gradient, under openpi's names."""
-    ours = tables.translate(framework.gradients(model, reference.batch), reference.config, "flax", "openpi")
+    ours = tables.translate(gradients, reference.config, "flax", "openpi")
     norms = {name: np.linalg.norm(np.float64(grad)) for name, grad in ours.items()}
     want = {k.removeprefix("grad_norm/"): float(v) for k, v in reference.outputs.items() if "grad_norm/" in k}
     assert norms.keys() == want.keys()
@@ -106,16 +105,13 @@ def test_cached_velocity_is_the_joint_one(reference, framework, model):
     close(f.numpy(cached), f.numpy(module.velocity(batch, x_t, time)), 2e-5)
 
 
-def test_remat_changes_nothing(reference, framework):
+def test_remat_changes_nothing(reference, framework, gradients):
     """What is kept, and whether layers are a loop, makes no difference to the gradients."""
     how = {"torch": "auto", "flax": "unrolled" if reference.path.name == "pi0" else "scan"}[framework.name]
-    b, remat = reference.batch, "dots" if reference.path.name == "pi0" else "full"
-    plain, other = (
-        framework.gradients(framework.load(reference.config, reference.weights, compute), b)
-        for compute in (Compute(), Compute(remat=remat, compile=how))
-    )
-    for name in plain:
-        close(other[name], plain[name], 1e-5)
+    compute = Compute(remat="dots" if reference.path.name == "pi0" else "full", compile=how)
+    other = framework.gradients(framework.load(reference.config, reference.weights, compute), reference.batch)
+    for name in gradients:
+        close(other[name], gradients[name], 1e-5)
 
 
 def test_float_images(reference, model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jobs
 import numpy as np
 import pytest
 from frameworks import NAMES, Framework
@@ -11,7 +12,6 @@ from small_policy import MODEL
 
 from configs import pi0_aloha, pi0_fast_aloha, pi05_aloha_ki
 from convert import formats, parity_batch, tables, target
-from experiments import train
 from openpi_port import Policy, init, starting
 from openpi_port.config import Optimizer, Pi0, Train
 from openpi_port.data import material
@@ -125,15 +125,11 @@ def test_frameworks_train_alike_on_what_is_not_given(model, draws):
 def test_a_checkpoint_knows_what_it_was_trained_for(tmp_path, monkeypatch):
     """It is served conditioned, also after a conversion; the report of parity reads it with plain times."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    config = build(Train, {**pi0_aloha.get_config("debug"), "max_delay": 10})
-    data = dataclasses.replace(config.data, validation=0.0)
-    config = dataclasses.replace(
-        config, data=data, backend="torch", out=str(tmp_path), batch_size=2, num_steps=1, save_every=1
-    )  # fmt: skip
+    config = jobs.debug(pi0_aloha, tmp_path, backend="torch", num_steps=1, max_delay=10)
+    config = jobs.with_data(config, validation=0.0)
     batch = next(material.load(config).batches(0))
     assert batch["time"].shape == (2, config.draws, 50)
-    path = tmp_path / config.name
-    train.train(config, path, starting.point(path, config, resume=False))
+    path = jobs.run(config)
     source = formats.open_checkpoint(str(path / "1"))
     target.write(source, tmp_path / "flax", "flax")
     assert parity_batch.make("dataset", source, 2, 0)["time"].shape == (2,)

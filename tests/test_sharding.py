@@ -11,12 +11,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import jobs
 import numpy as np
 import pytest
 from conftest import QUICK_COMPILE, ROOT
+from jobs import logged, run
 from spread import config, train
-from test_train import caches, config_for, losses, run  # noqa: F401 (a fixture)
 
+from configs import pi0_aloha
 from openpi_port import checkpoint, meshes
 from openpi_port.backends import NAMES, Backend
 from openpi_port.config import Mesh
@@ -121,10 +123,11 @@ def test_no_more_devices_than_there_are():
     assert config(Mesh()).mesh.data == -1
 
 
+@pytest.mark.usefixtures("own_caches")
 def test_killed_in_a_step_torchrun_goes_on_and_one_process_takes_over(tmp_path):
     """Step 1 in one process, 2 to 4 in two (killed once in step 3), 5 in one: the curve of one that went through."""
-    straight = run(config_for(tmp_path / "a", backend="torch", num_steps=5))
-    run(config_for(tmp_path / "b", backend="torch", num_steps=1))
+    straight = run(jobs.debug(pi0_aloha, tmp_path / "a", backend="torch", num_steps=5))
+    run(jobs.debug(pi0_aloha, tmp_path / "b", backend="torch", num_steps=1))
     flags = ["--config=pi0_aloha:debug", "--config.backend=torch", "--config.batch_size=2", "--config.num_steps=4"]
     flags += ["--config.optimizer.peak_lr=3e-4", "--config.log_every=1", "--config.save_every=1"]
     flags += ["--config.eval_every=100", "--config.eval_batches=1", f"--config.out={tmp_path / 'b'}"]
@@ -134,8 +137,8 @@ def test_killed_in_a_step_torchrun_goes_on_and_one_process_takes_over(tmp_path):
     done = subprocess.run([*command, *flags], env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
     assert "failed (exitcode: " in done.stderr and "Traceback" not in done.stderr
-    moved = run(config_for(tmp_path / "b", backend="torch", num_steps=5), resume=True)
-    np.testing.assert_allclose(losses(moved), losses(straight), rtol=0, atol=1e-4)
+    moved = run(jobs.debug(pi0_aloha, tmp_path / "b", backend="torch", num_steps=5), resume=True)
+    np.testing.assert_allclose(logged(moved), logged(straight), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", NAMES)

@@ -15,12 +15,14 @@ import time
 from pathlib import Path
 
 import commands
+import jobs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 from frameworks import batch_of, golden_model
+from jobs import logged, run, with_data
 
 from configs import pi0_aloha, pi0_lerobot, pi05_aloha
 from experiments import train
@@ -34,33 +36,11 @@ from openpi_port.fields import build
 EMBEDDED = ROOT / "openpi_port" / "assets" / "aloha_sim_transfer_cube"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def caches(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 
 def config_for(out: Path, **changes) -> Train:
-    config = build(Train, pi0_aloha.get_config("debug"))
-    optimizer = dataclasses.replace(config.optimizer, peak_lr=3e-4)  # the reason is in test_train_step.py
-    every = {"log_every": 1, "save_every": 100, "eval_every": 100, "eval_batches": 1}
-    return dataclasses.replace(config, out=str(out), batch_size=2, **{"optimizer": optimizer, **every, **changes})
-
-
-def with_data(config: Train, **changes) -> Train:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
-
-
-def run(config: Train, *, resume: bool = False) -> Path:
-    path = Path(config.out) / config.name
-    train.train(config, path, starting.point(path, config, resume=resume))
-    return path
-
-
-def losses(path: Path) -> list[float]:
-    lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    return jobs.debug(pi0_aloha, out, **changes)
 
 
 @pytest.mark.parametrize("first", NAMES)
@@ -71,7 +51,7 @@ def test_resume_equals_never_having_stopped(tmp_path, first, second):
     run(config_for(tmp_path / "b", backend=first, num_steps=4))
     moved = run(config_for(tmp_path / "b", backend=second, num_steps=8), resume=True)
     exactly = first == second
-    np.testing.assert_allclose(losses(moved), losses(straight), rtol=0, atol=0 if exactly else 1e-4)
+    np.testing.assert_allclose(logged(moved), logged(straight), rtol=0, atol=0 if exactly else 1e-4)
     config = config_for(tmp_path / "a", backend=second, num_steps=8)
     end, want = (starting.point(path, config, resume=True) for path in (moved, straight))
     assert end.step == 8
@@ -96,7 +76,7 @@ def test_checkpoint_describes_itself(tmp_path):
 
 
 def test_loss_falls(tmp_path):
-    curve = losses(run(config_for(tmp_path, backend="torch", num_steps=30)))
+    curve = logged(run(config_for(tmp_path, backend="torch", num_steps=30)))
     assert np.mean(curve[-5:]) < 0.9 * np.mean(curve[:5])
 
 
@@ -141,7 +121,7 @@ def test_signal_saves_and_ends(tmp_path, number):
     process = start(*SMALL, "--config.num_steps=100000", f"--config.out={tmp_path}", "--config.save_every=100000")
     run_directory = tmp_path / "pi0_aloha_debug"
     deadline = time.monotonic() + 100
-    while not (run_directory / "metrics.jsonl").exists() or not losses(run_directory):
+    while not (run_directory / "metrics.jsonl").exists() or not logged(run_directory):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
     process.send_signal(number)
@@ -226,7 +206,7 @@ def test_any_lerobot_dataset(shared, tmp_path, name, episodes):
     batch = first_batch(config)
     assert batch["actions"].shape == (2, 50, 32) and not batch["actions"][..., 26:].any()
     assert batch["image_mask"]["base_0_rgb"].all() and not batch["image_mask"]["left_wrist_0_rgb"].any()
-    assert np.isfinite(losses(run(config))).all()
+    assert np.isfinite(logged(run(config))).all()
 
 
 def test_checkpoint_of_another_model(golden, tmp_path):
@@ -347,7 +327,7 @@ def test_every_config_builds(name, size):
 def test_pi05_trains(tmp_path, backend):
     config = build(Train, pi05_aloha.get_config("debug"))
     config = dataclasses.replace(config, out=str(tmp_path), backend=backend, num_steps=3, log_every=1, eval_batches=1)
-    curve = losses(run(config))
+    curve = logged(run(config))
     assert len(curve) == 3 and np.isfinite(curve).all()
 
 
@@ -380,7 +360,7 @@ def test_nan_stops_with_the_batch_named_and_the_last_good_checkpoint(tmp_path, m
         found = rows[sample["episode"], sample["frame"]]["observation.state"]
         np.testing.assert_allclose(state, (found - stats.mean) / (stats.std + 1e-6), atol=1e-4)
     resumed = run(dataclasses.replace(config, log_every=1), resume=True)
-    np.testing.assert_array_equal(losses(resumed)[-3:], losses(straight)[-3:])
+    np.testing.assert_array_equal(logged(resumed)[-3:], logged(straight)[-3:])
 
 
 def test_a_gradient_that_is_not_finite_is_never_saved(tmp_path):
@@ -438,4 +418,4 @@ def test_after_a_dead_worker_and_a_damaged_video_resuming_gives_the_curve(datase
     with pytest.raises(UserError, match=video.name):
         run(config, resume=True)
     video.write_bytes(whole)
-    np.testing.assert_array_equal(losses(run(config, resume=True)), losses(straight))
+    np.testing.assert_array_equal(logged(run(config, resume=True)), logged(straight))
