@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import pytest
 
@@ -28,6 +31,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a script's background jobs have it, and what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# What takes longest begins first, so that no worker is left alone with it at the end.
+FIRST = ("test_sharding", "test_train", "test_pi0", "test_parity", "test_lora", "test_eval")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
@@ -41,10 +51,7 @@ def shared() -> Path:
     path = Path(os.environ.get("OPENPI_PORT_SHARED", ROOT.parent / "shared"))
     if path.is_dir():
         return path
-    message = f"{path} is absent (real data sets and tokenizers; set OPENPI_PORT_SHARED)"
-    if os.environ.get("OPENPI_PORT_REQUIRE_SHARED"):
-        pytest.fail(message)
-    pytest.skip(message)
+    return _absent(f"{path} is absent (real data sets and tokenizers; set OPENPI_PORT_SHARED)")
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +60,21 @@ def own_caches(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def openpi_client() -> ModuleType:
+    """The published client, which pins old versions of what it needs: CI installs it without them."""
+    try:
+        importlib.import_module("tree")
+        importlib.import_module("openpi_client.action_chunk_broker")
+        return importlib.import_module("openpi_client.websocket_client_policy")
+    except ImportError as error:
+        how = "pip install --no-deps openpi-client==0.1.2 dm-tree typing_extensions"
+        return _absent(f"the real openpi-client is absent ({error}): {how}")
+
+
+def _absent(message: str) -> NoReturn:
+    if os.environ.get("OPENPI_PORT_REQUIRE_ALL"):
+        pytest.fail(message)
+    pytest.skip(message)

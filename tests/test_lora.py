@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import jobs
 import numpy as np
 import pytest
 from conftest import ROOT
 from frameworks import NAMES, Framework
+from jobs import logged, run
 from test_tables import random_weights
-from test_train import caches, config_for, run  # noqa: F401 (a fixture)
-from test_train import losses as losses_of
 from test_train_step import batches, canonical, trainer
 
 from configs import pi0_aloha, pi0_aloha_lora
@@ -28,6 +28,8 @@ from openpi_port import checkpoint, init, load_model, memory, meshes, orbax_io, 
 from openpi_port.config import FROZEN, LORA_ONLY, Compute, Gemma, Lora, Pi0, Siglip, Train
 from openpi_port.errors import UserError
 from openpi_port.fields import build, to_dict
+
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 TINY = Pi0(Siglip(8, 1, 8, 2, 14, 28), Gemma(8, 2, 12, 2, 1, 4), Gemma(6, 2, 10, 2, 1, 4), 16, 3, 4, 5)
 LLM = "PaliGemma/llm/layers"
@@ -262,15 +264,15 @@ def test_a_checkpoint_of_adapters_finds_its_base_and_knows_it(tmp_path):
     base = base_checkpoint(tmp_path / "base", 3)
     lora = lora_config()
     options = {"model": lora.model, "frozen": ("all-but-lora",), "save": "trained", "init": str(base)}
-    config = config_for(tmp_path / "a", backend="torch", num_steps=4, save_every=2, keep_every=2, **options)
+    config = jobs.debug(pi0_aloha, tmp_path / "a", backend="torch", num_steps=4, save_every=2, keep_every=2, **options)
     path = run(config)
     weights = safetensors_io.Arrays(path / "2" / "model.safetensors")
     assert weights and all("lora_" in name for name in weights)
     assert json.loads((path / "2" / "policy.json").read_text())["format"] == 2
 
-    straight = losses_of(path)
+    straight = logged(path)
     shutil.rmtree(path / "4")
-    np.testing.assert_array_equal(losses_of(run(config, resume=True)), straight)
+    np.testing.assert_array_equal(logged(run(config, resume=True)), straight)
     model = load_model(path / "4", "torch", device="cpu")
     batch = batches(config, 1)[0]
     trained = model.loss(batch, batch["noise"], batch["time"])
