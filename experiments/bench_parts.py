@@ -99,12 +99,11 @@ def inference(setting: Setting) -> Iterator[Figure]:
             stage()
             seconds = timed(stage, setting.repeat, name)
             yield report.times(f"inference/{name}", seconds, work[name].seconds(setting.rates))
-    else:  # the plain model is one program: a step is the difference of chunks with one and with all
-        first = timed(partial(call, *arguments[:1], *_one(arguments)), setting.repeat + 1, "one step")[1:]
-        floor = whole - (repeats - 1) * each.seconds(setting.rates)
-        yield report.times(f"inference/chunk of one {last}", first, floor)
-        step = (float(np.median(taken)) - float(np.median(first))) / (repeats - 1)
-        yield Figure(f"inference/{last}", 1e3 * step, "ms", floor=1e3 * each.seconds(setting.rates))
+    # A step is the difference of chunks with one and with all: a call of its own takes longer than the step.
+    first = timed(partial(call, *arguments[:1], *_one(arguments)), setting.repeat + 1, "one step")[1:]
+    yield report.times(f"inference/chunk of one {last}", first, whole - (repeats - 1) * each.seconds(setting.rates))
+    step = (float(np.median(taken)) - float(np.median(first))) / (repeats - 1)
+    yield Figure(f"inference/{last}", 1e3 * step, "ms", floor=1e3 * each.seconds(setting.rates))
 
 
 def realtime(setting: Setting) -> Iterator[Figure]:

@@ -26,7 +26,7 @@ from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax.fast import decode, flow, options, transfer
 from openpi_port.pi_flax.infer import FastModel, Model
 from openpi_port.pi_flax.pi0 import Pi0
-from openpi_port.pi_flax.pi0_fast import Decoding, Pi0Fast, Rules, make_rules
+from openpi_port.pi_flax.pi0_fast import Pi0Fast
 
 EVEN = 8  # the prefix's length is a multiple: cuDNN takes no odd ones, and rows start aligned
 
@@ -67,10 +67,6 @@ class Prepared:
         )
         self._see = jax.jit(lambda w, images: flow.see(w.vision, config.vision, images, dtype, how))
         self._read = jax.jit(lambda w, tokens, inputs: flow.read(w, config, tokens, inputs, how))
-        self._step = jax.jit(
-            lambda cache, w, time, inputs: flow.step(w, config, dtype, inputs, inputs.noise, cache, time)[::-1],
-            donate_argnums=0,
-        )
 
     def loss(self, batch: Batch, noise: np.ndarray, time: np.ndarray) -> np.ndarray:
         """The plain model's; float32 [B, A]."""
@@ -92,21 +88,18 @@ class Prepared:
                 self._sample(self._weights, self._times_of(num_steps), *transfer.pack(self._inputs(batch, noise)))
             )
 
-    def stages(self, batch: Batch, noise: np.ndarray, num_steps: int = 10) -> dict[str, Callable[[], None]]:
-        """Each part of a chunk alone, on inputs that lie on the device: calls that wait for its end.
+    def stages(self, batch: Batch, noise: np.ndarray) -> dict[str, Callable[[], None]]:
+        """Parts of a chunk alone, on inputs that lie on the device: calls that wait for its end.
 
         Returns:
-          "vision", "prefix", and "step": one Euler step.
+          "vision" and "prefix"; what is left are the steps.
         """
         w, inputs = self._weights, devices.put(self._inputs(batch, noise), self._device)
         with devices.precision(self.module.compute):
-            one = jax.tree.map(lambda x: x[-1], self._times_of(num_steps))
             tokens = self._see(w, inputs.images)
-            cache = self._read(w, tokens, inputs)
         return {
             "vision": _timed(self.module, self._see, w, inputs.images),
             "prefix": _timed(self.module, self._read, w, tokens, inputs),
-            "step": _repeated(self.module, self._step, cache, w, one, inputs),
         }
 
     def _inputs(self, batch: Batch, noise: np.ndarray) -> flow.Inputs:
@@ -145,8 +138,6 @@ class PreparedFast:
         self._decode = jax.jit(lambda w, *args: decoder(w).decode(*args), static_argnums=2)
         self._see = jax.jit(lambda w, images: flow.see(w.vision, config.vision, images, dtype, how))
         self._read = jax.jit(lambda w, *args: decoder(w).read(*args), static_argnums=4)
-        self._step = jax.jit(lambda cache, w, *args: _advanced(decoder(w), cache, *args), donate_argnums=0)
-        self._begin = jax.jit(lambda w, *args: decoder(w).begin(*args), static_argnums=2)
 
     def loss(self, batch: Batch) -> np.ndarray:
         """The plain model's; float32 [B]."""
@@ -170,19 +161,14 @@ class PreparedFast:
     def stages(
         self, batch: Batch, max_steps: int = 256, grammar: Grammar | None = None
     ) -> dict[str, Callable[[], None]]:
-        """See `Prepared.stages`: "vision", "prefix", "token" (one of them)."""
+        """See `Prepared.stages`: "vision" and "prefix"; what is left are the tokens."""
         w, inputs = self._weights, devices.put(self._inputs(batch), self._device)
-        grammar = _on(self._device, grammar)
+        lead = jnp.zeros(0, jnp.int32) if grammar is None else devices.put(grammar.lead, self._device)
         with devices.precision(self.module.compute):
-            lead = jnp.zeros(0, jnp.int32) if grammar is None else grammar.lead
-            rules = make_rules(self.module.gemma, 1.0, None, grammar)
             tokens = self._see(w, inputs.images)
-            decoding = self._begin(w, inputs, max_steps, rules)
-        rest = decoding._replace(cache=None, prompt=decoding.prompt._replace(cache=None))
         return {
             "vision": _timed(self.module, self._see, w, inputs.images),
             "prefix": _timed(self.module, self._read, w, tokens, inputs, lead, max_steps),
-            "token": _repeated(self.module, self._step, decoding.cache, w, rest, rules),
         }
 
     def _inputs(self, batch: Batch) -> flow.Inputs:
@@ -202,24 +188,6 @@ def _timed(module: Pi0 | Pi0Fast, call: Callable[..., Any], *args: Any) -> Calla
             jax.block_until_ready(call(*args))
 
     return run
-
-
-def _repeated(module: Pi0 | Pi0Fast, call: Callable[..., Any], cache: Any, *args: Any) -> Callable[[], None]:
-    """The same for a call that writes into a cache and returns it first; no copy is made, as none is in a chunk."""
-    kept = [cache]
-
-    def run() -> None:
-        with devices.precision(module.compute):
-            kept[0], rest = call(kept[0], *args)
-            jax.block_until_ready(rest)
-
-    return run
-
-
-def _advanced(decoder: decode.Decoder, cache: Any, decoding: Decoding, rules: Rules) -> tuple[Any, jax.Array]:
-    """The cache and all tokens, one token later."""
-    after = decoder.step(decoding._replace(cache=cache), rules)
-    return after.cache, after.tokens
 
 
 def _observe(batch: Batch, config: configs.Pi0 | configs.Pi0Fast, how: flow.Options) -> flow.Inputs:

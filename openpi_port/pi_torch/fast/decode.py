@@ -121,10 +121,6 @@ class Decoder:
         past = self._length + self._step - 1
         return self._choose(self._run(token, past[:, None] + self._skip, past, torch.ones_like(self._step), 1))
 
-    def rewind(self) -> None:
-        """Takes the last `advance` back, as far as the next is concerned; for measuring it again and again."""
-        self._step -= 1
-
     def _run(self, tokens: Tensor, places: Tensor, past: Tensor, extra: Tensor, most: int) -> ops.Residual:
         """Tokens [B, N] at positions [B, N] through all layers; what the last of each sample leads to."""
         x = self.language.embed(tokens)

@@ -88,19 +88,16 @@ class Prepared:
             return self._graphs[key].run(arrays)
 
     @torch.inference_mode()
-    def stages(self, batch: Batch, noise: np.ndarray, num_steps: int = 10) -> dict[str, Callable[[], None]]:
-        """Calls that run one part each on the device and wait for its end: "vision", "prefix", "step" (one of them)."""
+    def stages(self, batch: Batch, noise: np.ndarray) -> dict[str, Callable[[], None]]:
+        """Calls that run "vision" or "prefix" alone on the device and wait for its end; the rest are steps."""
         batch = batches.trim(batches.select(batch, batches.OBSERVATION), self.config)
         arrays = [*_observe(batch, self.config), *(np.asarray(a, np.float32) for a in (batch["state"], noise))]
         flow, inputs = self._flow, Inputs(*devices.put(tuple(arrays), self._device))
         with devices.precision(self.module.compute):
             tokens = flow.prefix(inputs)
-            past = flow.prefill(tokens.clone(), inputs.length, inputs.state)
-            first = flow.steps(num_steps)[0]
             calls = {
                 "vision": lambda: flow.prefix(inputs),
                 "prefix": lambda: flow.prefill(tokens.clone(), inputs.length, inputs.state),
-                "step": lambda: flow.step(first, past, inputs.noise),
             }
             return _stages(calls, self._device)
 
@@ -150,21 +147,15 @@ class PreparedFast:
     def stages(
         self, batch: Batch, max_steps: int = 256, grammar: Grammar | None = None
     ) -> dict[str, Callable[[], None]]:
-        """See `Prepared.stages`: "vision", "prefix", "token" (one of them)."""
+        """See `Prepared.stages`: "vision" and "prefix"; the rest are tokens."""
         with devices.precision(self.module.compute):
             session, arrays = self._session(batch, max_steps, 0.0, 0, grammar)
             inputs = DecodeInputs(*devices.put(tuple(arrays), self._device))
             session.decoder.begin(inputs)
             tokens = session.decoder.embed(inputs)
-
-            def token() -> None:
-                session.decoder.advance()
-                session.decoder.rewind()
-
             calls = {
                 "vision": lambda: session.decoder.embed(inputs),
                 "prefix": lambda: session.decoder.prefill(tokens.clone(), inputs),
-                "token": token,
             }
             return _stages(calls, self._device)
 
