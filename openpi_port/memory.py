@@ -79,14 +79,14 @@ def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
     rounded = sum(n for name, n in trained.items() if _LAYERS.search(name))
     if config.compute.dtype == "float32" or (config.backend == "torch" and shape[1] > 1):
         rounded = 0
-    whole, parts = num_trained - rounded, config.microbatches > 1
+    whole, added = num_trained - rounded, config.microbatches > 1 or _over_devices(config, shape)
     if isinstance(config.model, Pi0) and not config.insulate and (config.backend == "flax" or shape[1] == 1):
         whole -= trained.get("gemma/embedding", 0)  # only rows that are looked up have a gradient
-    sums = 4 if parts and config.compute.gradients == "float32" else 2
+    sums = 4 if added and config.compute.gradients == "float32" else 2
     gradients = 4 * whole + sums * rounded
     samples = config.batch_size // math.prod(shape) // config.microbatches
     kept, workspace = (samples * n for n in _activations(config))
-    if not parts:
+    if not added:
         gradients = max(0, gradients - kept)
     elif config.backend == "flax" and config.compute.compile == "scan":  # not only the sum, but what is added to it
         gradients += 4 * whole + 2 * rounded
@@ -140,7 +140,8 @@ def settle(config: Train, shape: tuple[int, int], room: int) -> Train:
     """
     if config.compute.remat != "auto":
         compute = config.compute
-        gradients = "float32" if compute.gradients == "auto" else compute.gradients
+        alone = "bfloat16" if _over_devices(config, shape) else "float32"
+        gradients = alone if compute.gradients == "auto" else compute.gradients
         return dataclasses.replace(config, compute=dataclasses.replace(compute, gradients=gradients))
     for way in (ways := _ways(config, shape)):
         if plan(way, shape).total <= SPARED * room:
@@ -156,7 +157,12 @@ def _ways(config: Train, shape: tuple[int, int]) -> list[Train]:
     counts = counts or [config.microbatches]
     for remat, count in [("none", counts[0]), *itertools.product(("dots", "full"), counts)]:
         auto = config.compute.gradients == "auto"
-        sums = ["float32", "bfloat16"] if auto and count > 1 else ["float32" if auto else config.compute.gradients]
+        if not auto:
+            sums = [config.compute.gradients]
+        elif _over_devices(config, shape):
+            sums = ["bfloat16"]
+        else:
+            sums = ["float32", "bfloat16"] if count > 1 else ["float32"]
         for gradients in sums:
             compute = dataclasses.replace(config.compute, remat=remat, gradients=gradients)
             found.append(dataclasses.replace(config, compute=compute, microbatches=count))
@@ -169,6 +175,11 @@ def largest_batch(config: Train, shape: tuple[int, int], room: int) -> int:
     while plan(dataclasses.replace(config, batch_size=size + step), shape).total <= room:
         size += step
     return size
+
+
+def _over_devices(config: Train, shape: tuple[int, int]) -> bool:
+    """Whether gradients are added up over devices that each hold the whole state, as torch does."""
+    return config.backend == "torch" and shape[0] > 1 and shape[1] == 1
 
 
 # What is cast before layers use it; norms compute in float32.

@@ -174,7 +174,7 @@ class Layout:
             inside = sums.untyped_storage().data_ptr()
             single = [p for p in parts if isinstance(p, Tensor) and p.untyped_storage().data_ptr() != inside]
             if self._count > 1:
-                _add_up([sums, *single], getattr(torch, self._compute.gradients))
+                _add_up([sums, *single])
             return parts, _norm([sums, *single, *(p.values for p in parts if isinstance(p, Rows))])
         if whole:
             flat = torch.cat([grad.flatten() for grad in whole])
@@ -222,17 +222,16 @@ class Layout:
         self.copies = {n: p.detach() for n, p in self.parameters.items() if p.dtype == self._dtype}
 
 
-def _add_up(grads: list[Tensor], dtype: torch.dtype) -> None:
-    """The sums over all devices, in place; of large ones in parts of that dtype, if theirs is none better."""
+def _add_up(grads: list[Tensor]) -> None:
+    """The sums over all devices, in place."""
     small = [grad for grad in grads if grad.numel() < LARGE]
     large = [part for grad in grads if grad.numel() >= LARGE for part in grad.view(-1).split(2**27)]
-    for part in [*large, *([torch.cat([grad.flatten().float() for grad in small])] if small else [])]:
-        wide = part.to(torch.promote_types(part.dtype, dtype))
-        dist.all_reduce(wide)
-        if wide is not part:
-            part.copy_(wide)
+    for part in large:
+        dist.all_reduce(part)
     if small:
-        for grad, total in zip(small, part.split([grad.numel() for grad in small]), strict=True):
+        flat = torch.cat([grad.flatten().float() for grad in small])
+        dist.all_reduce(flat)
+        for grad, total in zip(small, flat.split([grad.numel() for grad in small]), strict=True):
             grad.copy_(total.view_as(grad))
 
 

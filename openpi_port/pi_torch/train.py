@@ -82,7 +82,8 @@ class Trainer:
         self._replayed = Replayed(self._backward, self._prepare, self._layout.device) if how == "graph" else None
         self._sparse = isinstance(config.model, configs.Pi0) and not (split or config.insulate)
         module.gemma.sparse = self._sparse  # where nothing but the lookup reads the embedding
-        within = {name: p for name, p in trained.items() if name in copies and config.microbatches > 1}
+        added = config.microbatches > 1 or (devices.count() > 1 and not split)  # over parts or devices
+        within = {name: p for name, p in trained.items() if name in copies and added}
         self._flat, self._sums = _together(within, getattr(torch, config.compute.gradients), self._layout.device)
         self._rows: list[tuple[Tensor, Tensor]] = []
         self._shares = config.microbatches * (1 if split else devices.count())
