@@ -73,8 +73,10 @@ def prepare(mask: jax.Array | Blocks, backend: str) -> Any:
     return mask if backend != "cudnn" else mask | ~mask.any(-1, keepdims=True)  # no row without a key
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, backend: str = "plain") -> jax.Array:
-    """Attends; queries come scaled.
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, backend: str = "plain", scale: float = 1.0
+) -> jax.Array:
+    """Attends; queries come scaled, or `scale` is given, which cuDNN applies in its kernel.
 
     Args:
       q: [B, T, N, H].
@@ -86,29 +88,51 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Any, backend: str 
       [B, T, N * H].
     """
     if backend == "cudnn" and not (isinstance(mask, jax.Array) and q.shape[1] <= FEW):
-        return _cudnn(q, k, v, mask)
+        return _cudnn(q, k, v, mask, scale)
+    q = q if scale == 1 else q * scale
     if backend == "splash" and (mask is None or isinstance(mask, Blocks)):
         return _splash(q, k, v, mask)
+    if backend == "cudnn" and k.shape[1] % 8:  # cuBLAS wants it so, and XLA would pad every product by itself
+        k, v = (_padded(x, -k.shape[1] % 8) for x in (k, v))
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, k.shape[1] - mask.shape[2])))
     return _plain(q, k, v, mask)
 
 
 def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
     q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    logits = _logits(q, k)
     if mask is not None:
-        logits = jnp.where(mask[:, None, None], logits, MASKED)
+        logits = jnp.where(mask[:, None, :, None], logits, MASKED)
     probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return rearrange(jnp.einsum("BKGTS,BSKH->BTKGH", probs, v), "B T K G H -> B T (K G H)")
+    return rearrange(jnp.einsum("BKTGS,BSKH->BTKGH", probs, v), "B T K G H -> B T (K G H)")
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | _Front | None) -> jax.Array:
+@jax.custom_vjp
+def _logits(q: jax.Array, k: jax.Array) -> jax.Array:
+    """float32 [B, K, T, G, S] of q [B, T, K, G, H] and k [B, S, K, H].
+
+    Their gradient goes into products in the dtype of q and k, as in fused kernels, not in float32.
+    """
+    return jnp.einsum("BTKGH,BSKH->BKTGS", q, k, preferred_element_type=jnp.float32)
+
+
+def _logits_backward(operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q, k = operands
+    gradient = gradient.astype(q.dtype)
+    return jnp.einsum("BKTGS,BSKH->BTKGH", gradient, k), jnp.einsum("BKTGS,BTKGH->BSKH", gradient, q)
+
+
+_logits.defvjp(lambda q, k: (_logits(q, k), (q, k)), _logits_backward)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | _Front | None, scale: float) -> jax.Array:
     (size, length), keys = q.shape[:2], k.shape[1]
     if mask is None and (length % 2 or keys % 2):
         mask = _Front(jnp.broadcast_to(jnp.arange(keys), (size, keys)), jnp.full(size, keys, jnp.int32))
     if isinstance(mask, _Front):
         k, v = (_bring(x, mask.order) for x in (k, v))
     q, k, v = (_padded(x, x.shape[1] % 2) for x in (q, k, v))  # the kernel wants even lengths
-    fused = partial(jax.nn.dot_product_attention, q, k, v, scale=1.0, implementation="cudnn")
+    fused = partial(jax.nn.dot_product_attention, q, k, v, scale=scale, implementation="cudnn")
     if mask is None:
         out = fused()
     elif isinstance(mask, _Front):

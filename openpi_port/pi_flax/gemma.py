@@ -21,6 +21,7 @@ from openpi_port.masks import Blocks
 from openpi_port.pi_flax import lora
 from openpi_port.pi_flax.attention import attention, prepare
 from openpi_port.pi_flax.fast.apart import take
+from openpi_port.pi_flax.fast.backward import gelu
 from openpi_port.pi_flax.layers import AdaRMSNorm, Angles, RMSNorm, add_gated, angles, kept, lowered, rope, run, stack
 
 
@@ -60,7 +61,7 @@ class Expert(nnx.Module):
 
     def mlp(self, x: jax.Array) -> jax.Array:
         """GeGLU."""
-        return self.down(jax.nn.gelu(kept(self.gate(x)), approximate=True) * kept(self.up(x)))
+        return self.down(gelu(kept(self.gate(x))) * kept(self.up(x)))
 
     def _heads(self, linear: nnx.Module, x: jax.Array) -> jax.Array:
         return rearrange(kept(linear(x)), "B T (N H) -> B T N H", H=self.head_dim)

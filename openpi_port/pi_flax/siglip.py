@@ -13,7 +13,7 @@ from flax import nnx
 from openpi_port.config import Compute
 from openpi_port.config import Siglip as Config
 from openpi_port.pi_flax.attention import attention
-from openpi_port.pi_flax.fast.backward import add_to_each, finished
+from openpi_port.pi_flax.fast.backward import add_to_each, finished, gelu
 from openpi_port.pi_flax.layers import LayerNorm, Linear, kept, lowered, run, stack
 
 
@@ -30,7 +30,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = (rearrange(kept(f(x)), "B T (N H) -> B T N H", N=self.num_heads) for f in (self.q, self.k, self.v))
-        return self.o(kept(attention(q * q.shape[-1] ** -0.5, k, v, None, self.backend)))
+        return self.o(kept(attention(q, k, v, None, self.backend, scale=q.shape[-1] ** -0.5)))
 
 
 class Mlp(nnx.Module):
@@ -41,7 +41,7 @@ class Mlp(nnx.Module):
         self.down = Linear(config.mlp_dim, config.width, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.gelu(kept(finished(self.up(x))), approximate=True))
+        return self.down(gelu(kept(finished(self.up(x)))))
 
 
 class Block(nnx.Module):
