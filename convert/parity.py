@@ -120,7 +120,9 @@ def _run(argv: list[str] | None) -> int:
     if args.out:
         from convert import parity_page
 
-        Path(args.out).write_text(parity_page.page(report), encoding="utf-8")
+        path = Path(args.out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(parity_page.page(report), encoding="utf-8")
         print(f"{args.out}: the same with pictures")
     return 0 if report.first is None else 1
 

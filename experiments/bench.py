@@ -17,6 +17,7 @@ import gc
 import importlib.metadata
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from absl import flags as absl_flags
@@ -50,6 +51,9 @@ def main() -> int:
     for name in ONLY.value:
         if name not in PARTS:
             raise UserError(f"--only={name}: {near(name, PARTS)}")
+    for flag in (JSON, PLOT):
+        if flag.value:  # now, not when all is measured
+            Path(flag.value).parent.mkdir(parents=True, exist_ok=True)
     config = flags.config()
     processes = Processes(Backend(config.backend))
     say = processes.say

@@ -131,7 +131,7 @@ def main(argv: list[str]) -> None:
     seconds = time.monotonic() - start
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2**20
     print(
-        f"{out}: {written} episodes, {frames} frames, {size:.1f} MB, {failed} failed attempts dropped, "
+        f"{out}: {written} episodes, {frames} frames, {size:.1f} MiB, {failed} failed attempts dropped, "
         f"{seconds / written:.1f} s an episode"
     )
 

@@ -25,7 +25,9 @@ class Metrics:
         path = run / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start_step]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        rewritten = path.with_name(f".{path.name}.tmp")
+        rewritten.write_text("".join(f"{line}\n" for line in kept))
+        rewritten.replace(path)
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
 

@@ -53,7 +53,7 @@ def main() -> int:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2**20
-    print(f"{out}: {len(frames.episodes)} episodes, {len(frames)} frames, {size:.1f} MB")
+    print(f"{out}: {len(frames.episodes)} episodes, {len(frames)} frames, {size:.1f} MiB")
     return 0
 
 

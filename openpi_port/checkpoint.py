@@ -231,7 +231,9 @@ class Saver:
     def _prune(self, latest: int) -> None:
         for step in steps(self._run):
             if step != latest and step % self._keep_every:
-                shutil.rmtree(self._run / str(step))
+                going = self._run / f".{step}.tmp"  # so that what a kill leaves of it doesn't look finished
+                (self._run / str(step)).rename(going)
+                shutil.rmtree(going)
 
 
 def _until(condition: Callable[[], bool]) -> None:

@@ -314,6 +314,23 @@ def test_old_checkpoints_are_pruned(tmp_path):
     assert checkpoint.steps(tmp_path) == [4, 6]
 
 
+def test_killed_while_pruning_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    saver = checkpoint.Saver(tmp_path, keep_every=100)
+    saver.save(1, finished)
+    saver.wait()
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(f"{path} is only half gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        saver.save(2, finished)
+        with pytest.raises(UserError, match="half gone"):
+            saver.wait()
+    assert checkpoint.steps(tmp_path) == [2]
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("p*.py")))
 @pytest.mark.parametrize("size", ["base", "mini", "debug"])
 def test_every_config_builds(name, size):

@@ -49,8 +49,7 @@ class Past(NamedTuple):
       k, v: keys and values of every layer, [L, B, S, H], with room for those of the new tokens.
       seen: which of them.
       turns: float32 [M, H/2, 2], cos and sin of the new tokens' angles.
-      at: int32 [1], where their keys go.
-      state: the state's token [B, D] of the expert; None where there is none.
+      base: what the action tokens' projection is added to, see `ops.enter`; None for pi0.5.
     """
 
     k: Tensor
