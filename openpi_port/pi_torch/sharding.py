@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -205,6 +206,8 @@ class Layout:
 
     def _split(self, loss: nn.Module) -> None:
         """Splits every layer, and the rest together, in place."""
+        # Nothing works in place on what a layer returns: it may be a view.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         mesh = init_device_mesh(self.device.type, self.shape, mesh_dim_names=("data", "fsdp"))
         self._mesh = mesh
         small = {p for p in loss.parameters() if p.numel() < self._min_size}

@@ -236,7 +236,7 @@ class Trainer:
 
 
 class _Loss(nn.Module):
-    """The mean loss as a module, because DDP and FSDP act on modules that are called.
+    """The mean loss as a module, because FSDP acts on modules that are called.
 
     The mean of what it gives on all devices is the loss of the whole batch.
     """
