@@ -155,7 +155,10 @@ def _ways(config: Train, shape: tuple[int, int]) -> list[Train]:
     several = config.backend == "flax" or shape[1] == 1  # torch splits batches where states are whole
     counts = [n for n in (1, 2, 4, 8, 16) if here % n == 0 and n >= config.microbatches and (n == 1 or several)]
     counts = counts or [config.microbatches]
-    for remat, count in [("none", counts[0]), *itertools.product(("dots", "full"), counts)]:
+    fine = 4 if config.backend == "flax" else 8  # in more parts than that, products are slower than computed again
+    few, many = ([n for n in counts if (n <= fine) == wanted] for wanted in (True, False))
+    rest = itertools.chain((("dots", n) for n in few), (("full", n) for n in counts), (("dots", n) for n in many))
+    for remat, count in [("none", counts[0]), *rest]:
         auto = config.compute.gradients == "auto"
         if not auto:
             sums = [config.compute.gradients]
