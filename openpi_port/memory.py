@@ -158,7 +158,9 @@ def _ways(config: Train, shape: tuple[int, int]) -> list[Train]:
     fine = 4 if config.backend == "flax" else 8  # in more parts than that, products are slower than computed again
     few, many = ([n for n in counts if (n <= fine) == wanted] for wanted in (True, False))
     rest = itertools.chain((("dots", n) for n in few), (("full", n) for n in counts), (("dots", n) for n in many))
-    for remat, count in [("none", counts[0]), *rest]:
+    # XLA computes quicker again than it reads what "none" would keep.
+    most = [("none", counts[0])] if config.backend == "torch" else []
+    for remat, count in [*most, *rest]:
         auto = config.compute.gradients == "auto"
         if not auto:
             sums = [config.compute.gradients]

@@ -1,0 +1,57 @@
+"""Flax's operations with gradients of their own: what JAX derives from the plain formulas."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from openpi_port.pi_flax.attention import attention
+from openpi_port.pi_flax.fast import backward
+
+
+def normals(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(1 + 2 * rng.standard_normal(shape, np.float32)) for shape in shapes]
+
+
+def layer_norm(x, scale, bias):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6) * scale + bias
+
+
+def masked(q, k, v):
+    mask = jnp.arange(k.shape[1]) < 6
+    logits = jnp.where(mask, jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, 4, 2)), -1e30)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), jnp.repeat(v, 4, 2)).reshape(*q.shape[:2], -1)
+
+
+def attend(backend):
+    def attend(q, k, v):
+        return attention(q, k, v, jnp.broadcast_to(jnp.arange(7) < 6, (2, 5, 7)), backend)
+
+    return attend
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "expected", "shapes"),
+    [
+        ("layer norm", backward.layer_norm, layer_norm, [(3, 5, 16), (16,), (16,)]),
+        ("positions", backward.add_to_each, lambda x, table: x + table, [(3, 5, 16), (5, 16)]),
+        ("gelu", backward.gelu, lambda x: jax.nn.gelu(x, approximate=True), [(3, 16)]),
+        ("finished", backward.finished, lambda x: x, [(3, 16)]),
+        ("plain attention", attend("plain"), masked, [(2, 5, 4, 8), (2, 7, 1, 8), (2, 7, 1, 8)]),
+        ("few queries, keys padded", attend("cudnn"), masked, [(2, 5, 4, 8), (2, 7, 1, 8), (2, 7, 1, 8)]),
+    ],
+)
+def test_values_and_gradients(name, found, expected, shapes):
+    operands = normals(*shapes)
+    weight = normals(expected(*operands).shape)[0]
+    for function in (lambda f: f(*operands), lambda f: gradients(f, operands, weight)):
+        for a, b in zip(jax.tree.leaves(function(found)), jax.tree.leaves(function(expected)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max()), err_msg=name)
+
+
+def gradients(function, operands, weight):
+    return jax.grad(lambda *x: (function(*x) * weight).sum(), tuple(range(len(operands))))(*operands)
