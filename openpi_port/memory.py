@@ -88,7 +88,7 @@ def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
     kept, workspace = (samples * n for n in _activations(config))
     if not added:
         gradients = max(0, gradients - kept)
-    elif config.backend == "flax" and config.compute.compile == "scan":  # not only the sum, but what is added to it
+    elif config.backend == "flax" and not unrolled(config):  # not only the sum, but what is added to it
         gradients += 4 * whole + 2 * rounded
     weights, rounded, gradients, moments = (
         -(-n // shape[1]) for n in (weights, 2 * rounded, gradients, 4 * num_trained)
@@ -182,6 +182,15 @@ def largest_batch(config: Train, shape: tuple[int, int], room: int) -> int:
     return size
 
 
+def unrolled(config: Train) -> bool:
+    """Whether layers are written out one after another in training: on a GPU Flax's are, if nothing is frozen.
+
+    Frozen weights would be copied out of their stacks, where a run that freezes them means to save memory.
+    """
+    how = config.compute.compile
+    return config.backend == "flax" and (how == "unrolled" or (how == "auto" and not config.frozen))
+
+
 def _over_devices(config: Train, shape: tuple[int, int]) -> bool:
     """Whether gradients are added up over devices that each hold the whole state, as torch does."""
     return config.backend == "torch" and shape[0] > 1 and shape[1] == 1
@@ -229,7 +238,7 @@ def _kept(layers: Siglip | Gemma, keys: int, config: Train) -> int:
 
 def _workspace(layers: Siglip | Gemma, keys: int, config: Train) -> int:
     """Numbers per token that the backward pass of one layer needs at a time."""
-    if config.backend == "flax" and config.compute.compile != "scan":
+    if unrolled(config):
         again = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat="dots"))
         return 3 * layers.mlp_dim + (_kept(layers, keys, again) if config.compute.remat == "full" else 0)
     return 8 * layers.width + 5 * layers.mlp_dim

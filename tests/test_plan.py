@@ -56,6 +56,14 @@ def test_more_is_kept_with_more_memory():
     assert parts[0] == pytest.approx(2 * parts[1]) and parts[1] == pytest.approx(2 * parts[2])
 
 
+def test_layers_are_written_out_where_nothing_is_frozen():
+    """Frozen weights would be copied out of their stacks."""
+    config = base("flax", "dots")
+    assert memory.unrolled(config)
+    assert not memory.unrolled(dataclasses.replace(config, frozen=("^vision",)))
+    assert not memory.unrolled(dataclasses.replace(config, backend="torch"))
+
+
 def test_advice():
     config = base("torch", "dots")
     room = 79 * GIB

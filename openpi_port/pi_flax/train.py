@@ -63,8 +63,8 @@ class Trainer:
         if compute.compile not in ("auto", "scan", "unrolled"):
             raise UserError(f"config.compute.compile={compute.compile!r}: Flax has auto, scan, unrolled")
         if compute.compile == "auto":
-            how = "unrolled" if self._layout.device.platform == "gpu" else "scan"
-            compute = dataclasses.replace(compute, compile=how)
+            written_out = memory.unrolled(config) and self._layout.device.platform == "gpu"
+            compute = dataclasses.replace(compute, compile="unrolled" if written_out else "scan")
         self._compute = compute
         self._keys = batches.training(config.model, insulate=config.insulate)
         module = self._layout.fill(build(config.model, compute), weights)
