@@ -43,16 +43,23 @@ def config_for(out: Path, **changes) -> Train:
     return jobs.debug(pi0_aloha, out, **changes)
 
 
+@pytest.fixture(scope="module")
+def runs(own_caches, tmp_path_factory) -> dict[tuple[str, int], Path]:
+    """Of either framework: 8 steps, and 4."""
+    out = tmp_path_factory.mktemp("runs")
+    each = ((name, steps) for name in NAMES for steps in (8, 4))
+    return {(n, steps): run(config_for(out / f"{n}{steps}", backend=n, num_steps=steps)) for n, steps in each}
+
+
 @pytest.mark.parametrize("first", NAMES)
 @pytest.mark.parametrize("second", NAMES)
-def test_resume_equals_never_having_stopped(tmp_path, first, second):
+def test_resume_equals_never_having_stopped(runs, tmp_path, first, second):
     """4 steps in one framework, 4 in the same or the other: the curve and the weights of 8 steps."""
-    straight = run(config_for(tmp_path / "a", backend=second, num_steps=8))
-    run(config_for(tmp_path / "b", backend=first, num_steps=4))
-    moved = run(config_for(tmp_path / "b", backend=second, num_steps=8), resume=True)
+    straight, config = runs[second, 8], config_for(tmp_path, backend=second, num_steps=8)
+    shutil.copytree(runs[first, 4], tmp_path / config.name)
+    moved = run(config, resume=True)
     exactly = first == second
     np.testing.assert_allclose(logged(moved), logged(straight), rtol=0, atol=0 if exactly else 1e-4)
-    config = config_for(tmp_path / "a", backend=second, num_steps=8)
     end, want = (starting.point(path, config, resume=True) for path in (moved, straight))
     assert end.step == 8
     for ours, theirs in ((end.weights, want.weights), (end.train_state, want.train_state)):
