@@ -1,13 +1,12 @@
 """How prepared models are computed on a device: which attention, which lengths. Chosen by measurement.
 
-XLA's own options are left as they are for a chunk: on an H100 none that was tried made it faster (docs/performance.md).
+XLA's own options are left as they are: on an H100 none that was tried made a chunk faster (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -23,11 +22,6 @@ def flow(compute: Compute, device: jax.Device) -> flows.Options:
     if device.platform == "cpu":
         return flows.Options()
     return flows.Options(fused=compute.attention == "cudnn", align=TILE)
-
-
-def training(device: jax.Device) -> dict[str, Any] | None:
-    """XLA's options for a training step: products are cuBLAS's; trying Triton's takes long."""
-    return {"xla_gpu_enable_triton_gemm": False} if device.platform == "gpu" else None
 
 
 def keep_programs(device: jax.Device) -> None:
