@@ -42,11 +42,22 @@ def test_state():
 
 @pytest.mark.parametrize(
     ("config", "measured"),
-    [(base("torch", "dots"), 106.3), (base("torch", "dots", 4, "bfloat16"), 73.2)],
-)  # fmt: skip
+    [
+        (base("torch", "dots"), 106.3),
+        (base("torch", "dots", 4, "bfloat16"), 73.2),
+        (base("flax", "dots"), 105.8),
+        (base("flax", "dots", 4, "bfloat16"), 72.8),
+    ],
+)
 def test_plan_is_the_measured_peak(config, measured):
     """GiB at batch 32, on an H200 and an H100; docs/performance.md has the commands."""
     assert memory.plan(config).total / GIB == pytest.approx(measured, rel=0.1)
+
+
+def test_plan_of_two_devices():
+    """Two H200 that share the state, 32 samples each."""
+    plan = memory.plan(base("flax", "dots", batch_size=64), (1, 2))
+    assert plan.total / GIB == pytest.approx(80.4, rel=0.1)
 
 
 def test_more_is_kept_with_more_memory():
