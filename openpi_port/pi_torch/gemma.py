@@ -20,6 +20,7 @@ from openpi_port.config import Gemma as Config
 from openpi_port.masks import Blocks
 from openpi_port.pi_torch import lora
 from openpi_port.pi_torch.attention import attention, prepare
+from openpi_port.pi_torch.fast import norms
 from openpi_port.pi_torch.layers import AdaRMSNorm, Angles, RMSNorm, add_gated, angles, kept, remat, rope, run, stack
 
 
@@ -107,10 +108,10 @@ class Layer(nn.Module):
     ) -> tuple[list[Tensor | None], KVCache]:
         present = [i for i, x in enumerate(xs) if x is not None]
         spans = _spans([xs[i].shape[1] for i in present])
-        normed, qs, ks, vs = {}, [], [], []
+        around, gates, qs, ks, vs = {}, {}, [], [], []
         for i, (start, stop) in zip(present, spans, strict=True):
-            normed[i] = self.experts[i].norm_attn(xs[i], conds[i])
-            q, k, v = self.experts[i].qkv(normed[i][0], where.of(start, stop))
+            around[i], y, gates[i] = _forked(self.experts[i].norm_attn, xs[i], conds[i])
+            q, k, v = self.experts[i].qkv(y, where.of(start, stop))
             qs.append(q), ks.append(k), vs.append(v)
         q, new = torch.cat(qs, 1), KVCache(torch.cat(ks, 1), torch.cat(vs, 1))
         if write_at is not None:
@@ -122,8 +123,8 @@ class Layer(nn.Module):
         outs: list[Tensor | None] = [None] * len(xs)
         for i, (start, stop) in zip(present, spans, strict=True):
             expert = self.experts[i]
-            x = kept(add_gated(xs[i], expert.o(attended[:, start:stop]), normed[i][1]))
-            y, gate = expert.norm_mlp(x, conds[i])
+            x = kept(add_gated(around[i], expert.o(attended[:, start:stop]), gates[i]))
+            x, y, gate = _forked(expert.norm_mlp, x, conds[i])
             outs[i] = add_gated(x, expert.mlp(y), gate)
         return outs, new
 
@@ -225,6 +226,13 @@ class Gemma(nn.Module):
 
         inputs = zip(layers, *(() if cache is None else cache), strict=True)
         return run(body, xs, inputs, self.compute)
+
+
+def _forked(norm: RMSNorm | AdaRMSNorm, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, which goes around what follows, normed, and the gate."""
+    if isinstance(norm, RMSNorm) and norms.usable(x):
+        return *norms.fork(x, norm.scale, None), None
+    return x, *norm(x, cond)
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from openpi_port.config import Compute
 from openpi_port.config import Siglip as Config
 from openpi_port.pi_torch.attention import attention
+from openpi_port.pi_torch.fast import norms
 from openpi_port.pi_torch.layers import LayerNorm, Linear, kept, remat, run, stack
 
 
@@ -60,8 +61,14 @@ class Block(nn.Module):
         return remat(self._forward, self.compute)(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x = kept(x + self.attn(self.norm_attn(x)))
-        return x + self.mlp(self.norm_mlp(x))
+        x, y = _forked(self.norm_attn, x)
+        x, y = _forked(self.norm_mlp, kept(x + self.attn(y)))
+        return x + self.mlp(y)
+
+
+def _forked(norm: LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x, which goes around what follows, and normed."""
+    return norms.fork(x, norm.scale, norm.bias) if norms.usable(x) else (x, norm(x))
 
 
 class Siglip(nn.Module):
