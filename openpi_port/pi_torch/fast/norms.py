@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _TRITON = importlib.util.find_spec("triton") is not None  # found here, because usable is compiled
 
 
