@@ -20,7 +20,7 @@ from openpi_port.config import Gemma as Config
 from openpi_port.masks import Blocks
 from openpi_port.pi_torch import lora
 from openpi_port.pi_torch.attention import attention, prepare
-from openpi_port.pi_torch.fast import norms
+from openpi_port.pi_torch.fast import norms, products
 from openpi_port.pi_torch.layers import AdaRMSNorm, Angles, RMSNorm, add_gated, angles, kept, remat, rope, run, stack
 
 
@@ -52,19 +52,21 @@ class Expert(nn.Module):
 
     def qkv(self, x: Tensor, where: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled, rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
-        q = rope(self._heads(self.q, x), where) * self.head_dim**-0.5
-        return q, *self.keys_values(x, where)
+        q, k, v = (self._heads(y) for y in products.several(x, (self.q, self.k, self.v)))
+        return rope(q, where) * self.head_dim**-0.5, rope(k, where), v
 
     def keys_values(self, x: Tensor, where: Angles) -> KVCache:
         """Rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
-        return KVCache(rope(self._heads(self.k, x), where), self._heads(self.v, x))
+        k, v = (self._heads(y) for y in products.several(x, (self.k, self.v)))
+        return KVCache(rope(k, where), v)
 
     def mlp(self, x: Tensor) -> Tensor:
         """GeGLU."""
-        return self.down(F.gelu(kept(self.gate(x)), approximate="tanh") * kept(self.up(x)))
+        gate, up = (kept(y) for y in products.several(x, (self.gate, self.up)))
+        return self.down(F.gelu(gate, approximate="tanh") * up)
 
-    def _heads(self, linear: nn.Module, x: Tensor) -> Tensor:
-        return rearrange(kept(linear(x)), "B T (N H) -> B T N H", H=self.head_dim)
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(kept(x), "B T (N H) -> B T N H", H=self.head_dim)
 
 
 class Layer(nn.Module):

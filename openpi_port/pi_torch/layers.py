@@ -37,7 +37,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, weight, bias) if self.total is None else products.linear(x, weight, bias, self.total)
+        if self.total is None:
+            return F.linear(x, weight, bias)
+        return products.products(x, [weight], [bias], [self.total])[0]
 
 
 class LayerNorm(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from openpi_port.config import Compute
 from openpi_port.config import Siglip as Config
 from openpi_port.pi_torch.attention import attention
-from openpi_port.pi_torch.fast import norms
+from openpi_port.pi_torch.fast import norms, products
 from openpi_port.pi_torch.layers import LayerNorm, Linear, kept, remat, run, stack
 
 
@@ -30,7 +30,8 @@ class Attention(nn.Module):
         self.o = Linear(config.width, config.width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (rearrange(kept(f(x)), "B T (N H) -> B T N H", N=self.num_heads) for f in (self.q, self.k, self.v))
+        made = products.several(x, (self.q, self.k, self.v))
+        q, k, v = (rearrange(kept(y), "B T (N H) -> B T N H", N=self.num_heads) for y in made)
         return self.o(kept(attention(q * q.shape[-1] ** -0.5, k, v, None, self.backend)))
 
 
