@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from openpi_port.config import Compute
 from openpi_port.errors import UserError
 from openpi_port.masks import UNSEEN, Blocks, dense
+from openpi_port.pi_torch.fast import attend
 
 MASKED = -2.3819763e38  # big_vision's value for a forbidden logit; a fully masked row becomes uniform
 BACKENDS = ("plain", "sdpa", "flex")
@@ -147,6 +148,9 @@ class _Pack(torch.autograd.Function):
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: _Packed) -> Tensor:
     """Attention to packed keys."""
     size, length, heads, dim = q.shape
+    if attend.usable(q, k):
+        valid = mask.valid.view(k.shape[:2])
+        return attend.attention(q, k[:, :, 0], v[:, :, 0], valid, mask.order, mask.keys).flatten(2)
     longest = (length, k.shape[1])
     queries = torch.arange(0, size * length + 1, length, dtype=torch.int32, device=q.device)
     k, v = (_Pack.apply(x.flatten(0, 1), mask.order, mask.place, mask.valid) for x in (k, v))
