@@ -139,7 +139,7 @@ def _largest(argv: list[str], path: Path) -> str:
     name, room = backend.device.describe(backend.device.find(None))
     shape = meshes.shape(base.mesh, backend.device.count(), count, base.batch_size)
     need = memory.plan(memory.settle(base, shape, room), shape).total
-    size = "base" if need <= memory.SPARED * room else "mini"
+    size = "base" if need <= memory.SPARED[base.backend] * room else "mini"
     if index == 0:
         print(
             f"size {size}: training base needs {need / memory.GIB:.0f} GiB, {name} has {room / memory.GIB:.0f} GiB "

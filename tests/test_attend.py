@@ -29,7 +29,7 @@ def test_against_plain():
     (q, k, v), valid, gradient = inputs()
     plain = attention._plain(q, k, v, valid[:, None]).view_as(q)
     mask = attention._packed(valid)
-    found = attend.attention(q, k[:, :, 0], v[:, :, 0], valid, mask.order, mask.keys)
+    found = attend.attention(q, k[:, :, 0], v[:, :, 0], valid, mask.order, mask.keys).view_as(q)
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
     mine, wanted = (torch.autograd.grad(x, (q, k, v), gradient) for x in (found, plain))
     for a, b in zip(mine, wanted, strict=True):

@@ -211,7 +211,25 @@ def test_a_product_adds_its_gradient_to_the_sum(dtype):
         torch.testing.assert_close(mine, theirs, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize(("name", "how"), [("flax", "graph"), ("torch", "scan"), ("torch", "graph")])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_fused_is_the_same_step(microbatches):
+    """What sums up gradients in products, in bfloat16; on a CPU without the kernels."""
+    found = {}
+    for how in ("none", "fused"):
+        compute = Compute(dtype="bfloat16", compile=how)
+        config = dataclasses.replace(run_config(), batch_size=4, microbatches=microbatches, compute=compute)
+        t = trainer("torch", config)
+        losses = [float(t.update(batch)["loss"]) for batch in batches(config, 2)]
+        found[how] = [*losses, t.evaluate(batches(config, 1)[0])], t.train_state()
+    np.testing.assert_allclose(*(losses for losses, _ in found.values()), rtol=2e-3)
+    mine, theirs = (state for _, state in found.values())
+    for name in mine:
+        if name.startswith("mu/") and not name.endswith("k.bias"):  # whose gradient is rounding
+            difference = np.linalg.norm(mine[name] - theirs[name])
+            assert difference < 0.05 * np.linalg.norm(mine[name]) + 1e-6, name
+
+
+@pytest.mark.parametrize(("name", "how"), [("flax", "graph"), ("flax", "fused"), ("torch", "scan"), ("torch", "graph")])
 def test_what_cannot_be_compiled_is_an_error(name, how):
     with pytest.raises(UserError, match=f"config.compute.compile='{how}'"):
         trainer(name, dataclasses.replace(run_config(), compute=Compute(compile=how)))

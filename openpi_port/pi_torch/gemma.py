@@ -112,7 +112,7 @@ class Layer(nn.Module):
         spans = _spans([xs[i].shape[1] for i in present])
         around, gates, qs, ks, vs = {}, {}, [], [], []
         for i, (start, stop) in zip(present, spans, strict=True):
-            around[i], y, gates[i] = _forked(self.experts[i].norm_attn, xs[i], conds[i])
+            around[i], y, gates[i] = self._forked(self.experts[i].norm_attn, xs[i], conds[i])
             q, k, v = self.experts[i].qkv(y, where.of(start, stop))
             qs.append(q), ks.append(k), vs.append(v)
         q, new = torch.cat(qs, 1), KVCache(torch.cat(ks, 1), torch.cat(vs, 1))
@@ -126,9 +126,17 @@ class Layer(nn.Module):
         for i, (start, stop) in zip(present, spans, strict=True):
             expert = self.experts[i]
             x = kept(add_gated(around[i], expert.o(attended[:, start:stop]), gates[i]))
-            x, y, gate = _forked(expert.norm_mlp, x, conds[i])
+            x, y, gate = self._forked(expert.norm_mlp, x, conds[i])
             outs[i] = add_gated(x, expert.mlp(y), gate)
         return outs, new
+
+    def _forked(
+        self, norm: RMSNorm | AdaRMSNorm, x: Tensor, cond: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x, which goes around what follows, normed, and the gate."""
+        if self.compute.compile == "fused" and isinstance(norm, RMSNorm) and norms.usable(x):
+            return *norms.fork(x, norm.scale, None), None
+        return x, *norm(x, cond)
 
 
 class Gemma(nn.Module):
@@ -228,13 +236,6 @@ class Gemma(nn.Module):
 
         inputs = zip(layers, *(() if cache is None else cache), strict=True)
         return run(body, xs, inputs, self.compute)
-
-
-def _forked(norm: RMSNorm | AdaRMSNorm, x: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, which goes around what follows, normed, and the gate."""
-    if isinstance(norm, RMSNorm) and norms.usable(x):
-        return *norms.fork(x, norm.scale, None), None
-    return x, *norm(x, cond)
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:

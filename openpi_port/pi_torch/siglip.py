@@ -62,14 +62,15 @@ class Block(nn.Module):
         return remat(self._forward, self.compute)(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        x, y = _forked(self.norm_attn, x)
-        x, y = _forked(self.norm_mlp, kept(x + self.attn(y)))
+        x, y = self._forked(self.norm_attn, x)
+        x, y = self._forked(self.norm_mlp, kept(x + self.attn(y)))
         return x + self.mlp(y)
 
-
-def _forked(norm: LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """x, which goes around what follows, and normed."""
-    return norms.fork(x, norm.scale, norm.bias) if norms.usable(x) else (x, norm(x))
+    def _forked(self, norm: LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, which goes around what follows, and normed."""
+        if self.compute.compile == "fused" and norms.usable(x):
+            return norms.fork(x, norm.scale, norm.bias)
+        return x, norm(x)
 
 
 class Siglip(nn.Module):

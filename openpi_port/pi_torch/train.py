@@ -70,7 +70,8 @@ class Trainer:
         self._counted = loss.counted
         self._loss = self._layout.fill(loss, weights)
         how = _compile(config, self._layout.device)
-        if how != "none":
+        on_gpu = self._layout.device.type == "cuda"
+        if how != "none" and on_gpu:
             for layer in (*module.vision.blocks, *module.gemma.layers):  # all of a kind share what is compiled
                 layer.forward = torch.compile(layer.forward, dynamic=False)  # FSDP's hooks stay outside
         trained = {n: self._layout.parts[n] for n, p in self._layout.parameters.items() if p.requires_grad}
@@ -79,18 +80,20 @@ class Trainer:
         self._state = State(trained, mu, nu, average)
         copies = self._layout.copies
         self._slots = [adamw.Slot(p, mu[n], nu[n], average and average[n], copies.get(n)) for n, p in trained.items()]
-        self._replayed = Replayed(self._backward, self._prepare, self._layout.device) if how == "graph" else None
+        recorded = how in ("graph", "fused") and on_gpu
+        self._replayed = Replayed(self._backward, self._prepare, self._layout.device) if recorded else None
         self._sparse = isinstance(config.model, configs.Pi0) and not (split or config.insulate)
         module.gemma.sparse = self._sparse  # where nothing but the lookup reads the embedding
-        added = config.microbatches > 1 or (devices.count() > 1 and not split)  # over parts or devices
-        within = {name: p for name, p in trained.items() if name in copies and added}
+        wide = config.microbatches > 1 and config.compute.gradients == "float32"  # else autograd adds up in place
+        sent = devices.count() > 1 and not split
+        within = {name: p for name, p in trained.items() if name in copies and (wide or sent or how == "fused")}
         self._flat, self._sums = _together(within, getattr(torch, config.compute.gradients), self._layout.device)
         self._rows: list[tuple[Tensor, Tensor]] = []
         self._shares = config.microbatches * (1 if split else devices.count())
         with torch.cuda.stream(self._replayed and self._replayed.stream):
             for name, total in self._sums.items():
                 owner, _, leaf = name.rpartition(".")
-                if leaf == "weight":
+                if leaf == "weight" and how == "fused":
                     module.get_submodule(owner).total = total
                 else:
                     self._layout.parameters[name].register_post_accumulate_grad_hook(partial(_add_up, total))
@@ -285,16 +288,16 @@ def _compile(config: Config, device: torch.device) -> str:
     Raises:
       UserError: what torch or the device can't honour.
     """
-    graph = device.type == "cuda" and config.mesh.fsdp == 1 and isinstance(config.model, configs.Pi0)
-    graph = graph and not config.insulate  # which picks tokens by their values
+    whole = config.mesh.fsdp == 1 and isinstance(config.model, configs.Pi0)
+    whole = whole and not config.insulate  # which picks tokens by their values
     name = config.compute.compile
     if name == "auto":
-        return "none" if device.type != "cuda" else "graph" if graph else "layers"
-    if name not in ("none", "layers", "graph"):
-        raise UserError(f"config.compute.compile={name!r}: torch has auto, none, layers, graph")
-    if name == "graph" and not graph:
+        return "none" if device.type != "cuda" else "graph" if whole else "layers"
+    if name not in ("none", "layers", "graph", "fused"):
+        raise UserError(f"config.compute.compile={name!r}: torch has auto, none, layers, graph, fused")
+    if name in ("graph", "fused") and not (whole and (device.type == "cuda" or name == "fused")):
         raise UserError(
-            "config.compute.compile='graph' is for pi0 and pi0.5 on GPUs, neither split nor insulated; use 'layers'"
+            f"config.compute.compile={name!r} is for pi0 and pi0.5 on GPUs, neither split nor insulated; use 'layers'"
         )
     return name
 

@@ -35,9 +35,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, order: Tensor, end
       ends: int32 [B + 1], where each sample's keys begin in that order.
 
     Returns:
-      [B, T, N, H].
+      [B, T, N * H].
     """
-    return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), valid, order, ends)
+    return _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), valid, order, ends).flatten(2)
 
 
 class _Attention(torch.autograd.Function):

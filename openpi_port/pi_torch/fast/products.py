@@ -16,15 +16,13 @@ from torch import Tensor, nn
 
 
 def several(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """What the linear maps make of x: together where that is faster, else one after another.
+    """What the linear maps make of x: together where all have a `total`, else one after another.
 
     Args:
       x: [..., D].
-      linears: `layers.Linear`, each with its `total`, or with adapters.
+      linears: `layers.Linear`, or with adapters.
     """
-    adapted = any(hasattr(linear, "lora_a") or not linear.weight.requires_grad for linear in linears)
-    fast = torch.is_grad_enabled() and x.is_cuda and x.dtype == torch.bfloat16
-    if adapted or not (fast or all(linear.total is not None for linear in linears)):
+    if any(linear.total is None or hasattr(linear, "lora_a") for linear in linears):
         return tuple(linear(x) for linear in linears)
     weights = [linear.weight.to(x.dtype) for linear in linears]
     biases = [None if linear.bias is None else linear.bias.to(x.dtype) for linear in linears]
