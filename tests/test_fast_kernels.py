@@ -17,6 +17,7 @@ import triton.language as tl
 from frameworks import Framework, batch_of, golden_model
 
 from openpi_port.pi_torch.fast import kernels, ops, pack, tiles
+from openpi_port.pi_torch.fast.kernels import ends
 
 GPU = torch.cuda.is_available()
 if not GPU and not os.environ.get("TRITON_INTERPRET"):
@@ -131,7 +132,7 @@ def test_attend(make, monkeypatch, splits, limited):
 @pytest.mark.parametrize("swish", [False, True])
 def test_both_ends(make, monkeypatch, swish):
     if not GPU:
-        monkeypatch.setattr(kernels, "_exact_dot", lambda a, b, acc: tl.dot(a, b, acc))
+        monkeypatch.setattr(ends, "_exact_dot", lambda a, b, acc: tl.dot(a, b, acc))
     x_t, first, bias, scale, tokens = make.f(B, T - 1, J), make.f(D, J), make.f(D), make.f(D), T
     got = kernels.lift(x_t, first, bias, tokens, swish=swish, dtype=DTYPE)
     want = ops.lift(*exact(x_t, first, bias), tokens, swish=swish, dtype=torch.float32)
@@ -151,7 +152,7 @@ def test_a_whole_chunk(golden, monkeypatch, name):
     plain = Framework("torch").load(config, dict(weights))
     batch = batch_of(golden / "openpi" / name)
     want = plain.sample_actions(batch, batch["noise"], 1)
-    monkeypatch.setattr(kernels, "_exact_dot", lambda a, b, acc: tl.dot(a, b, acc))
+    monkeypatch.setattr(ends, "_exact_dot", lambda a, b, acc: tl.dot(a, b, acc))
     monkeypatch.setattr(ops, "on_gpu", lambda x: True)
     gelu = torch.nn.functional.gelu
     monkeypatch.setattr(ops, "linear_gelu", lambda x, w, b: gelu(x @ w.t() + b, approximate="tanh"))

@@ -1,0 +1,93 @@
+"""Attention of many heads to one head of keys and values.
+
+B batch, T queries, S keys, N heads, H head dim, M = B * T rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from openpi_port.pi_torch.fast import tiles
+from openpi_port.pi_torch.fast.kernels.shared import FORBIDDEN, LOG2E
+from openpi_port.pi_torch.fast.ops import Seen
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
+    """Rows of queries against a span of keys per program; several spans are joined by a second kernel.
+
+    All heads share their keys, so token and head together number the rows. The softmax is kept in base 2.
+    """
+    size, keys, dim = k.shape
+    rows = q.numel() // (size * dim)
+    tile = tiles.attend(size * rows, keys)
+    out = torch.empty_like(q)
+    part, weight = out, out
+    if tile.splits > 1:
+        part = torch.empty((tile.splits, size * rows, dim), dtype=torch.float32, device=q.device)
+        weight = torch.empty((tile.splits, size * rows), dtype=torch.float32, device=q.device)
+    _attend[(triton.cdiv(rows, tile.rows), tile.splits, size)](
+        q, k, v, seen.past, seen.extra, part, weight, rows, seen.most, k.stride(0),
+        HEADS=q.shape[1] // dim, H=dim, PADDED=triton.next_power_of_2(dim), BM=tile.rows, BN=tile.keys,
+        SPLIT=tile.splits > 1, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if tile.splits > 1:
+        padded = {"PADDED": triton.next_power_of_2(dim), "PARTS": triton.next_power_of_2(tile.splits)}
+        _join[(size * rows,)](part, weight, out, size * rows, SPLITS=tile.splits, H=dim, **padded, num_warps=2)
+    return out
+
+
+@triton.jit
+def _attend(
+    q, k, v, past, extra, out, weight, R, most, stride,
+    HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    sample, split, splits = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    row, dim = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, PADDED)
+    place = (sample * R + row)[:, None] * H + dim[None]
+    queries = tl.load(q + place, (row < R)[:, None] & (dim < H)[None], 0.0)
+    visible = tl.load(past + sample)
+    span = tl.cdiv(tl.cdiv(visible + most, splits), BN) * BN
+    stop = tl.minimum(split * span + span, visible + most)
+    if extra is not None:
+        visible = visible + tl.load(extra + row // HEADS, row < R, 0)[:, None]
+    top = tl.full((BM,), FORBIDDEN, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, PADDED), tl.float32)
+    for begin in range(split * span, stop, BN):
+        key = begin + tl.arange(0, BN)
+        there = (key < stop)[:, None] & (dim < H)[None]
+        source = sample * stride + key[:, None] * H + dim[None]
+        scores = tl.dot(queries, tl.trans(tl.load(k + source, there, 0.0))) * LOG2E
+        scores = tl.where((key < stop)[None] & (key[None] < visible), scores, FORBIDDEN)
+        highest = tl.maximum(top, tl.max(scores, 1))
+        shrink = tl.exp2(top - highest)
+        probs = tl.exp2(scores - highest[:, None])
+        total = total * shrink + tl.sum(probs, 1)
+        values = tl.load(v + source, there, 0.0)
+        acc = tl.dot(probs.to(values.dtype), values, acc * shrink[:, None])
+        top = highest
+    acc = acc / tl.maximum(total, 1e-30)[:, None]  # a span behind the last key is empty
+    keep = (row < R)[:, None] & (dim < H)[None]
+    if SPLIT:
+        first = split * tl.num_programs(2) * R
+        tl.store(out + first * H + place, acc, keep)
+        tl.store(weight + first + sample * R + row, tl.where(total > 0, top + tl.log2(total), FORBIDDEN), row < R)
+    else:
+        tl.store(out + place, acc.to(out.dtype.element_ty), keep)
+
+
+@triton.jit
+def _join(
+    part, weight, out, rows, SPLITS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    row, split, dim = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, PADDED)
+    w = tl.load(weight + split * rows + row, split < SPLITS, FORBIDDEN)
+    w = tl.exp2(w - tl.max(w))
+    inside = (split < SPLITS)[:, None] & (dim < H)[None]
+    values = tl.load(part + (split * rows + row)[:, None] * H + dim[None], inside, 0.0)
+    joined = tl.sum(values * (w / tl.sum(w))[:, None], 0)
+    tl.store(out + row * H + dim, joined.to(out.dtype.element_ty), dim < H)

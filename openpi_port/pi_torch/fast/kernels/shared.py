@@ -1,0 +1,26 @@
+"""What several kernels compute."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from openpi_port.pi_torch.fast import ops
+
+EPSILON: tl.constexpr = tl.constexpr(ops.EPS)
+FORBIDDEN: tl.constexpr = tl.constexpr(ops.MASKED)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def gelu(x):
+    """The tanh form: x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x ** 3))."""
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def inverse_rms(squares, row, M, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr):
+    """1 / rms of some rows, from the sums of squares over parts of them."""
+    part = tl.arange(0, PADDED)
+    inside = (row < M)[:, None] & (part < PARTS)[None]
+    return tl.rsqrt(tl.sum(tl.load(squares + row[:, None] * PARTS + part[None], inside, 0.0), 1) / D + EPSILON)
