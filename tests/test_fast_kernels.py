@@ -129,6 +129,14 @@ def test_attend(make, monkeypatch, splits, limited):
     close(got, ops.attend(*exact(q, k, v), seen))
 
 
+@pytest.mark.parametrize("rows", [16, 32])
+def test_attend_all(make, monkeypatch, rows):
+    """Heads of a width that is no power of two, and a number of rows that is none."""
+    monkeypatch.setattr(tiles, "IMAGE_ATTENTION", tiles.Attend(rows, 16, 1, 4, 2))
+    qkv = make.x(2 * 35, 3 * 2 * 24)
+    close(kernels.attend_all(qkv, 2, 2), ops.attend_all(*exact(qkv), 2, 2))
+
+
 @pytest.mark.parametrize("swish", [False, True])
 def test_both_ends(make, monkeypatch, swish):
     if not GPU:

@@ -179,10 +179,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 
 def attend_all(qkv: Tensor, size: int, heads: int) -> Tensor:
     """Attention of every row of a sample to all its rows: [B * T, 3 * N * H] to [B * T, N * H]; queries come scaled."""
-    q, k, v = qkv.view(size, -1, 3, heads, qkv.shape[1] // (3 * heads)).transpose(1, 3).unbind(2)
     if on_gpu(qkv):
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).reshape(len(qkv), -1)
-    return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(len(qkv), -1)  # on a CPU faster than that
+        from openpi_port.pi_torch.fast import kernels
+
+        return kernels.attend_all(qkv, size, heads)
+    q, k, v = qkv.view(size, -1, 3, heads, qkv.shape[1] // (3 * heads)).transpose(1, 3).unbind(2)
+    return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2).reshape(len(qkv), -1)
 
 
 def start(x: Tensor, scale: Tensor) -> Residual:

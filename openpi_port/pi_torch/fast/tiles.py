@@ -45,6 +45,7 @@ TOKEN = {
 }
 SUFFIX_ATTENTION = Attend(rows=16, keys=64, splits=5, warps=4, stages=3)
 TOKEN_ATTENTION = Attend(rows=16, keys=64, splits=16, warps=4, stages=2)
+IMAGE_ATTENTION = Attend(rows=128, keys=64, splits=1, warps=8, stages=2)
 PREFIX_ATTENTION = Attend(rows=64, keys=64, splits=1, warps=4, stages=2)
 
 

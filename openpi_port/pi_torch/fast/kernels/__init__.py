@@ -1,6 +1,6 @@
 """Triton kernels for bfloat16 on a GPU; `ops.py` says what each computes, under the same name."""
 
-from openpi_port.pi_torch.fast.kernels.attention import attend
+from openpi_port.pi_torch.fast.kernels.attention import attend, attend_all
 from openpi_port.pi_torch.fast.kernels.ends import leave, lift
 from openpi_port.pi_torch.fast.kernels.rows import geglu, layer_norm, rms_norm, split_qkv, start
 from openpi_port.pi_torch.fast.kernels.stream import add_projected, normed_geglu, normed_qkv
@@ -8,6 +8,7 @@ from openpi_port.pi_torch.fast.kernels.stream import add_projected, normed_geglu
 __all__ = [
     "add_projected",
     "attend",
+    "attend_all",
     "geglu",
     "layer_norm",
     "leave",

@@ -1,4 +1,4 @@
-"""Attention of many heads to one head of keys and values.
+"""Attention: of many heads to one head of keys and values, and of the heads of an image each to its own.
 
 B batch, T queries, S keys, N heads, H head dim, M = B * T rows.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openpi_port.pi_torch.fast import tiles
-from openpi_port.pi_torch.fast.kernels.shared import FORBIDDEN, LOG2E
+from openpi_port.pi_torch.fast.kernels.shared import FORBIDDEN, LOG2E, early, release, wait
 from openpi_port.pi_torch.fast.ops import Seen
 
 
@@ -31,11 +31,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     _attend[(triton.cdiv(rows, tile.rows), tile.splits, size)](
         q, k, v, seen.past, seen.extra, part, weight, rows, seen.most, k.stride(0),
         HEADS=q.shape[1] // dim, H=dim, PADDED=triton.next_power_of_2(dim), BM=tile.rows, BN=tile.keys,
-        SPLIT=tile.splits > 1, num_warps=tile.warps, num_stages=tile.stages,
+        SPLIT=tile.splits > 1, num_warps=tile.warps, num_stages=tile.stages, **early(q),
     )  # fmt: skip
     if tile.splits > 1:
         padded = {"PADDED": triton.next_power_of_2(dim), "PARTS": triton.next_power_of_2(tile.splits)}
-        _join[(size * rows,)](part, weight, out, size * rows, SPLITS=tile.splits, H=dim, **padded, num_warps=2)
+        _join[(size * rows,)](
+            part, weight, out, size * rows, SPLITS=tile.splits, H=dim, **padded, num_warps=2, **early(q)
+        )
     return out
 
 
@@ -43,8 +45,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 def _attend(
     q, k, v, past, extra, out, weight, R, most, stride,
     HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     sample, split, splits = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     row, dim = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, PADDED)
     place = (sample * R + row)[:, None] * H + dim[None]
@@ -63,13 +66,8 @@ def _attend(
         source = sample * stride + key[:, None] * H + dim[None]
         scores = tl.dot(queries, tl.trans(tl.load(k + source, there, 0.0))) * LOG2E
         scores = tl.where((key < stop)[None] & (key[None] < visible), scores, FORBIDDEN)
-        highest = tl.maximum(top, tl.max(scores, 1))
-        shrink = tl.exp2(top - highest)
-        probs = tl.exp2(scores - highest[:, None])
-        total = total * shrink + tl.sum(probs, 1)
-        values = tl.load(v + source, there, 0.0)
-        acc = tl.dot(probs.to(values.dtype), values, acc * shrink[:, None])
-        top = highest
+        acc, top, total = _soften(scores, tl.load(v + source, there, 0.0), acc, top, total)
+    release(EARLY)
     acc = acc / tl.maximum(total, 1e-30)[:, None]  # a span behind the last key is empty
     keep = (row < R)[:, None] & (dim < H)[None]
     if SPLIT:
@@ -81,9 +79,22 @@ def _attend(
 
 
 @triton.jit
+def _soften(scores, values, acc, top, total):
+    """Some more keys: the sum of values, the highest score and the sum of weights, all relative to the highest."""
+    highest = tl.maximum(top, tl.max(scores, 1))
+    shrink = tl.exp2(top - highest)
+    probs = tl.exp2(scores - highest[:, None])
+    acc = tl.dot(probs.to(values.dtype), values, acc * shrink[:, None])
+    return acc, highest, total * shrink + tl.sum(probs, 1)
+
+
+@triton.jit
 def _join(
     part, weight, out, rows, SPLITS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
+    release(EARLY)
     row, split, dim = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, PADDED)
     w = tl.load(weight + split * rows + row, split < SPLITS, FORBIDDEN)
     w = tl.exp2(w - tl.max(w))
@@ -91,3 +102,39 @@ def _join(
     values = tl.load(part + (split * rows + row)[:, None] * H + dim[None], inside, 0.0)
     joined = tl.sum(values * (w / tl.sum(w))[:, None], 0)
     tl.store(out + row * H + dim, joined.to(out.dtype.element_ty), dim < H)
+
+
+def attend_all(qkv: Tensor, size: int, heads: int) -> Tensor:
+    """A program: some rows of one head of one sample, and all its keys."""
+    rows, width = qkv.shape[0] // size, qkv.shape[1] // 3
+    dim, tile = width // heads, tiles.IMAGE_ATTENTION
+    out = torch.empty((qkv.shape[0], width), dtype=qkv.dtype, device=qkv.device)
+    _attend_all[(triton.cdiv(rows, tile.rows), heads, size)](
+        qkv, out, rows, D=width, H=dim, PADDED=triton.next_power_of_2(dim), BM=tile.rows, BN=tile.keys,
+        num_warps=tile.warps, num_stages=tile.stages, **early(qkv),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _attend_all(
+    qkv, out, T, D: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    wait(EARLY)
+    row, dim = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, PADDED)
+    inside, first = (dim < H)[None], tl.program_id(2).to(tl.int64) * T
+    start = qkv + first * 3 * D + tl.program_id(1) * H
+    queries = tl.load(start + row[:, None] * 3 * D + dim[None], (row < T)[:, None] & inside, 0.0)
+    top = tl.full((BM,), FORBIDDEN, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, PADDED), tl.float32)
+    for begin in range(0, T, BN):
+        key = begin + tl.arange(0, BN)
+        there = (key < T)[:, None] & inside
+        source = start + D + key[:, None] * 3 * D + dim[None]
+        scores = tl.dot(queries, tl.trans(tl.load(source, there, 0.0))) * LOG2E
+        scores = tl.where((key < T)[None], scores, FORBIDDEN)
+        acc, top, total = _soften(scores, tl.load(source + D, there, 0.0), acc, top, total)
+    place = (first + row)[:, None] * D + tl.program_id(1) * H + dim[None]
+    tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), (row < T)[:, None] & inside)

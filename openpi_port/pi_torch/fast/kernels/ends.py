@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openpi_port.pi_torch.fast import tiles
-from openpi_port.pi_torch.fast.kernels.shared import inverse_rms
+from openpi_port.pi_torch.fast.kernels.shared import early, inverse_rms, release, wait
 from openpi_port.pi_torch.fast.ops import Residual
 
 
@@ -24,6 +24,7 @@ def lift(x_t: Tensor, first: Tensor, bias: Tensor, tokens: int, *, swish: bool, 
     _lift[(width // columns, triton.cdiv(rows, 64))](
         x_t, first, bias, x, arrived, rows, tokens, actions, arrived.numel(),
         J=dim, PADDED=max(16, triton.next_power_of_2(dim)), D=width, SWISH=swish, BM=64, BN=columns,
+        **early(x_t),
     )  # fmt: skip
     return Residual(x, x, x, arrived)
 
@@ -40,13 +41,16 @@ def _exact_dot(a, b, acc):
 def _lift(
     x_t, first, bias, x, arrived, M, T, A, counters,
     J: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, SWISH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     j = tl.arange(0, PADDED)
     action = row % T - (T - A)
     acting, inside = ((row < M) & (action >= 0))[:, None], (j < J)[None]
     noisy = tl.load(x_t + (row // T * A + action)[:, None] * J + j[None], acting & inside, 0.0)
     weights = tl.load(first + col[None] * J + j[:, None], (j < J)[:, None], 0.0)
+    release(EARLY)
     y = _exact_dot(noisy, weights, tl.zeros((BM, BN), tl.float32)) + tl.load(bias + col)[None]
     if SWISH:
         y = y * tl.sigmoid(y)
@@ -63,7 +67,7 @@ def leave(stream: Residual, w: Tensor, bias: Tensor, x_t: Tensor, dt: float) -> 
     _leave[(triton.cdiv(rows, 16),)](
         stream.scaled, stream.squares, w, bias, x_t, out, rows, rows // size, actions, dt,
         J=dim, WIDE=max(16, triton.next_power_of_2(dim)), D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
-        BM=16, BK=tiles.divisor(128, width), num_stages=4,
+        BM=16, BK=tiles.divisor(128, width), num_stages=4, **early(w),
     )  # fmt: skip
     return out
 
@@ -72,8 +76,9 @@ def leave(stream: Residual, w: Tensor, bias: Tensor, x_t: Tensor, dt: float) -> 
 def _leave(
     x, squares, w, bias, x_t, out, M, T, A, dt,
     J: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     row, j = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, WIDE)
     norm = inverse_rms(squares, row, M, D, PARTS, PADDED)[:, None]
     acc = tl.zeros((BM, WIDE), tl.float32)
@@ -81,6 +86,7 @@ def _leave(
         deep = begin + tl.arange(0, BK)
         left = tl.load(x + row[:, None] * D + deep[None], (row < M)[:, None], 0.0)
         acc = tl.dot(left, tl.load(w + j[None] * D + deep[:, None], (j < J)[None], 0.0), acc)
+    release(EARLY)
     v_t = acc * norm + tl.load(bias + j, j < J, 0.0)[None]
     sample, action = row // T, row % T - (T - A)
     acting = ((row < M) & (action >= 0))[:, None] & (j < J)[None]

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from openpi_port.pi_torch.fast import ops
 
 EPSILON: tl.constexpr = tl.constexpr(ops.EPS)
 FORBIDDEN: tl.constexpr = tl.constexpr(ops.MASKED)
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+def early(x: Tensor) -> dict[str, bool]:
+    """How a kernel is launched that begins with `wait`: before the end of the one in front, where the GPU can that."""
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """Until the kernel in front has written all that it writes."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def release(EARLY: tl.constexpr):
+    """Lets the next kernel come onto the chip, as far as there is room."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

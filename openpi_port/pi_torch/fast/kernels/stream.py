@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openpi_port.pi_torch.fast import tiles
-from openpi_port.pi_torch.fast.kernels.shared import gelu, inverse_rms
+from openpi_port.pi_torch.fast.kernels.shared import early, gelu, inverse_rms, release, wait
 from openpi_port.pi_torch.fast.ops import Residual
 
 
@@ -30,7 +30,7 @@ def normed_qkv(
     _normed_qkv[(w.shape[0] // tile.columns, triton.cdiv(rows, tile.rows))](
         stream.scaled, stream.squares, w, bias, turns, at, q, k, v, rows, rows // size, k.stride(0),
         HEADS=heads, H=dim, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
-        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **early(w),
     )  # fmt: skip
     return q
 
@@ -39,8 +39,9 @@ def normed_qkv(
 def _normed_qkv(
     x, squares, w, bias, turns, at, q, k, v, M, T, stride,
     HEADS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
     # What is needed at the end is loaded at the beginning, so that nothing waits for it.
@@ -55,6 +56,7 @@ def _normed_qkv(
         deep = begin + tl.arange(0, BK)
         left = tl.load(x + row[:, None] * D + deep[None], inside, 0.0)
         acc = tl.dot(left, tl.load(w + col[None] * D + deep[:, None]), acc)
+    release(EARLY)
     acc = acc * norm
     if bias is not None:
         acc += tl.load(bias + col)[None]
@@ -81,7 +83,7 @@ def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
     _normed_geglu[(out // tile.columns, triton.cdiv(rows, tile.rows))](
         stream.scaled, stream.squares, w, bias, y, rows,
         F=out, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
-        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **early(w),
     )  # fmt: skip
     return y
 
@@ -90,8 +92,9 @@ def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
 def _normed_geglu(
     x, squares, w, bias, y, M,
     F: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     row, col = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
     norm = inverse_rms(squares, row, M, D, PARTS, PADDED)[:, None]
@@ -102,6 +105,7 @@ def _normed_geglu(
         source = w + col[None] * D + deep[:, None]
         gate = tl.dot(left, tl.load(source), gate)
         up = tl.dot(left, tl.load(source + F * D), up)
+    release(EARLY)
     gate, up = gate * norm, up * norm
     if bias is not None:
         gate, up = gate + tl.load(bias + col)[None], up + tl.load(bias + F + col)[None]
@@ -119,7 +123,7 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
     _add_projected[(columns, tile.splits, triton.cdiv(rows, tile.rows))](
         a, w, stream.x, gate, scale, part, stream.arrived, x, scaled, squares, rows,
         D=width, F=deep, SPLITS=tile.splits,
-        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+        BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **early(w),
     )  # fmt: skip
     return Residual(x, scaled, squares, stream.arrived)
 
@@ -128,8 +132,9 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
 def _add_projected(
     a, w, before, gate, scale, part, arrived, x, scaled, squares, M,
     D: tl.constexpr, F: tl.constexpr, SPLITS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait(EARLY)
     split, columns = tl.program_id(1), tl.num_programs(0)
     row, col = tl.program_id(2) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     inside = (row < M)[:, None]
@@ -140,6 +145,7 @@ def _add_projected(
         deep = split * (F // SPLITS) + begin + tl.arange(0, BK)
         left = tl.load(a + row[:, None] * F + deep[None], inside, 0.0)
         acc = tl.dot(left, tl.load(w + col[None] * F + deep[:, None]), acc)
+    release(EARLY)
     last = True
     if SPLITS > 1:
         tl.store(part + split * M * D + place, acc, inside)
