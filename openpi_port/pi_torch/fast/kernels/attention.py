@@ -111,7 +111,7 @@ def attend_all(qkv: Tensor, size: int, heads: int) -> Tensor:
     out = torch.empty((qkv.shape[0], width), dtype=qkv.dtype, device=qkv.device)
     _attend_all[(triton.cdiv(rows, tile.rows), heads, size)](
         qkv, out, rows, D=width, H=dim, PADDED=triton.next_power_of_2(dim), BM=tile.rows, BN=tile.keys,
-        num_warps=tile.warps, num_stages=tile.stages, **early(qkv),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -119,9 +119,7 @@ def attend_all(qkv: Tensor, size: int, heads: int) -> Tensor:
 @triton.jit
 def _attend_all(
     qkv, out, T, D: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
-    wait(EARLY)
     row, dim = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, PADDED)
     inside, first = (dim < H)[None], tl.program_id(2).to(tl.int64) * T
     start = qkv + first * 3 * D + tl.program_id(1) * H
