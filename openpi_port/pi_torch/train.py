@@ -292,7 +292,7 @@ def _compile(config: Config, device: torch.device) -> str:
     whole = whole and not config.insulate  # which picks tokens by their values
     name = config.compute.compile
     if name == "auto":
-        return "none" if device.type != "cuda" else "graph" if whole else "layers"
+        return "none" if device.type != "cuda" else "graph" if whole and devices.count() == 1 else "layers"
     if name not in ("none", "layers", "graph", "fused"):
         raise UserError(f"config.compute.compile={name!r}: torch has auto, none, layers, graph, fused")
     if name in ("graph", "fused") and not (whole and (device.type == "cuda" or name == "fused")):
