@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -28,11 +29,13 @@ CONFIG = config_flags.DEFINE_config_file(
 
 def config() -> Train:
     """The run that the command line asks for."""
+    if CONFIG.value is None:
+        raise UserError(f"--config= names no run: NAME[:SIZE] of configs/; known: {', '.join(_known())}")
     return build(Train, CONFIG.value)
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Parses the command line and runs a program; user errors become one line and exit status 2."""
+    """Parses the command line and runs a program; user errors, and files' troubles, are one line and exit status 2."""
 
     def guarded(argv: Sequence[str]) -> int | None:
         if len(argv) > 1:
@@ -43,8 +46,16 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         app.run(guarded, flags_parser=_parse)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error))
+    except OSError as error:  # a directory that can't be written, a full disk
+        if error.filename is None:
+            raise
+        _end(f"{error.filename}: {error.strerror}")
+
+
+def _end(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -63,8 +74,7 @@ def _resolve(argv: list[str]) -> list[str]:
     name, _, size = argv[at].removeprefix("--config=").partition(":")
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.exists():
-        known = [p.stem for p in CONFIGS.glob("*.py") if "get_config" in p.read_text() and p.stem != "edge"]
-        raise UserError(f"--config={name}: no file {path.name} in configs/; {near(name, known)}")
+        raise UserError(f"--config={name}: no file {path.name} in configs/; {near(name, _known())}")
     argv += _with_lora(argv, path)
     override = next((arg.split("=", 1)[1] for arg in argv if arg.startswith("--config.model.size=")), None)
     if size and override and size != override:
@@ -75,6 +85,11 @@ def _resolve(argv: list[str]) -> list[str]:
     argv[at] = f"--config={path}:{size}"
     _check_fields(path, size, argv)
     return argv
+
+
+def _known() -> list[str]:
+    """The names of the files of `configs/`."""
+    return sorted(p.stem for p in CONFIGS.glob("*.py") if "get_config" in p.read_text() and p.stem != "edge")
 
 
 def _with_lora(argv: Sequence[str], path: Path) -> list[str]:

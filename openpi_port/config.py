@@ -268,6 +268,11 @@ class Data:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cameras", {k: v for k, v in self.cameras.items() if v})
+        if not 0 <= self.validation < 1:
+            raise UserError(f"config.data.validation={self.validation}: a share of the episodes, from 0 to below 1")
+        for field in ("state_noise", "cache_gb", "num_workers"):
+            if getattr(self, field) < 0:
+                raise UserError(f"config.data.{field}={getattr(self, field)}: 0 or more")
         if not 0 < self.weight < float("inf"):
             raise UserError(f"config.data.weight={self.weight} must be above 0; leave out a data set that has none")
 
@@ -299,6 +304,10 @@ FROZEN = {
     "all-but-lora": r"^(?!.*/lora_[ab]$)",
     "all-but-expert": r"^(vision/|gemma/(embedding$|norms/0/|layers/experts/0/))",
 }
+
+
+_COUNTS = ("batch_size", "microbatches", "draws", "num_steps")
+_COUNTS += ("log_every", "save_every", "keep_every", "eval_every", "eval_batches")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,6 +379,9 @@ class Train:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "frozen", tuple(FROZEN.get(name, name) for name in self.frozen))
+        for field in _COUNTS:
+            if getattr(self, field) < 1:
+                raise UserError(f"config.{field}={getattr(self, field)}: 1 or more")
         if isinstance(self.model, Pi0Fast) and self.draws != 1:
             raise UserError(f"config.draws={self.draws}: pi0-FAST draws neither noise nor time; leave it at 1")
         if not 0 <= self.max_delay < self.model.action_horizon:
@@ -379,7 +391,7 @@ class Train:
             )
         if isinstance(self.model, Pi0Fast) and self.max_delay:
             raise UserError(f"config.max_delay={self.max_delay}: pi0-FAST has no flow times; leave it at 0")
-        if self.microbatches < 1 or self.batch_size % self.microbatches:
+        if self.batch_size % self.microbatches:
             raise UserError(f"config.microbatches={self.microbatches} doesn't divide batch_size={self.batch_size}")
         if self.insulate and getattr(self.model, "state_in", None) != "prompt":
             raise UserError(

@@ -113,6 +113,8 @@ def start(*args: str) -> subprocess.Popen:
         (["--config=pi0_aloha:debug", "--config.tokenizer=/nowhere.model"], "/nowhere.model"),
         (["--config=pi0_lerobot:debug"], "--config.data.repo_id="),
         (["--config=pi0_aloha:debug", "--resume", "--config.out=/nowhere"], "no checkpoint to resume"),
+        (["--config=pi0_aloha:debug", "--config.out=/proc/no"], "/proc/no: No such file or directory"),
+        ([], "--config= names no run: NAME[:SIZE] of configs/; known: pi05_aloha"),
     ],
 )
 def test_one_line_for_a_mistake(args, words):
@@ -121,6 +123,23 @@ def test_one_line_for_a_mistake(args, words):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and words in last, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"log_every": 0}, "config.log_every=0: 1 or more"),
+        ({"draws": 0}, "config.draws=0: 1 or more"),
+        ({"batch_size": -2}, "config.batch_size=-2: 1 or more"),
+        ({"data": {"validation": 1.0}}, "config.data.validation=1.0: a share"),
+        ({"data": {"num_workers": -1}}, "config.data.num_workers=-1: 0 or more"),
+    ],
+)
+def test_numbers_that_can_not_be(changes, words):
+    config = pi0_aloha.get_config("debug")
+    config.update(changes)
+    with pytest.raises(UserError, match=words):
+        build(Train, config)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
