@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from test_train_step import batches, run_config
+from steps import batches, run_config
 
 from convert import tables
 from openpi_port import init

@@ -16,8 +16,9 @@ import pytest
 from conftest import ROOT
 from frameworks import NAMES, Framework
 from jobs import logged, run
+from steps import batches
 from test_tables import random_weights
-from test_train_step import batches, canonical, trainer
+from test_train_step import canonical
 
 from configs import pi0_aloha, pi0_aloha_lora
 from convert import formats, tables, target
@@ -210,7 +211,7 @@ def test_only_adapters_and_what_is_not_frozen_move_alike_in_both_frameworks():
     data, fresh = batches(config, 5), init.Fresh(config.model, 0)
     after, gradients, losses = {}, {}, {}
     for name in NAMES:
-        t = trainer(name, config)
+        t = Framework(name).trainer(config)
         losses[name] = [float(t.update(data[0])["loss"])]
         first = {n.removeprefix("mu/"): m for n, m in t.train_state().items() if n.startswith("mu/")}
         assert all("lora_" in n for n in first if n.startswith("gemma"))
@@ -235,14 +236,14 @@ def test_frozen_weights_are_rounded_once_where_every_use_rounds_them(name, monke
     """Half the memory for them, and the same numbers to the bit."""
     config = lora_config(compute=Compute(dtype="bfloat16"))
     batch = batches(config, 1)[0]
-    t = trainer(name, config)
+    t = Framework(name).trainer(config)
     weights = canonical(t, name, config)
     bfloat16 = {path for path, w in weights.items() if w.dtype.name == "bfloat16"}
     assert "gemma/embedding" in bfloat16 and "gemma/layers/experts/1/down/kernel" in bfloat16
     assert not any("lora" in path or "norm" in path or path.startswith(("vision", "action")) for path in bfloat16)
     assert memory.plan(config).weights == sum(w.nbytes for w in weights.values())
     monkeypatch.setattr(meshes, "stored_in", lambda config, name: "float32")
-    unrounded = trainer(name, config)
+    unrounded = Framework(name).trainer(config)
     assert {w.dtype.name for w in unrounded.weights().values()} == {"float32"}
     assert t.evaluate(batch) == unrounded.evaluate(batch)
     if name == "torch":  # in Flax that takes half a minute to compile
@@ -294,7 +295,7 @@ def test_a_checkpoint_of_adapters_finds_its_base_and_knows_it(tmp_path):
 def test_without_a_checkpoint_to_begin_with_the_seed_is_the_base(tmp_path, name):
     config = lora_config(save="trained", backend=name, frozen=("language-but-lora", "expert-but-lora"))
     begin = starting.point(tmp_path, config, resume=False)
-    t = trainer(name, config)
+    t = Framework(name).trainer(config)
     t.update(batches(config, 1)[0])
     some, every = t.weights(only_trained=True), t.weights()
     assert some.keys() < every.keys() and not any(n.startswith("gemma") and "lora" not in n for n in some)

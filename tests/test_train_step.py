@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from frameworks import NAMES, Framework
+from steps import batches, run_config
 
 from configs import pi0_aloha, pi05_aloha
 from convert import tables
@@ -21,42 +22,6 @@ from openpi_port.pi_torch.layers import Linear
 from openpi_port.schedule import euler_times, learning_rate
 
 
-def run_config(**changes) -> Train:
-    config = build(Train, pi0_aloha.get_config("debug"))
-    optimizer = Optimizer(
-        peak_lr=3e-4, end_lr=3e-5, warmup_steps=2, decay_steps=6, weight_decay=1e-2, clip_norm=0.5, ema=0.5
-    )
-    return dataclasses.replace(config, optimizer=optimizer, batch_size=3, **changes)
-
-
-def batches(config: Train, count: int) -> list[dict]:
-    """Random batches; some samples end with padding."""
-    rng = np.random.default_rng(0)
-    model, b = config.model, config.batch_size
-    shape = (b, model.action_horizon, model.action_dim)
-    size = model.vision.image_size
-    return [
-        {
-            "image": {c: rng.integers(0, 256, (b, size, size, 3), np.uint8) for c in model.cameras},
-            "image_mask": {c: np.ones(b, bool) for c in model.cameras},
-            "state": rng.standard_normal(shape[::2], np.float32),
-            "tokenized_prompt": rng.integers(0, model.vocab_size, (b, model.max_token_len)).astype(np.int32),
-            "tokenized_prompt_mask": np.arange(model.max_token_len) < rng.integers(3, 11, (b, 1)),
-            "actions": rng.standard_normal(shape, np.float32),
-            "action_is_pad": np.arange(shape[1]) >= rng.integers(10, shape[1] + 1, (b, 1)),
-            "noise": rng.standard_normal(shape, np.float32),
-            "time": rng.uniform(0.1, 1, b).astype(np.float32),
-        }
-        for _ in range(count)
-    ]
-
-
-def trainer(name: str, config: Train):
-    framework = Framework(name)
-    weights = tables.translate(init.Fresh(config.model, 0), config.model, "flax", name)
-    return framework.backend.train.Trainer(config, weights, "cpu")
-
-
 def canonical(trainer_, name: str, config: Train) -> dict[str, np.ndarray]:
     return dict(tables.translate(trainer_.weights(), config.model, name, "flax"))
 
@@ -66,7 +31,7 @@ def test_frameworks_agree_for_five_steps():
     data = batches(config, 5)
     losses, weights, raw = {}, {}, {}
     for name in NAMES:
-        t = trainer(name, config)
+        t = Framework(name).trainer(config)
         losses[name] = [float(t.update(batch)["loss"]) for batch in data]
         losses[name].append(t.evaluate(data[0]))
         weights[name] = canonical(t, name, config)
@@ -86,7 +51,7 @@ def test_frameworks_agree_for_five_steps():
 @pytest.mark.parametrize("name", NAMES)
 def test_frozen_parameters_stay(name):
     config = run_config(frozen=("^vision", "embedding$"))
-    t = trainer(name, config)
+    t = Framework(name).trainer(config)
     t.update(batches(config, 1)[0])
     after, fresh = canonical(t, name, config), init.Fresh(config.model, 0)
     for path in fresh:
@@ -105,12 +70,13 @@ def test_padding_is_not_learned(name):
         **batch,
         "actions": np.where(batch["action_is_pad"][..., None], 99.0, batch["actions"]).astype(np.float32),
     }
-    assert trainer(name, config).evaluate(batch) != pytest.approx(0)
+    t = Framework(name).trainer(config)
+    assert t.evaluate(batch) != pytest.approx(0)
     # The noisy actions are inputs too, so only the loss of the last action can be compared: make nothing else depend.
     spoilt["time"] = batch["time"] = np.ones_like(batch["time"])  # pure noise: the inputs are the same
-    assert trainer(name, config).evaluate(batch) == trainer(name, config).evaluate(spoilt)
-    openpi = dataclasses.replace(config, loss_on_padding=True)
-    assert trainer(name, openpi).evaluate(batch) < trainer(name, openpi).evaluate(spoilt)
+    assert t.evaluate(batch) == t.evaluate(spoilt)
+    openpi = Framework(name).trainer(dataclasses.replace(config, loss_on_padding=True))
+    assert openpi.evaluate(batch) < openpi.evaluate(spoilt)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,7 +84,7 @@ def test_a_batch_in_parts_is_the_same_step(name):
     """With unequal numbers of actions that count in the parts."""
     config = dataclasses.replace(run_config(), batch_size=4)
     batch = batches(config, 1)[0]
-    whole, parts = trainer(name, config), trainer(name, dataclasses.replace(config, microbatches=2))
+    whole, parts = Framework(name).trainer(config), Framework(name).trainer(dataclasses.replace(config, microbatches=2))
     for t in (whole, parts):
         t.metrics = t.update(batch)
     for key in ("loss", "grad_norm"):
@@ -145,7 +111,7 @@ def test_gradients_of_layers_apart(model):
     else:
         data["action_is_pad"][:] = False  # the parts count alike here; the test above has parts that don't
     data["tokenized_prompt"][1] = data["tokenized_prompt"][0]  # rows that are read more than once
-    t = trainer("flax", dataclasses.replace(config, microbatches=2))
+    t = Framework("flax").trainer(dataclasses.replace(config, microbatches=2))
     (_, _), found = jax.jit(t._gradients)(t._state, data)
     whole = jax.jit(lambda trained: jax.grad(lambda w: t._loss(w, t._state.frozen, data)[0])(trained))
     expected = whole(t._state.trained)
@@ -165,7 +131,7 @@ def test_cameras_that_no_data_set_has_are_left_out(name):
     batch["image_mask"]["left_wrist_0_rgb"][:] = False
     assert few.cameras == ("base_0_rgb",)
     assert set(leave_out(batch, few.cameras)["image"]) == {"base_0_rgb"}
-    one, both = trainer(name, few), trainer(name, dataclasses.replace(few, data=data))
+    one, both = Framework(name).trainer(few), Framework(name).trainer(dataclasses.replace(few, data=data))
     found, expected = one.update(batch), both.update(batch)
     for key in ("loss", "grad_norm"):
         assert float(found[key]) == pytest.approx(float(expected[key]), rel=1e-5)
@@ -179,7 +145,7 @@ def test_rounded_weights_have_float32_masters(gradients):
     config = dataclasses.replace(
         run_config(), batch_size=4, microbatches=2, compute=Compute(dtype="bfloat16", gradients=gradients)
     )
-    t = trainer("torch", config)
+    t = Framework("torch").trainer(config)
     for batch in batches(config, 2):
         t.update(batch)
     masters, copies = t._layout.parts, t._layout.copies
@@ -218,7 +184,7 @@ def test_fused_is_the_same_step(microbatches):
     for how in ("none", "fused"):
         compute = Compute(dtype="bfloat16", compile=how)
         config = dataclasses.replace(run_config(), batch_size=4, microbatches=microbatches, compute=compute)
-        t = trainer("torch", config)
+        t = Framework("torch").trainer(config)
         losses = [float(t.update(batch)["loss"]) for batch in batches(config, 2)]
         found[how] = [*losses, t.evaluate(batches(config, 1)[0])], t.train_state()
     np.testing.assert_allclose(*(losses for losses, _ in found.values()), rtol=2e-3)
@@ -232,17 +198,17 @@ def test_fused_is_the_same_step(microbatches):
 @pytest.mark.parametrize(("name", "how"), [("flax", "graph"), ("flax", "fused"), ("torch", "scan"), ("torch", "graph")])
 def test_what_cannot_be_compiled_is_an_error(name, how):
     with pytest.raises(UserError, match=f"config.compute.compile='{how}'"):
-        trainer(name, dataclasses.replace(run_config(), compute=Compute(compile=how)))
+        Framework(name).trainer(dataclasses.replace(run_config(), compute=Compute(compile=how)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_restored_equals_never_stopped(name):
     config = run_config()
     data = batches(config, 4)
-    straight = trainer(name, config)
+    straight = Framework(name).trainer(config)
     for batch in data:
         straight.update(batch)
-    first = trainer(name, config)
+    first = Framework(name).trainer(config)
     for batch in data[:2]:
         first.update(batch)
     second = Framework(name).backend.train.Trainer(config, first.weights(), "cpu")
@@ -262,7 +228,7 @@ def test_one_step_by_hand(name):
     config = run_config()
     batch = batches(config, 1)[0]
     path = {"flax": "action_out_proj/kernel", "torch": "action_out_proj.weight"}[name]
-    t = trainer(name, config)
+    t = Framework(name).trainer(config)
     before = t.weights()[path].copy()
     metrics = t.update(batch)
     state, o = t.train_state(), config.optimizer
