@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from openpi_port.data import lerobot_writer
 from openpi_port.errors import UserError
-from openpi_port.sim import aloha, demonstrate, gl
+from openpi_port.sim import aloha, aloha_tasks, demonstrate, gl
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("task", "transfer_cube", f"tasks, taken in turn: {', '.join(aloha.TASKS)}")
@@ -66,10 +66,10 @@ def collect(
     """
     about = lerobot_writer.Description(
         robot="aloha",
-        fps=aloha.FPS,
+        fps=aloha_tasks.FPS,
         cameras={CAMERA: (IMAGE_SIZE, IMAGE_SIZE)},
-        state_names=aloha.JOINTS,
-        action_names=aloha.JOINTS,
+        state_names=aloha_tasks.JOINTS,
+        action_names=aloha_tasks.JOINTS,
     )
     failed = 0
     with (

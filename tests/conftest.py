@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
@@ -27,6 +28,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", QUICK_COMPILE)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+if importlib.util.find_spec(
+    "triton"
+):  # its LLVM must come before that of the simulation's OpenGL, see sim/aloha_tasks.py
+    importlib.import_module("triton")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a script's background jobs have it, and what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)

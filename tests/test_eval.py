@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from functools import partial
 
 import av
 import commands
 import numpy as np
 import pytest
+from conftest import ROOT
 from small_policy import FAST, MODEL, make_checkpoint
 
 from experiments import compare, eval_report, open_loop
@@ -252,6 +255,18 @@ def test_two_evaluations_seed_by_seed(tmp_path, capsys):
 
 
 command = partial(commands.run, "experiments.eval")
+
+
+def test_what_evaluates_loads_no_opengl():
+    """Its LLVM would meet Triton's."""
+    code = (
+        "import sys; from experiments import eval; from openpi_port.sim import simulation\n"
+        "for task in eval.ALOHA.values(): print(simulation.about(task).instruction)\n"
+        "assert not any(name.partition('.')[0] in ('mujoco', 'dm_control', 'OpenGL') for name in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["Transfer cube", "Lift the cube with the right arm and hold it"]
 
 
 def test_a_wrong_command_is_one_line():

@@ -21,15 +21,12 @@ from gym_aloha import constants
 from gym_aloha.tasks import sim as gym_tasks
 from gym_aloha.utils import sample_box_pose
 
-from openpi_port.errors import UserError, near
-from openpi_port.sim import expert, gl
-from openpi_port.sim.simulation import About, Diverged, Panel
+from openpi_port.errors import UserError
+from openpi_port.sim import aloha_tasks, expert, gl
+from openpi_port.sim.aloha_tasks import JOINTS, SUCCESS
+from openpi_port.sim.simulation import Diverged
 
 CAMERA = "top"
-FPS = constants.FPS
-JOINTS = tuple(constants.JOINTS)
-SUCCESS = 4  # gym-aloha's own highest reward; the other tasks here keep to it
-
 _LEFT_FINGER = "vx300s_left/10_left_gripper_finger"
 _RIGHT_FINGER = "vx300s_right/10_right_gripper_finger"
 
@@ -37,7 +34,7 @@ _RIGHT_FINGER = "vx300s_right/10_right_gripper_finger"
 class TransferCube(gym_tasks.TransferCubeTask):
     """gym-aloha's task and reward with the cube given from outside and no rendering in the observation."""
 
-    instruction = "Transfer cube"
+    instruction = aloha_tasks.INSTRUCTIONS["transfer_cube"]
     cube_pose: np.ndarray  # [7] position (m) and quaternion (w, x, y, z); set before every reset
 
     def initialize_episode(self, physics: mujoco.Physics) -> None:
@@ -65,7 +62,7 @@ class TransferCube(gym_tasks.TransferCubeTask):
 class LiftCube(TransferCube):
     """The right arm picks the cube up and holds it; the left arm keeps out of it."""
 
-    instruction = "Lift the cube with the right arm and hold it"
+    instruction = aloha_tasks.INSTRUCTIONS["lift_cube"]
     height = 0.12  # m, of the cube's centre above the table
 
     def get_reward(self, physics: mujoco.Physics) -> int:
@@ -99,28 +96,8 @@ def find_task(name: str) -> type[TransferCube]:
     Raises:
       UserError: no such task.
     """
-    if name not in TASKS:
-        raise UserError(f"no simulated task {name!r}; {near(name, TASKS)}")
+    aloha_tasks.check(name)
     return TASKS[name]
-
-
-def about(task: str) -> About:
-    """See `simulation.about`."""
-    arms = [
-        Panel(f"{side} arm (rad)", *[{JOINTS[i].replace("_", " "): i for i in dims}] * 2)
-        for side, dims in (("left", range(6)), ("right", range(7, 13)))
-    ]
-    grippers = Panel("grippers (1 is open)", *[{"left gripper": 6, "right gripper": 13}] * 2)
-    return About(
-        instruction=find_task(task).instruction,
-        fps=FPS,
-        success=SUCCESS,
-        max_steps=400,
-        after=50,
-        replan=25,
-        arms=(*range(6), *range(7, 13)),
-        panels=(*arms, grippers),
-    )
 
 
 class AlohaSim:

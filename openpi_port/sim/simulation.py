@@ -96,9 +96,9 @@ def about(task: str) -> About:
         from openpi_port.sim import libero
 
         return libero.about(task)
-    from openpi_port.sim import aloha
+    from openpi_port.sim import aloha_tasks
 
-    return aloha.about(task)
+    return aloha_tasks.about(task)
 
 
 def open_(task: str, render: bool) -> Simulation:
