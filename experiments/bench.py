@@ -16,19 +16,36 @@ import datetime
 import gc
 import importlib.metadata
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import flags as absl_flags
 
+from experiments import bench_parts as parts
 from experiments import bench_report as report
 from experiments import flags
-from experiments.bench_parts import PARTS, Setting, rates
+from experiments.bench_errors import errors
+from experiments.bench_parts import Setting
 from experiments.processes import Processes
 from openpi_port.backends import Backend
 from openpi_port.config import Train
 from openpi_port.errors import UserError, near
+
+PARTS: dict[str, Callable[[Setting], Iterator[report.Figure]]] = {
+    f.__name__: f
+    for f in (
+        parts.inference,
+        errors,
+        parts.realtime,
+        parts.train,
+        parts.feed,
+        parts.attention,
+        parts.tokenizer,
+        parts.loader,
+        parts.server,
+    )
+}
 
 ONLY = absl_flags.DEFINE_list("only", list(PARTS), f"what to measure: {', '.join(PARTS)}")
 REPEAT = absl_flags.DEFINE_integer("repeat", 30, "timed calls", lower_bound=1)
@@ -57,7 +74,7 @@ def main() -> int:
     config = flags.config()
     processes = Processes(Backend(config.backend))
     say = processes.say
-    setting = Setting(config, rates(config), FAST.value, REPEAT.value, STEPS.value)
+    setting = Setting(config, parts.rates(config), FAST.value, REPEAT.value, STEPS.value)
     about = describe(setting)
     say(", ".join(f"{key} {value}" for key, value in about.items() if key != "command"))
     figures: list[report.Figure] = []

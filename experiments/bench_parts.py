@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from convert import layout, tables
 from experiments import bench_floor as floors
 from experiments import bench_report as report
 from experiments.bench_floor import Rates, Work
+from experiments.bench_inputs import random_batch, random_prompt, random_weights, training_batch
 from experiments.bench_report import Figure
 from openpi_port import memory, meshes
 from openpi_port.backends import Backend
 from openpi_port.config import Compute, Pi0, Pi0Fast, Train
 from openpi_port.errors import UserError
-from openpi_port.realtime import own_times, soft_mask
+from openpi_port.realtime import soft_mask
 from openpi_port.serving import benchmark as serving
 from openpi_port.tokenizers import fast as fast_tokenizers
 from openpi_port.tokenizers import paligemma
@@ -254,11 +254,6 @@ def server(setting: Setting) -> Iterator[Figure]:
     yield report.times("server/overhead", serving.round_trips(20 * setting.repeat))
 
 
-PARTS: dict[str, Callable[[Setting], Iterator[Figure]]] = {
-    f.__name__: f for f in (inference, realtime, train, feed, attention, tokenizer, loader, server)
-}
-
-
 def parts_of_a_chunk(config: Pi0 | Pi0Fast, batch: dict[str, Any], size: int) -> dict[str, Work]:
     """Vision, prefix, and one step or token, of what the batch has."""
     images = sum(bool(np.any(mask)) for mask in batch["image_mask"].values())
@@ -285,62 +280,3 @@ def timed(call: Callable[[], Any], repeat: int, what: str) -> list[float]:
 def _one(arguments: Sequence[Any]) -> tuple[Any, ...]:
     """What follows the batch for a chunk of one step or token: (noise, steps) or (tokens,)."""
     return (1,) if isinstance(arguments[1], int) else (arguments[1], 1)
-
-
-def random_weights(model: Pi0 | Pi0Fast, side: str) -> dict[str, np.ndarray]:
-    """Tensors of the right shapes and scale, made of one block of noise over and over: quick to make at any size."""
-    block = np.random.default_rng(0).standard_normal(1 << 20, np.float32)
-    shapes = layout.side_shapes(tables.entries(model), side)
-    return {n: np.resize(block, math.prod(s)).reshape(s) / np.float32(math.sqrt(s[-1])) for n, s in shapes.items()}
-
-
-def random_batch(model: Pi0, size: int, draws: int = 1) -> dict[str, Any]:
-    """A batch of noise with every camera present and a full prompt."""
-    rng = np.random.default_rng(0)
-    chunk = (size, model.action_horizon, model.action_dim)
-    drawn = (size,) if draws == 1 else (size, draws)
-    pixels = model.vision.image_size
-    return {
-        "image": {c: rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8) for c in model.cameras},
-        "image_mask": {c: np.ones(size, bool) for c in model.cameras},
-        "state": rng.standard_normal(chunk[::2], np.float32),
-        "tokenized_prompt": rng.integers(0, model.vocab_size, (size, model.max_token_len)).astype(np.int32),
-        "tokenized_prompt_mask": np.ones((size, model.max_token_len), bool),
-        "actions": rng.standard_normal(chunk, np.float32),
-        "action_is_pad": np.zeros(chunk[:2], bool),
-        "noise": rng.standard_normal((*drawn, *chunk[1:]), np.float32),
-        "time": rng.uniform(0.001, 1, drawn).astype(np.float32),
-    }
-
-
-def random_prompt(model: Pi0Fast, size: int) -> dict[str, Any]:
-    """What pi0-FAST reads: two cameras and a prompt of 180 tokens, as far as the model has room for both."""
-    rng = np.random.default_rng(0)
-    pixels, length = model.vision.image_size, model.max_token_len
-    return {
-        "image": {c: rng.integers(0, 256, (size, pixels, pixels, 3), np.uint8) for c in model.cameras},
-        "image_mask": {c: np.full(size, i < 2) for i, c in enumerate(model.cameras)},
-        "tokenized_prompt": rng.integers(2, model.vocab_size, (size, length)).astype(np.int32),
-        "tokenized_prompt_mask": np.tile(np.arange(length) < min(180, length - 1), (size, 1)),
-    }
-
-
-def training_batch(config: Train) -> dict[str, Any]:
-    """Noise with all that the run's loss reads."""
-    model, size = config.model, config.batch_size
-    rng = np.random.default_rng(1)
-    if isinstance(model, Pi0Fast):
-        where = np.tile(np.arange(model.max_token_len) >= model.max_token_len // 2, (size, 1))
-        full = {
-            "tokenized_prompt_mask": np.ones_like(where),
-            "image_mask": {c: np.ones(size, bool) for c in model.cameras},
-        }
-        return random_prompt(model, size) | full | {"token_ar_mask": where.astype(np.int32), "token_loss_mask": where}
-    batch = random_batch(model, size, config.draws)
-    if config.max_delay:
-        batch["time"] = own_times(batch["time"], config.max_delay // 2, model.action_horizon)
-    if config.insulate:
-        shape = (size, config.max_action_tokens)
-        batch["action_tokens"] = rng.integers(0, model.vocab_size, shape).astype(np.int32)
-        batch["action_tokens_mask"] = np.ones(shape, bool)
-    return batch

@@ -11,10 +11,10 @@ from frameworks import NAMES
 from small_policy import FAST, MODEL
 
 from configs import pi0_aloha
-from experiments import bench, bench_floor, bench_parts, bench_report
+from experiments import bench, bench_errors, bench_floor, bench_parts, bench_report
 from experiments.bench_floor import Rates
 from experiments.bench_report import Figure
-from openpi_port.config import EXPERT, LANGUAGE, SIGLIP, Pi0, Pi0Fast, Train
+from openpi_port.config import EXPERT, LANGUAGE, SIGLIP, Compute, Pi0, Pi0Fast, Train
 from openpi_port.errors import UserError
 from openpi_port.fields import build
 
@@ -73,6 +73,18 @@ def test_tokens(config, backend, monkeypatch):
     assert names[2:] == [f"inference/{n}" for n in ("vision", "prefix", "chunk of one token", "token")]
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_errors(config, dtype, expected):
+    """Against the plain model in float32; in torch, the other has the same methods."""
+    config = dataclasses.replace(config, backend="torch", compute=Compute(dtype=dtype))
+    found = {f.name: f.value for f in bench_errors.errors(setting(config))}
+    assert len(found) == 12 and all(0 <= error < 10 * expected for error in found.values())
+    relative = [error for name, error in found.items() if not name.endswith("largest")]
+    assert max(relative) < expected and (min(relative) == 0) == (dtype == "float32")
+    with pytest.raises(UserError, match="tokens"):
+        list(bench_errors.errors(setting(dataclasses.replace(config, model=FAST))))
+
+
 def test_realtime(config):
     named = [f.name for f in bench_parts.realtime(setting(dataclasses.replace(config, backend="torch"), repeat=1))]
     assert named == ["realtime/plain", "realtime/guided", "realtime/conditioned"]
@@ -103,7 +115,7 @@ def test_attention_and_rates(config, backend):
 
 
 def test_tokenizers_and_server(config):
-    named = [f.name for part in ("tokenizer", "server") for f in bench_parts.PARTS[part](setting(config, repeat=1))]
+    named = [f.name for part in ("tokenizer", "server") for f in bench.PARTS[part](setting(config, repeat=1))]
     assert named == ["tokenizer/prompts", "tokenizer/FAST encode", "tokenizer/FAST decode", "server/overhead"]
 
 
@@ -135,7 +147,7 @@ def test_interrupted(config, monkeypatch, tmp_path, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "PARTS", {"part": part})
-    monkeypatch.setattr(bench, "rates", lambda _: RATES)
+    monkeypatch.setattr(bench.parts, "rates", lambda _: RATES)
     monkeypatch.setattr(bench.flags, "config", lambda: config)
     values = {"COMPARE": None, "ONLY": ["part"], "FAST": False, "REPEAT": 1, "STEPS": 1, "PLOT": None}
     for name, value in {**values, "JSON": str(tmp_path / "a.json")}.items():

@@ -56,7 +56,9 @@ def load(
     for name in shapes(model):
         owner, _, leaf = name.rpartition(".")
         wanted = dtype(name) if callable(dtype) else dtype
-        value = _from_numpy(mapping[name]).to(device).to(None if wanted is None else getattr(torch, wanted))
+        array = _from_numpy(mapping[name])
+        value = array.to(device).to(None if wanted is None else getattr(torch, wanted))
+        value = value.clone() if value is array else value  # of its own; what came to another device is that already
         module = model.get_submodule(owner)
         setattr(module, leaf, nn.Parameter(value, requires_grad=getattr(module, leaf).requires_grad))
     return model
@@ -91,8 +93,8 @@ def seal_params(path: str | Path, count: int) -> None:
 
 
 def _from_numpy(array: Any) -> torch.Tensor:
-    """A tensor that owns a copy of the array; bfloat16 stays bfloat16."""
-    array = np.array(array, order="C")
+    """A tensor on the array's memory, if that may be written and is in order; bfloat16 stays bfloat16."""
+    array = np.require(array, requirements=["C", "W"])
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
