@@ -249,7 +249,7 @@ def test_a_run_is_continued_with_its_own_mixture(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"weight": 0.0}, r"config.data.weight=0.0 must be above 0"),
+        ({"weight": 0.0}, r"config.data.weight=0.0: a number above 0"),
         ({"num_workers": 2}, r"config.mixture.toy.num_workers: set config.data.num_workers, for all"),
         ({"cache_gb": 1.0}, r"config.mixture.toy.cache_gb: set config.data.cache_gb"),
     ],
