@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments import dimensions
-from openpi_port import normalize, policy, sequence, transforms
+from openpi_port import loading, normalize, sequence, transforms
 from openpi_port.augment import augment
 from openpi_port.check_sample import split_keys
 from openpi_port.config import Data, Pi0Fast, Train
@@ -127,9 +127,9 @@ def of_checkpoint(path: str, **options: Any) -> Subject:
 
     Args:
       path: any that `Policy.from_pretrained` opens.
-      **options: of `openpi_port.policy.open_parts`.
+      **options: of `openpi_port.loading.open_parts`.
     """
-    source, data, pieces = policy.open_parts(path, **options)
+    source, data, pieces = loading.open_parts(path, **options)
     model = source.model
     tokens = pieces if isinstance(pieces, FastSequence) else None
     if tokens is not None:

@@ -52,7 +52,7 @@ def policy() -> Policy:
 
 
 def parts() -> dict[str, Any]:
-    """What decides everything but the model's computation; arguments of `openpi_port.policy.open_parts`."""
+    """What decides everything but the model's computation; arguments of `openpi_port.loading.open_parts`."""
     given = {"robot": ROBOT.value, "data": data(), "tokenizer": TOKENIZER.value, "default_prompt": PROMPT.value}
     return given if ASSET.value is None else {**given, "asset": ASSET.value}
 

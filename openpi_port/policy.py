@@ -16,23 +16,20 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from openpi_port import backends, checkpoint, grammar, normalize, observation, robots, transforms
+from openpi_port import backends, grammar, loading, normalize, observation, robots, transforms
 from openpi_port import batch as batches
-from openpi_port.backends import NAMES, Backend
-from openpi_port.config import Compute, Data, Dtype, Pi0, Pi0Fast
-from openpi_port.errors import UserError, near
-from openpi_port.fields import build
+from openpi_port.config import Data, Dtype, Pi0Fast
+from openpi_port.errors import UserError
 from openpi_port.realtime import MAX_GUIDANCE, Continuation
 from openpi_port.rng import draw_noise
 from openpi_port.tokenizers import fast, paligemma
 from openpi_port.tokenizers.fast_sequence import FastSequence
 
 if TYPE_CHECKING:
-    from convert.source import Source
     from openpi_port.pi_flax.infer import FastModel, Model
 
 Observation = Mapping[str, Any]
@@ -154,14 +151,9 @@ class Policy:
         Raises:
           UserError: no checkpoint there, one that doesn't fit, or statistics, tokenizer or robot are not known.
         """
-        from convert import tables
-
-        if backend not in NAMES:
-            raise UserError(f"backend={backend!r}; {near(str(backend), NAMES)}")
-        source, settings, pieces = open_parts(path, default_prompt, robot, data, tokenizer, **overrides)
-        _check_device(backend, device)
-        weights = tables.translate(source.tensors, source.model, source.side, backend)
-        model = Backend(backend).infer.load(source.model, weights, Compute(dtype=dtype), device)
+        loading.check_backend(backend)
+        source, settings, pieces = loading.open_parts(path, default_prompt, robot, data, tokenizer, **overrides)
+        model = loading.fill(source, backend, dtype, device)
         about = {"checkpoint": str(path), "backend": backend, "dtype": dtype, "step": source.settings.get("step")}
         return cls(
             model, settings, source.norm_stats, pieces, num_steps=num_steps, seed=seed, max_guidance=max_guidance,
@@ -328,92 +320,6 @@ class Policy:
         if noise.shape != shape or noise.dtype.kind != "f" or not np.isfinite(noise).all():
             raise UserError(f"noise is finite floats of shape {list(shape)}, got {noise.dtype} {list(noise.shape)}")
         return noise.astype(np.float32)
-
-
-class Parts(NamedTuple):
-    """What belongs to a policy, without a framework: the opened checkpoint, the way to its robot, the tokenizer."""
-
-    source: Source
-    data: Data
-    tokenizer: paligemma.PromptTokenizer | FastSequence
-
-
-def open_parts(
-    path: str | os.PathLike[str],
-    default_prompt: str | None = None,
-    robot: str | None = None,
-    data: Mapping[str, Any] | None = None,
-    tokenizer: str | None = None,
-    **overrides: Any,
-) -> Parts:
-    """All that `Policy.from_pretrained` opens but the model; its arguments and errors."""
-    from convert import formats
-
-    source = formats.open_checkpoint(os.fspath(path), **overrides)
-    if not isinstance(source.model, Pi0 | Pi0Fast):
-        raise UserError(f"{path}: a {type(source.model).__name__} is no policy; those are pi0, pi0.5 and pi0-FAST")
-    if source.norm_stats is None:
-        raise UserError(
-            f"{path}: no statistics of state and actions; put norm_stats.json into the directory, or choose one "
-            f"of openpi's assets/ with asset="
-        )
-    return Parts(source, _data(source, robot, data, default_prompt), _tokenizer(source, tokenizer))
-
-
-def _data(source: Source, robot: str | None, given: Mapping[str, Any] | None, prompt: str | None) -> Data:
-    """The checkpoint's description, what the robot's file adds, and what the caller says, in rising order."""
-    fields: dict[str, Any] = {"repo_id": "", **source.settings.get("data", {})}
-    if robot is not None:
-        module = robots.load(robot)
-        fields["robot"] = robot
-        # A robot may have names for a model with other cameras too (DROID's for pi0-FAST).
-        maps = [m for m in (getattr(module, n, None) for n in ("CAMERAS", "FAST_CAMERAS")) if m]
-        fits = [m for m in maps if set(m) <= set(source.model.cameras)]
-        names = {"cameras": fits[0] if fits else None, **{f: getattr(module, f.upper(), None) for f in _FROM_ROBOT}}
-        fields |= {field: value for field, value in names.items() if value is not None}
-    fields |= given or {}
-    if prompt is not None:
-        fields["prompt"] = prompt
-    missing = [f for f in ("robot", "cameras") if f not in fields]
-    if missing:
-        raise UserError(
-            f"{source.path}: the checkpoint does not say what robot it is for ({' and '.join(missing)} unknown): give "
-            f"robot= (a module of openpi_port.robots), or data={{'robot': ..., 'cameras': {{...}}}}"
-        )
-    return build(Data, fields, "data")
-
-
-_FROM_ROBOT = ("state", "actions", "delta")
-
-
-def _tokenizer(source: Source, given: str | None) -> paligemma.PromptTokenizer | FastSequence:
-    """The checkpoint's own, else the given or the named one; never another than it was trained with."""
-    stated = source.settings.get("tokenizer") or {"spec": "paligemma"}
-    file = source.files.get("tokenizer.model")
-    name = str(file or given or stated["spec"])
-    tokenizer = paligemma.load(name)
-    wanted = stated.get("sha256")
-    if wanted and tokenizer.fingerprint != wanted:
-        raise UserError(
-            f"{name}: not the tokenizer of this policy (SHA-256 {tokenizer.fingerprint[:12]}..., "
-            f"policy.json has {wanted[:12]}...)"
-        )
-    if tokenizer.vocab_size > source.model.vocab_size:
-        raise UserError(
-            f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {source.model.vocab_size}"
-        )
-    if isinstance(source.model, Pi0):
-        return tokenizer
-    own = source.path / checkpoint.FAST_TOKENIZER
-    named = source.settings.get("train", {}).get("fast_tokenizer", "physical-intelligence/fast")
-    return FastSequence(tokenizer, fast.load(str(own) if own.is_dir() else named), source.model.vocab_size)
-
-
-def _check_device(backend: str, device: str | None) -> None:
-    try:
-        Backend(backend).device.describe(Backend(backend).device.find(device))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"device={device!r} is not here for {backend}: {' '.join(str(error).split())[:150]}") from None
 
 
 def _stack(values: Sequence[Any]) -> Any:
