@@ -21,6 +21,7 @@ from openpi_port.normalize import Stats
 from openpi_port.tokenizers import fast_bpe, paligemma
 from openpi_port.tokenizers.fast import FILES, FastTokenizer, MalformedTokens
 from openpi_port.tokenizers.fast_sequence import FastSequence
+from openpi_port.tokenizers.steps import TokenizeFast
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def test_small_vocabularies(fitted):
 
 
 def test_transform(sequence):
-    step = transforms.TokenizeFast(sequence, 250, 10, 7)
+    step = TokenizeFast(sequence, 250, 10, 7)
     actions = smooth(np.random.default_rng(0), 1, 10, 7)[0]
     sample = {"prompt": "go", "state": np.zeros(7), "actions": actions}
     got = step.forward(sample)

@@ -19,6 +19,7 @@ from openpi_port.normalize import NormStats
 from openpi_port.tokenizers import fast, paligemma
 from openpi_port.tokenizers.fast_sequence import FastSequence
 from openpi_port.tokenizers.paligemma import PromptTokenizer
+from openpi_port.tokenizers.steps import TokenizeActions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,5 +214,5 @@ def _steps(
         # The model reads tokens, but a batch of several robots has to be stacked.
         dims = [len(found[key].mean) for key in ("state", "actions")]
         return (*steps, transforms.PadDims(model.action_dim, *dims))
-    action_tokens = transforms.TokenizeActions(sequence, config.max_action_tokens) if config.insulate else None
+    action_tokens = TokenizeActions(sequence, config.max_action_tokens) if config.insulate else None
     return transforms.pipeline(data, model, found, tokenizer, action_tokens=action_tokens)
