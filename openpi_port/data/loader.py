@@ -184,8 +184,13 @@ class _Ahead:
         raise self._end
 
     def close(self) -> None:
+        """Ends the thread, waiting for a batch at most, then the workers."""
         self._closed.set()
-        self._thread.join()  # as long as a batch takes, at most
+        if threading.current_thread() is not self._thread:  # a collection of garbage may call this in any thread
+            self._thread.join()
+            self._end_workers()
+
+    def _end_workers(self) -> None:
         while self._iterators:
             self._iterators.pop().close()
         # grain's iterators refer to one another, close themselves once more when they are collected, and complain if
@@ -198,10 +203,13 @@ class _Ahead:
                 # Arrays from workers lie in shared memory that is unmapped with them; the framework may still be
                 # copying to the device then, so it gets memory of its own.
                 if not self._put(_map_leaves(np.array, batch)):
-                    return
-            self._put(StopIteration())
+                    break
+            else:
+                self._put(StopIteration())
         except BaseException as error:
             self._put(error)
+        if self._closed.is_set():  # in this thread, or by one that does the same
+            self._end_workers()
 
     def _put(self, item: Batch | BaseException) -> bool:
         """Waits for room in the queue; False if nobody wants the item any more."""
