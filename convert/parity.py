@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from convert import arguments, formats, parity_batch, parity_rows, tables
 from convert.parity_rows import STAGES, TOLERANCE, Row, compare_gradients, compare_traces, first_beyond
 from convert.source import Source
+from openpi_port import loading
 from openpi_port.backends import NAMES, Backend
-from openpi_port.config import Compute, Pi0, Pi0Fast
+from openpi_port.config import Dtype, Pi0, Pi0Fast
 from openpi_port.errors import UserError, near
 from openpi_port.fields import to_dict
 
@@ -34,14 +38,65 @@ class Side:
     """One of the two: a checkpoint in a framework.
 
     Attributes:
-      label: for people.
-      backend: the framework's modules.
-      module: the filled model.
+      source: the checkpoint.
+      backend: "flax" or "torch".
+      dtype: of weights and matrix products.
+      device: see `openpi_port.load_model`.
     """
 
-    label: str
-    backend: Backend
-    module: Any
+    source: Source
+    backend: str
+    dtype: Dtype = "float32"
+    device: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.source.path} ({self.source.format}) in {self.backend}"
+
+    def traced(
+        self, batch: Mapping[str, Any], parts: Sequence[str]
+    ) -> Iterator[tuple[str, Iterable[tuple[str, np.ndarray]]]]:
+        """Fills a model, which is gone again after the last part.
+
+        Yields:
+          Each of the parts, with the tensors that the report compares, by name (gradients by canonical name).
+        """
+        backend = Backend(self.backend)
+        module = loading.fill(self.source, self.backend, self.dtype, self.device).module
+        with backend.device.precision(module.compute):
+            for part in parts:
+                if part == "gradients":
+                    grads = backend.trace.gradients(module, batch)
+                    yield part, tables.translate(grads, self.source.model, self.backend, "flax").items()
+                else:
+                    yield part, getattr(backend.trace, part)(module, batch)
+
+
+class Kept(Mapping[str, np.ndarray]):
+    """Tensors in a directory, in the order in which they came.
+
+    Raises:
+      UserError: there is no room.
+    """
+
+    def __init__(self, folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+        self._files: dict[str, Path] = {}
+        try:
+            folder.mkdir()
+            for name, tensor in tensors:
+                self._files[name] = folder / f"{len(self._files)}.npy"
+                np.save(self._files[name], tensor)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{folder}: can't keep what A computes ({reason}); TMPDIR= names another place") from None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.load(self._files[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +133,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 def _run(argv: list[str] | None) -> int:
@@ -111,11 +169,9 @@ def _run(argv: list[str] | None) -> int:
     other = next(name for name in NAMES if name != backend_a)
     backend_b = args.backend_b or (other if args.a == args.b else native(sources[1]))
     batch = parity_batch.make(args.batch, sources[0], args.batch_size, args.seed)
-    sides = [
-        load(source, backend, args.dtype, args.device)
-        for source, backend in zip(sources, (backend_a, backend_b), strict=True)
-    ]
-    report = run(*sides, batch, parts, args.dtype, args.batch)
+    backends = (backend_a, backend_b)
+    sides = [Side(*both, args.dtype, args.device) for both in zip(sources, backends, strict=True)]
+    report = run(*sides, batch, parts, args.batch)
     print(text(report, color=sys.stdout.isatty()))
     if args.out:
         from convert import parity_page
@@ -156,43 +212,40 @@ def same_architecture(a: Pi0 | Pi0Fast, b: Pi0 | Pi0Fast) -> None:
             )
 
 
-def load(source: Source, backend: str, dtype: str = "float32", device: str | None = None) -> Side:
-    """Fills a model of a framework with a checkpoint."""
-    modules = Backend(backend)
-    weights = tables.translate(source.tensors, source.model, source.side, backend)
-    model = modules.infer.load(source.model, weights, Compute(dtype=dtype), device)
-    return Side(f"{source.path} ({source.format}) in {backend}", modules, model.module)
+def run(a: Side, b: Side, batch: dict[str, Any], parts: Sequence[str], batch_name: str) -> Report:
+    """Sends a batch through both sides, one after the other, and compares everything on the way.
 
-
-def run(a: Side, b: Side, batch: dict[str, Any], parts: Sequence[str], dtype: str, batch_name: str) -> Report:
-    """Sends a batch through both sides and compares everything on the way.
+    One model is in memory at a time; what A computes lies on the disk until B has computed it too.
 
     Args:
-      a, b: what to compare, of the same architecture.
+      a, b: what to compare, of the same architecture and dtype.
       batch: see `parity_batch`.
       parts: of `PARTS`.
-      dtype: that both compute in.
       batch_name: for the report.
     """
-    config, compute = a.module.config, a.module.compute
-    tolerance = parity_rows.tolerance(config, dtype)
+    model = a.source.model
+    tolerance = parity_rows.tolerance(model, a.dtype)
+    parts = [part for part in PARTS if part in parts]
     rows: list[Row] = []
     pictures: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    with a.backend.device.precision(compute), b.backend.device.precision(compute):
-        for part in [p for p in ("forward", "sampling") if p in parts]:
-            valid = parity_batch.valid_prefix(config, batch, part)
-            traces = (getattr(side.backend.trace, part)(side.module, batch) for side in (a, b))
-            for row, left, right in compare_traces(*traces, tolerance, valid):
+    with tempfile.TemporaryDirectory(prefix="parity_") as folder:
+        kept = {part: Kept(Path(folder, part), _shown(found, f"A: {part}")) for part, found in a.traced(batch, parts)}
+        gc.collect()  # a module may refer to itself
+        for part, found in b.traced(batch, parts):
+            ours, theirs = kept[part], _shown(found, f"B: {part}", len(kept[part]))
+            if part == "gradients":
+                rows += compare_gradients(ours, theirs, tolerance)
+                continue
+            valid = parity_batch.valid_prefix(model, batch, part)
+            for row, left, right in compare_traces(ours.items(), theirs, tolerance, valid):
                 rows.append(row)
                 if row.name.startswith(DRAWN) and "velocity" not in row.name:
                     pictures[row.name] = (left, right)
-        if "gradients" in parts:
-            grads = (
-                tables.translate(side.backend.trace.gradients(side.module, batch), config, side.backend.name, "flax")
-                for side in (a, b)
-            )
-            rows += compare_gradients(*map(dict, grads), tolerance)
-    return Report(a.label, b.label, dtype, tolerance, batch_name, rows, pictures)
+    return Report(str(a), str(b), a.dtype, tolerance, batch_name, rows, pictures)
+
+
+def _shown(tensors: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:
+    return tqdm(tensors, what, total, unit=" tensors", leave=False, delay=2)
 
 
 def text(report: Report, *, color: bool) -> str:

@@ -123,10 +123,10 @@ def compare_traces(
         yield dataclasses.replace(row, shape=left.shape), left, right
 
 
-def compare_gradients(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], tolerance: float) -> list[Row]:
+def compare_gradients(a: Mapping[str, np.ndarray], b: Iterable[tuple[str, np.ndarray]], tolerance: float) -> list[Row]:
     """Rows of the gradients by canonical name, A's as the measure of how large they are."""
     floor = max(float(np.abs(grad).max()) for grad in a.values()) / 100
-    return [compare(f"gradients/{name}", a[name], b[name], tolerance, floor) for name in a]
+    return [compare(f"gradients/{name}", a[name], grad, tolerance, floor) for name, grad in b]
 
 
 def is_prefix(name: str) -> bool:

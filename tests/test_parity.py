@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from frameworks import NAMES
-from traces import TOLERANCE, traced
+from traces import TOLERANCE
 
 from convert import formats, parity, parity_batch, parity_page, parity_rows, tables
 
@@ -20,21 +20,18 @@ def golden_model(request, golden):
     """Traces of the golden checkpoints, each side's from a format of its own: openpi's orbax, openpi-PyTorch's."""
     path = golden / "openpi" / request.param
     sources = [formats.open_checkpoint(path), formats.open_checkpoint(path / "openpi_pytorch")]
-    sides = [parity.load(source, name, "float32", "cpu") for source, name in zip(sources, NAMES, strict=True)]
     batch = parity_batch.golden(sources[0].model)
-    return SimpleNamespace(
-        name=request.param, config=sources[0].model, sides=sides, batch=batch, root=golden,
-        traces={name: traced(s, batch) | traced(s, batch, "sampling") for name, s in zip(NAMES, sides, strict=True)},
+    traces, gradients = {}, {}
+    for source, name in zip(sources, NAMES, strict=True):
         # Compiling the gradient in Flax takes longest; test_pi0 holds pi0's against openpi's own.
-        gradients={
-            s.backend.name: dict(
-                tables.translate(
-                    s.backend.trace.gradients(s.module, batch), sources[0].model, s.backend.name, "flax"
-                )
-            )
-            for s in (sides if request.param == "pi05" else sides[1:])
-        },
-    )  # fmt: skip
+        parts = parity.PARTS if request.param == "pi05" or name == "torch" else ("forward", "sampling")
+        found = {part: dict(tensors) for part, tensors in parity.Side(source, name, device="cpu").traced(batch, parts)}
+        traces[name] = found["forward"] | found["sampling"]
+        if "gradients" in found:
+            gradients[name] = found["gradients"]
+    return SimpleNamespace(
+        name=request.param, config=sources[0].model, batch=batch, root=golden, traces=traces, gradients=gradients
+    )
 
 
 def test_frameworks_agree(golden_model):
@@ -45,7 +42,7 @@ def test_frameworks_agree(golden_model):
     rows = [row for row, _, _ in pairs]
     stages = FLOW - {"gradients"}
     if len(m.gradients) == 2:
-        gradients = parity_rows.compare_gradients(*(m.gradients[name] for name in NAMES), TOLERANCE)
+        gradients = parity_rows.compare_gradients(m.gradients["flax"], m.gradients["torch"].items(), TOLERANCE)
         assert len(gradients) == len(tables.entries(m.config))
         rows, stages = rows + gradients, FLOW
     assert [row.name for row in rows if not row.ok] == []
@@ -135,8 +132,8 @@ def fast_report(golden):
         formats.open_checkpoint(p, max_token_len=16, **habits) for p in (path, golden / "lerobot/pi0_fast/pretrained")
     ]
     parity.same_architecture(*(source.model for source in sources))
-    sides = [parity.load(source, name, "float32", "cpu") for source, name in zip(sources, NAMES, strict=True)]
-    return parity.run(*sides, parity_batch.golden(sources[0].model), ("forward", "sampling"), "float32", "golden")
+    sides = [parity.Side(source, name, device="cpu") for source, name in zip(sources, NAMES, strict=True)]
+    return parity.run(*sides, parity_batch.golden(sources[0].model), ("forward", "sampling"), "golden")
 
 
 def test_pi0_fast_agrees(fast_report):
