@@ -12,11 +12,18 @@ import pytest
 
 pytest.importorskip("triton")
 import numpy as np
+import tiny_fast
 import torch
 import triton.language as tl
 from frameworks import Framework, batch_of, golden_model
 
-from openpi_port.pi_torch.fast import kernels, ops, pack, tiles
+from convert import tables
+from openpi_port import batch as batches
+from openpi_port import init
+from openpi_port.config import Compute
+from openpi_port.pi_torch import device as devices
+from openpi_port.pi_torch import infer, pi0_fast
+from openpi_port.pi_torch.fast import decode, kernels, ops, pack, prepare, tiles
 from openpi_port.pi_torch.fast.kernels import ends
 
 GPU = torch.cuda.is_available()
@@ -166,3 +173,87 @@ def test_a_whole_chunk(golden, monkeypatch, name):
     monkeypatch.setattr(ops, "linear_gelu", lambda x, w, b: gelu(x @ w.t() + b, approximate="tanh"))
     got = Framework("torch").backend.fast.optimize(plain).sample_actions(batch, batch["noise"], 1)
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def on_a_gpu(golden):
+    """A golden model as loaded on a GPU in a dtype, and its batch."""
+    if not GPU:
+        pytest.skip("CUDA graphs need a GPU")
+
+    def load(name, dtype):
+        weights, config = golden_model(golden / "openpi" / name)
+        weights = tables.translate(dict(weights), config, "flax", "torch")
+        return infer.load(config, weights, Compute(dtype=dtype))
+
+    return load
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_recorded_chunks(golden, on_a_gpu, name):
+    """In float32 the plain model's; in bfloat16 as near to it as the plain one; the same bits every time."""
+    exact, rounded = (on_a_gpu(name, dtype) for dtype in ("float32", "bfloat16"))
+    two = batch_of(golden / "openpi" / name)  # of which one lacks a camera
+    one = {k: {c: a[:1] for c, a in v.items()} if isinstance(v, dict) else v[:1] for k, v in two.items()}
+    absent = {**one, "image_mask": {c: np.array([i > 0]) for i, c in enumerate(one["image_mask"])}}
+    calls = [(batch, batch["noise"], steps) for batch in (two, one, absent) for steps in (1, 10)]
+    want, plain = ([model.sample_actions(*call) for call in calls] for model in (exact, rounded))
+    for model, bound in ((exact, 0.0), (rounded, 1.5)):
+        fast = prepare.optimize(model)
+        for call, w, p in zip(calls, want, plain, strict=True):
+            got = fast.sample_actions(*call)
+            assert np.linalg.norm(got - w) <= bound * np.linalg.norm(p - w) + 1e-5 * np.linalg.norm(w)
+        for call, got in zip(calls, [fast.sample_actions(*call) for call in calls], strict=True):
+            np.testing.assert_array_equal(fast.sample_actions(*call), got)
+        assert len(fast._graphs) == len(calls)
+
+
+def test_recorded_tokens(golden, on_a_gpu):
+    """In float32 the plain model's, with and without a grammar."""
+    plain, batch = on_a_gpu("pi0_fast", "float32"), batch_of(golden / "openpi" / "pi0_fast")
+    fast = prepare.optimize(plain)
+    for _ in range(2):
+        np.testing.assert_array_equal(fast.decode(batch, 12), plain.decode(batch, 12))
+    weights = tables.translate(init.Fresh(tiny_fast.TINY, 3), tiny_fast.TINY, "flax", "torch")
+    plain, batch = infer.load(tiny_fast.TINY, weights, Compute()), tiny_fast.batch_of_prompts(3)
+    fast, grammar = prepare.optimize(plain), tiny_fast.grammar()
+    for temperature, seed in ((0.0, 5), (1.0, 5), (1.0, 6)):
+        got, want = (m.decode(batch, 40, temperature, seed, grammar) for m in (fast, plain))
+        np.testing.assert_array_equal(got, want)
+
+
+def test_scores_of_tokens(golden, on_a_gpu, monkeypatch):
+    """In bfloat16 as near to float32 as the plain model's, when all are fed the same tokens."""
+    batch = batch_of(golden / "openpi" / "pi0_fast")
+    exact, rounded = (on_a_gpu("pi0_fast", dtype) for dtype in ("float32", "bfloat16"))
+    tokens = torch.from_numpy(exact.decode(batch, 6)).long().cuda()
+    want, plain, fast = (
+        forced_scores(monkeypatch, model, batch, tokens) for model in (exact, rounded, prepare.optimize(rounded))
+    )
+    assert (fast - want).norm() <= 1.5 * (plain - want).norm()
+
+
+def forced_scores(monkeypatch, model, batch, tokens):
+    """Scores [G, B, V] of the next token after each of `tokens` [B, G], without a graph."""
+    seen = []
+
+    def choose(scores, *_):
+        seen.append(scores.float())
+        return tokens[:, len(seen) - 1]
+
+    monkeypatch.setattr(pi0_fast, "choose", choose)
+    monkeypatch.setattr(decode, "choose", choose)
+    batch, steps = batches.select(batch, batches.prompt(batch)), tokens.shape[1]
+    with torch.inference_mode():
+        if isinstance(model, infer.FastModel):
+            model.module.decode(devices.put(batch, tokens.device), steps)
+        else:
+            trimmed = batches.trim(batch, model.config)
+            arrays = [*prepare._observe(trimmed, model.config), np.zeros(tokens.shape, np.float32)]
+            inputs = decode.Inputs(*devices.put(arrays, tokens.device))
+            shape = (len(tokens), len(arrays[2]) // len(tokens), steps)
+            decoder = decode.Decoder(model.module, model._language, *shape, 0.0, None)
+            decoder.begin(inputs)
+            for _ in range(steps - 1):
+                decoder.advance()
+    return torch.stack(seen)
