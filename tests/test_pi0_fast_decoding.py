@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
-from functools import partial
 
 import numpy as np
 import pytest
 from frameworks import NAMES, Framework, golden_reference
 from tiny_fast import TINY, batch_of_prompts, grammar, sequence
 
-from convert import tables
 from openpi_port import grammar as grammars
 from openpi_port import init
-from openpi_port.config import Compute
 from openpi_port.grammar import EOS, Grammar
 from openpi_port.tokenizers.fast import MalformedTokens
 
@@ -94,6 +91,8 @@ def test_a_step_is_one_graph(temperature):
     """The torch step works in place in fixed shapes, without a look from the host: traced once, it does all steps."""
     import torch
 
+    from openpi_port.pi_torch import pi0_fast
+
     framework = Framework("torch")
     model = framework.load(TINY, init.Fresh(TINY, 1))
     whole = grammar()
@@ -104,27 +103,16 @@ def test_a_step_is_one_graph(temperature):
         graphs.append(graph)
         return graph.forward
 
-    def prepare(decoding, rules):
-        return decoding, partial(torch.compile(model.module.step, backend=backend, fullgraph=True), decoding, rules)
-
+    module = model.module
     draws = framework.array(grammars.check(whole, 40, temperature, 5, 3)) if temperature else None
-    tables = Grammar(*framework.array(whole))
-    tokens = model.module.decode(framework.array(batch_of_prompts(3)), 40, temperature or 1.0, draws, tables, prepare)
-    np.testing.assert_array_equal(tokens, want)
+    rules = pi0_fast.make_rules(module.gemma, temperature or 1.0, draws, Grammar(*framework.array(whole)))
+    step = torch.compile(module.step, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        decoding = module.begin(framework.array(batch_of_prompts(3)), 40, rules)
+        for _ in range(39 - len(whole.lead)):
+            step(decoding, rules)
+    np.testing.assert_array_equal(decoding.tokens, want)
     assert len(graphs) == 1
-
-
-@pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="a CUDA graph needs a GPU")
-def test_captured_steps():
-    """On a GPU, tokens are those of the steps one by one, in the first call and in later ones."""
-    weights = tables.translate(init.Fresh(TINY, 1), TINY, "flax", "torch")
-    model = Framework("torch").backend.infer.load(TINY, weights, Compute())
-    calls = [(temperature, seed, g) for g in (grammar(), None) for temperature in (0.0, 1.0) for seed in (1, 2)]
-    captured = [model.decode(batch_of_prompts(3), 40, *call) for call in calls]
-    assert len(model._captured) == 4
-    model._capture = None
-    for call, tokens in zip(calls, captured, strict=True):
-        np.testing.assert_array_equal(model.decode(batch_of_prompts(3), 40, *call), tokens)
 
 
 def test_head_of_the_tokens_that_occur(framework):

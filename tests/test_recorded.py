@@ -6,13 +6,21 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tiny_fast
 import torch
 from small_policy import MODEL
+from tiny_fast import TINY
 
 from convert import tables
+from openpi_port import batch as batches
+from openpi_port import grammar as grammars
 from openpi_port import init
 from openpi_port.config import Compute
+from openpi_port.grammar import Grammar
+from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import infer
+from openpi_port.pi_torch.fast import graph, prepare
+from openpi_port.pi_torch.fast.graph import Recordings
 from openpi_port.realtime import soft_mask
 
 B, H, D = 2, MODEL.action_horizon, MODEL.action_dim
@@ -27,14 +35,32 @@ class Called:
         assert (pool is None) == (Called.made == 0)
         Called.made += 1
         self.pool, self._call, self._like = "pool", call, [(a.shape, a.dtype) for a in like]
+        self.run(like)
 
-    def run(self, arrays):
+    def run(self, arrays=()):
         assert [(a.shape, a.dtype) for a in arrays] == self._like
         return self._call(*map(torch.from_numpy, arrays)).numpy()
 
 
+class Unrecorded(Recordings):
+    """Calls, on a GPU too."""
+
+    def run(self, options, call, arrays):
+        return call(*devices.put(tuple(arrays), self._device)).cpu().numpy()
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The GPU where there is one; else recordings are played on the CPU."""
+    if not torch.cuda.is_available():
+        Called.made = 0
+        monkeypatch.setattr(graph, "Recorded", Called)
+        return torch.device("cuda")  # as far as the recordings know
+    return devices.find(None)
+
+
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
-def test_recordings_give_what_the_model_gives(kind, monkeypatch):
+def test_recordings_give_what_the_model_gives(kind, device):
     config = MODEL if kind == "pi0" else dataclasses.replace(MODEL, state_in="prompt", time_in="adarms")
     rng = np.random.default_rng(0)
     weights = {p: x + 0.1 * rng.standard_normal(x.shape, np.float32) for p, x in dict(init.Fresh(config, 0)).items()}
@@ -54,10 +80,7 @@ def test_recordings_give_what_the_model_gives(kind, monkeypatch):
         {"previous": previous, "weights": np.repeat(soft_mask(H, 1, H - 1)[None, :, None], B, 0)},
         {"previous": previous, "delay": np.array([0, 2], np.int32)},
     ]
-    plain._recordings, model._recordings = None, {}
-    if not torch.cuda.is_available():
-        Called.made = 0
-        monkeypatch.setattr(infer, "Recorded", Called)
+    plain.recordings, model.recordings = Unrecorded(devices.find(None)), Recordings(device)
     for way in ways:
         for scale in (1.0, 0.5):  # a replay takes the new values
             want = plain.sample_actions(batch, scale * noise, 2, **way)
@@ -66,6 +89,31 @@ def test_recordings_give_what_the_model_gives(kind, monkeypatch):
     np.testing.assert_allclose(
         model.sample_actions(swapped, noise, 2), plain.sample_actions(batch, noise, 2), atol=1e-6, rtol=0
     )
-    assert len(model._recordings) == 3
+    assert len(model.recordings) == 3
     model.sample_actions(batch, noise, 3)
-    assert len(model._recordings) == 4
+    assert len(model.recordings) == 4
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+def test_tokens_of_recordings(prepared, device):
+    """Those of steps one by one, in the first call and in later ones, with room for one token and for many."""
+    weights = dict(tables.translate(init.Fresh(TINY, 1), TINY, "flax", "torch"))
+    model = infer.load(TINY, weights, Compute())
+    module, batch, whole = model.module, tiny_fast.batch_of_prompts(3), tiny_fast.grammar()
+    ways = [(40, t, seed, g) for g in (whole, None) for t in (0.0, 1.0) for seed in (1, 2)]
+    ways += [(len(whole.lead) + 30, 0.0, 0, whole), (1, 0.0, 0, None)]
+    where, wanted = model.module.gemma.embedding.device, []
+    for steps, temperature, seed, g in ways:
+        draws = grammars.check(g, steps, temperature, seed, 3)
+        given = devices.put((batches.select(batch, batches.FAST), draws if temperature else np.zeros(0)), where)
+        held = None if g is None else Grammar(*devices.put(g, where))
+        tokens = module.decode(given[0], steps, temperature or 1.0, given[1] if temperature else None, held)
+        wanted.append(tokens.cpu().numpy())
+    if prepared:
+        model = prepare.optimize(model)
+    model.recordings = Recordings(device)
+    for _ in range(2):
+        for way, want in zip(ways, wanted, strict=True):
+            Called.made = 0
+            np.testing.assert_array_equal(model.decode(batch, *way), want)
+    assert len(model.recordings) == 6

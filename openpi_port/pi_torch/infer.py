@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,28 +18,26 @@ from openpi_port.grammar import Grammar
 from openpi_port.pi_torch import attention, realtime
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import weights as weights_io
-from openpi_port.pi_torch.fast.graph import Recorded
+from openpi_port.pi_torch.fast.graph import Recordings
 from openpi_port.pi_torch.pi0 import Pi0
-from openpi_port.pi_torch.pi0_fast import Decoding, Pi0Fast, Rules
+from openpi_port.pi_torch.pi0_fast import Pi0Fast, make_rules
 from openpi_port.realtime import MAX_GUIDANCE, check
 
 
 class Model:
     """The public methods of `Pi0` on numpy batches.
 
-    On a GPU sampling is recorded as a CUDA graph, once for every shape of batch and options: its thousands of small
-    kernels take ten times longer to launch than to run.
-
     Attributes:
       config: the architecture.
-      module: the torch module, for whoever wants to go inside.
+      module: the torch module, for whoever wants to go inside; whoever moves its weights clears the recordings.
+      recordings: sampling as CUDA graphs.
     """
 
     def __init__(self, module: Pi0, device: str | None = None) -> None:
         self.config: configs.Pi0 = module.config
         self._device = devices.find(device)
         self.module = module.to(self._device).eval()
-        self._recordings: dict[tuple, Recorded] | None = {} if self._device.type == "cuda" else None
+        self.recordings = Recordings(self._device)
 
     @torch.inference_mode()
     def loss(self, batch: Batch, noise: np.ndarray, time: np.ndarray) -> np.ndarray:
@@ -88,31 +86,24 @@ class Model:
         with devices.precision(module.compute), torch.inference_mode(inference), torch.no_grad():
             arrays = _leaves(inputs)
             call = lambda *tensors: sample(*_like(inputs, iter(tensors)))  # noqa: E731
-            if self._recordings is None:
-                return call(*devices.put(arrays, self._device)).cpu().numpy()
-            key = num_steps, limit, *((a.shape, a.dtype) for a in arrays), *(x is None for x in inputs)
-            if key not in self._recordings:
-                pool = next((recording.pool for recording in self._recordings.values()), None)
-                self._recordings[key] = Recorded(call, arrays, self._device, pool)
-            return self._recordings[key].run(arrays)
+            options = num_steps, limit, *sorted(batch["image"]), *(x is None for x in inputs)
+            return self.recordings.run(options, call, arrays)
 
 
 class FastModel:
     """The public methods of `Pi0Fast` on numpy batches.
 
-    On a GPU a step of decoding is captured as a CUDA graph, once for every shape of batch and options: its hundreds of
-    small kernels take longer to launch than to run.
-
     Attributes:
       config: the architecture.
-      module: the torch module, for whoever wants to go inside.
+      module: the torch module, for whoever wants to go inside; whoever moves its weights clears the recordings.
+      recordings: decoding as CUDA graphs.
     """
 
     def __init__(self, module: Pi0Fast, device: str | None = None) -> None:
         self.config: configs.Pi0Fast = module.config
         self._device = devices.find(device)
         self.module = module.to(self._device).eval()
-        self._captured: dict[tuple, tuple[torch.cuda.CUDAGraph, Decoding, Rules]] = {}
+        self.recordings = Recordings(self._device)
 
     @torch.inference_mode()
     def loss(self, batch: Batch) -> np.ndarray:
@@ -121,6 +112,7 @@ class FastModel:
         with devices.precision(self.module.compute):
             return self.module.loss(devices.put(batch, self._device)).cpu().numpy()
 
+    @torch.inference_mode()
     @torch.inference_mode()
     def decode(
         self,
@@ -144,46 +136,43 @@ class FastModel:
         """
         batch = batches.select(batch, batches.prompt(batch))
         uniforms = grammars.check(grammar, max_steps, temperature, rng, len(batch["tokenized_prompt"]))
+        inputs = [batch, uniforms]
         with devices.precision(self.module.compute):
-            batch = devices.put(batch, self._device)
-            draws = None if uniforms is None else devices.put(uniforms, self._device)
-            tables = None if grammar is None else Grammar(*devices.put(grammar, self._device))
-            prepare = self._capture if self._device.type == "cuda" else None
-            tokens = self.module.decode(batch, max_steps, temperature or 1.0, draws, tables, prepare)
-            return tokens.cpu().numpy()
-
-    def _capture(self, decoding: Decoding, rules: Rules) -> tuple[Decoding, Callable[[], None]]:
-        """A step on these arguments as one graph, and where it finds them: where those of the first such call lie."""
-        given = _tensors((decoding, rules))
-        key = tuple((tuple(x.shape), x.dtype) for x in given), rules.uniforms is None, rules.grammar is None
-        if key in self._captured:
-            graph, kept, kept_rules = self._captured[key]
-            for old, new in zip(_tensors((kept, kept_rules)), given, strict=True):
-                if old.data_ptr() != new.data_ptr():
-                    old.copy_(new)
-            return kept, graph.replay
-        changes = [decoding.tokens, decoding.done, decoding.left, decoding.at, decoding.step]
-        before = [x.clone() for x in changes]
-        now, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        graph = torch.cuda.CUDAGraph()
-        stream.wait_stream(now)
-        with torch.cuda.stream(stream):  # also makes its device the current one
-            self.module.step(decoding, rules)  # once for real, as capturing asks for
-            for tensor, value in zip(changes, before, strict=True):
-                tensor.copy_(value)
-            stream.synchronize()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                self.module.step(decoding, rules)
-        now.wait_stream(stream)
-        self._captured[key] = graph, decoding, rules
-        return decoding, graph.replay
+            writer = lambda: _Writer(self.module, inputs, max_steps, temperature, grammar)  # noqa: E731
+            options = id(grammar), max_steps, temperature, *sorted(batch["image"])
+            return self.recordings.decode(options, writer, _leaves(inputs))
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors in nested tuples, which may hold None."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [] if tree is None else [tensor for part in tree for tensor in _tensors(part)]
+class _Writer:
+    """Decoding by the plain model, see `graph.Writer`.
+
+    Args:
+      module: the model.
+      like: a batch, and draws or None.
+      max_steps, temperature, grammar: see `FastModel.decode`.
+    """
+
+    def __init__(
+        self, module: Pi0Fast, like: list[Any], max_steps: int, temperature: float, grammar: Grammar | None
+    ) -> None:
+        self._module, self._like, self._max_steps, self._temperature = module, like, max_steps, temperature or 1.0
+        self._given = grammar  # kept, so that its id stays its own
+        device = module.gemma.embedding.device
+        self._grammar = None if grammar is None else Grammar(*devices.put(grammar, device))
+        self.advances = max_steps - 1 - (0 if grammar is None else len(grammar.lead))
+
+    def begin(self, *tensors: Tensor) -> Tensor:
+        batch, draws = _like(self._like, iter(tensors))
+        self._rules = make_rules(self._module.gemma, self._temperature, draws, self._grammar)
+        self._decoding = self._module.begin(batch, self._max_steps, self._rules)
+        return self._decoding.done.all()[None]
+
+    def advance(self) -> Tensor:
+        return self._module.step(self._decoding, self._rules).done.all()[None]
+
+    @property
+    def tokens(self) -> Tensor:
+        return self._decoding.tokens
 
 
 def _leaves(tree: Any) -> list[np.ndarray]:

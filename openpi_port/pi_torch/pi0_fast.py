@@ -13,8 +13,6 @@ every step adds one token. Time has no part in it, and neither have noise and fl
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +29,6 @@ from openpi_port.pi_torch.pi0 import Pi0, Tokens
 from openpi_port.pi_torch.siglip import Siglip
 
 BLOCK = 6272  # rows of the vocabulary whose scores exist at a time in training; PaliGemma's has 41 of them
-LOOK = 4  # on a GPU, steps between two looks at whether all have ended, each of which makes the host wait
 
 
 class Prompt(NamedTuple):
@@ -208,7 +205,6 @@ class Pi0Fast(nn.Module):
         temperature: float = 1.0,
         uniforms: Tensor | None = None,
         grammar: Grammar | None = None,
-        prepare: Callable[[Decoding, Rules], tuple[Decoding, Callable[[], Any]]] | None = None,
     ) -> Tensor:
         """Generates tokens until every sample has ended.
 
@@ -218,7 +214,6 @@ class Pi0Fast(nn.Module):
           temperature: of the sampling, > 0.
           uniforms: float [B, G], the draws (`grammar.draws`); None takes the likeliest token at every step.
           grammar: what may be generated; None allows everything and looks at the whole vocabulary.
-          prepare: for `step` on these arguments, what that works on and a call that does it; None takes `step` itself.
 
         Returns:
           int32 [B, G], 0 after the end of sequence.
@@ -226,14 +221,10 @@ class Pi0Fast(nn.Module):
         rules = make_rules(self.gemma, temperature, uniforms, grammar)
         decoding = self.begin(batch, max_steps, rules)
         count = max_steps - 1 - (0 if grammar is None else len(grammar.lead))
-        step = partial(self.step, decoding, rules)
-        if prepare is not None and count:
-            decoding, step = prepare(decoding, rules)
-        every = LOOK if decoding.tokens.is_cuda else 1
-        for i in range(count):
-            if i % every == 0 and decoding.done.all():
+        for _ in range(count):
+            if decoding.done.all():
                 break
-            step()
+            self.step(decoding, rules)
         return decoding.tokens
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from openpi_port.grammar import EOS, Grammar
+from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch.fast import flow, ops, pack
 from openpi_port.pi_torch.fast.flow import Language, Past
 from openpi_port.pi_torch.pi0_fast import Pi0Fast, choose, may_follow
@@ -45,7 +46,10 @@ class Decoder:
       prefix: P.
       max_steps: G.
       temperature: 0 takes the likeliest token at every step.
-      grammar: tables on the device; None allows every token.
+      grammar: what may be generated; None allows every token.
+
+    Attributes:
+      tokens, advances: see `graph.Writer`.
     """
 
     def __init__(
@@ -58,10 +62,13 @@ class Decoder:
         temperature: float,
         grammar: Grammar | None,
     ) -> None:
-        self.language, self.grammar, self._temperature = language, grammar, temperature
-        self._prefix, self._max_steps = prefix, max_steps
-        self._heads = module.config.language.num_heads
         device = language.embedding.device
+        self._given = grammar  # kept, so that its id stays its own
+        self.grammar = grammar = None if grammar is None else Grammar(*devices.put(grammar, device))
+        self.language, self._temperature = language, temperature
+        self._prefix, self._max_steps = prefix, max_steps
+        self.advances = max_steps - 1 - (0 if grammar is None else len(grammar.lead))
+        self._heads = module.config.language.num_heads
         dim, layers = module.config.language.head_dim, len(language.blocks)
         self._skip = int(module.config.positions == "openpi")
         self._turns = pack.turns(prefix + max_steps + 1, dim, device)
@@ -86,8 +93,9 @@ class Decoder:
         self._k[:, :, : self._prefix], self._v[:, :, : self._prefix] = k, v
         self._length.copy_(inputs.length)
 
-    def begin(self, inputs: Inputs) -> Tensor:
-        """Reads images and prompt, and what the grammar gives, and chooses the first token; see `advance`."""
+    def begin(self, *tensors: Tensor) -> Tensor:
+        """Reads `Inputs`, and what the grammar gives, and chooses the first token; see `advance`."""
+        inputs = Inputs(*tensors)
         self.prefill(self.embed(inputs), inputs)
         self._draws.copy_(inputs.draws)
         for tensor in (self.tokens, self._at, self._done):

@@ -2,13 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openpi_port.pi_torch import device as devices
+
 ALIGNED = 256  # bytes, at which every input begins
+
+
+class Recordings:
+    """Computes on numpy arrays: on a GPU recorded, once for every shape of them and what else it hangs on.
+
+    A plain model's thousands of small kernels take ten times longer to launch one by one than to run.
+
+    Args:
+      device: where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[Hashable, Recorded | Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def clear(self) -> None:
+        """Forgets all: a recording knows the weights by where they lie."""
+        self._made.clear()
+
+    def run(self, options: Hashable, call: Callable[..., Tensor], arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """What `call` makes of tensors with these values; the same call for the same options."""
+        if self._device.type != "cuda":
+            return call(*devices.put(tuple(arrays), self._device)).cpu().numpy()
+        key = options, *((a.shape, a.dtype) for a in arrays)
+        if key not in self._made:
+            pool = next((made.pool for made in self._made.values()), None)
+            self._made[key] = Recorded(call, arrays, self._device, pool)
+        return self._made[key].run(arrays)
+
+    def decode(self, options: Hashable, make: Callable[[], Writer], arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """What a writer writes after these arrays, int32 [B, G]; the same kind of writer for the same options."""
+        key = options, *((a.shape, a.dtype) for a in arrays)
+        if key not in self._made:
+            self._made[key] = Session(make(), arrays, self._device)
+        return self._made[key].run(arrays)
+
+
+class Writer(Protocol):
+    """Writes token after token, in tensors that keep their place.
+
+    Attributes:
+      tokens: int32 [B, G], what it has written.
+      advances: how often it can go on after the beginning.
+    """
+
+    tokens: Tensor
+    advances: int
+
+    def begin(self, *inputs: Tensor) -> Tensor:
+        """Up to the first token that is chosen; whether all samples have ended, bool [1]."""
+
+    def advance(self) -> Tensor:
+        """One token more; the same."""
+
+
+class Session:
+    """A writer at work in one shape: on a GPU two recordings, called elsewhere.
+
+    Args:
+      writer: see there.
+      like: one array per input.
+      device: where.
+    """
+
+    def __init__(self, writer: Writer, like: Sequence[np.ndarray], device: torch.device) -> None:
+        self._writer = writer
+        if device.type == "cuda":
+            begin = Recorded(writer.begin, like, device, None)
+            self._begin = begin.run
+            if writer.advances:
+                begin.run(like)  # what is recorded next begins with the values that this leaves
+                self._advance = Recorded(writer.advance, (), device, begin.pool).run
+        else:
+            self._begin = lambda arrays: writer.begin(*devices.put(tuple(arrays), device))
+            self._advance = writer.advance
+
+    def run(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Writes until all samples have ended."""
+        ended = self._begin(arrays)
+        for _ in range(self._writer.advances):
+            if ended:
+                break
+            ended = self._advance()
+        return self._writer.tokens.cpu().numpy().copy()
 
 
 class Recorded:

@@ -18,7 +18,7 @@ from openpi_port.pi_torch.fast import pack
 from openpi_port.pi_torch.fast.decode import Decoder
 from openpi_port.pi_torch.fast.decode import Inputs as DecodeInputs
 from openpi_port.pi_torch.fast.flow import Flow, Inputs, Language
-from openpi_port.pi_torch.fast.graph import Recorded, recorded
+from openpi_port.pi_torch.fast.graph import Recordings, recorded
 from openpi_port.pi_torch.infer import FastModel, Model
 from openpi_port.pi_torch.pi0 import Pi0
 from openpi_port.pi_torch.pi0_fast import Pi0Fast
@@ -48,6 +48,7 @@ class Prepared:
     Attributes:
       config: the architecture.
       module: the plain torch module, which keeps its weights beside the prepared ones.
+      recordings: CUDA graphs.
     """
 
     def __init__(self, model: Model) -> None:
@@ -55,7 +56,7 @@ class Prepared:
         self.config: configs.Pi0 = model.config
         self.module: Pi0 = model.module
         self._device = model.module.gemma.embedding.device
-        self._graphs: dict[Any, Recorded] = {}
+        self.recordings = Recordings(self._device)
         with torch.inference_mode(), devices.precision(self.module.compute):
             self._flow = Flow(self.module)
 
@@ -78,14 +79,8 @@ class Prepared:
         batch = batches.trim(batches.select(batch, batches.OBSERVATION), self.config)
         with devices.precision(self.module.compute):
             arrays = [*_observe(batch, self.config), *(np.asarray(a, np.float32) for a in (batch["state"], noise))]
-            if self._device.type == "cpu":
-                return self._flow.sample_actions(Inputs(*map(torch.from_numpy, arrays)), num_steps).numpy()
-            key = (num_steps, *((a.shape, a.dtype) for a in arrays))
-            if key not in self._graphs:
-                pool = next(iter(self._graphs.values())).pool if self._graphs else None
-                call = lambda *inputs: self._flow.sample_actions(Inputs(*inputs), num_steps)  # noqa: E731
-                self._graphs[key] = Recorded(call, tuple(arrays), self._device, pool)
-            return self._graphs[key].run(arrays)
+            call = lambda *inputs: self._flow.sample_actions(Inputs(*inputs), num_steps)  # noqa: E731
+            return self.recordings.run(num_steps, call, arrays)
 
     @torch.inference_mode()
     def stages(self, batch: Batch, noise: np.ndarray) -> dict[str, Callable[[], None]]:
@@ -108,6 +103,7 @@ class PreparedFast:
     Attributes:
       config: the architecture.
       module: the plain torch module, which keeps its weights beside the prepared ones.
+      recordings: CUDA graphs.
     """
 
     def __init__(self, model: FastModel) -> None:
@@ -115,7 +111,7 @@ class PreparedFast:
         self.config: configs.Pi0Fast = model.config
         self.module: Pi0Fast = model.module
         self._device = model.module.gemma.embedding.device
-        self._sessions: dict[Any, _Session] = {}
+        self.recordings = Recordings(self._device)
         with torch.inference_mode(), devices.precision(self.module.compute):
             turns = pack.turns(self.config.prefix_len, self.config.language.head_dim, self._device)
             self._language = Language(self.module, turns)
@@ -135,13 +131,9 @@ class PreparedFast:
     ) -> np.ndarray:
         """See `FastModel.decode`; int32 [B, G], 0 after the end of sequence."""
         with devices.precision(self.module.compute):
-            session, arrays = self._session(batch, max_steps, temperature, rng, grammar)
-            ended = session.begin(arrays)
-            for _ in range(max_steps - session.given - 1):
-                if ended:
-                    break
-                ended = session.advance()
-            return session.decoder.tokens.cpu().numpy().copy()
+            arrays = self._arrays(batch, max_steps, temperature, rng, grammar)
+            decoder = lambda: self._decoder(arrays, temperature, grammar)  # noqa: E731
+            return self.recordings.decode((id(grammar), temperature), decoder, arrays)
 
     @torch.inference_mode()
     def stages(
@@ -149,58 +141,32 @@ class PreparedFast:
     ) -> dict[str, Callable[[], None]]:
         """See `Prepared.stages`: "vision" and "prefix"; the rest are tokens."""
         with devices.precision(self.module.compute):
-            session, arrays = self._session(batch, max_steps, 0.0, 0, grammar)
-            inputs = DecodeInputs(*devices.put(tuple(arrays), self._device))
-            session.decoder.begin(inputs)
-            tokens = session.decoder.embed(inputs)
+            arrays = self._arrays(batch, max_steps, 0.0, 0, grammar)
+            decoder, inputs = self._decoder(arrays, 0.0, grammar), DecodeInputs(*devices.put(arrays, self._device))
+            decoder.begin(*inputs)
+            tokens = decoder.embed(inputs)
             calls = {
-                "vision": lambda: session.decoder.embed(inputs),
-                "prefix": lambda: session.decoder.prefill(tokens.clone(), inputs),
+                "vision": lambda: decoder.embed(inputs),
+                "prefix": lambda: decoder.prefill(tokens.clone(), inputs),
             }
             return _stages(calls, self._device)
 
-    def _session(
+    def _arrays(
         self, batch: Batch, max_steps: int, temperature: float, rng: int | np.random.Generator, grammar: Grammar | None
-    ) -> tuple[_Session, list[np.ndarray]]:
-        """What decodes batches of this shape, and this batch for it."""
+    ) -> list[np.ndarray]:
+        """What a decoder reads of a batch; see `DecodeInputs`."""
         batch = batches.trim(batches.select(batch, batches.prompt(batch)), self.config)
         size = len(batch["tokenized_prompt"])
         uniforms = grammars.check(grammar, max_steps, temperature, rng, size)
-        arrays = _observe(batch, self.config)
-        arrays.append(np.zeros((size, max_steps), np.float32) if uniforms is None else uniforms)
-        key = (id(grammar), temperature, *((a.shape, a.dtype) for a in arrays))
-        if key not in self._sessions:
-            tables = None if grammar is None else Grammar(*devices.put(grammar, self._device))
-            shape = (size, len(arrays[2]) // size, max_steps)
-            decoder = Decoder(self.module, self._language, *shape, temperature, tables)
-            self._sessions[key] = _Session(decoder, grammar, arrays, self._device)
-        return self._sessions[key], arrays
+        return [
+            *_observe(batch, self.config),
+            np.zeros((size, max_steps), np.float32) if uniforms is None else uniforms,
+        ]
 
-
-class _Session:
-    """Decoding in one shape: recorded on a GPU, called on a CPU.
-
-    Attributes:
-      given: tokens that the grammar gives.
-    """
-
-    def __init__(self, decoder: Decoder, grammar: Grammar | None, like: list[np.ndarray], device: torch.device) -> None:
-        self.decoder, self._grammar = decoder, grammar  # kept, so that its id stays its own
-        self.given = 0 if grammar is None else len(grammar.lead)
-        self._graphs: tuple[Recorded, Recorded] | None = None
-        if device.type == "cuda":
-            begin = Recorded(lambda *inputs: decoder.begin(DecodeInputs(*inputs)), tuple(like), device, None)
-            self._graphs = begin, Recorded(decoder.advance, (), device, begin.pool)
-
-    def begin(self, arrays: list[np.ndarray]) -> bool:
-        """To the first token; whether all samples have ended."""
-        if self._graphs is None:
-            return bool(self.decoder.begin(DecodeInputs(*map(torch.from_numpy, arrays))))
-        return bool(self._graphs[0].run(arrays))
-
-    def advance(self) -> bool:
-        """One token more; whether all samples have ended."""
-        return bool(self.decoder.advance() if self._graphs is None else self._graphs[1].run())
+    def _decoder(self, arrays: list[np.ndarray], temperature: float, grammar: Grammar | None) -> Decoder:
+        """A decoder for arrays of these shapes."""
+        size, max_steps = arrays[-1].shape
+        return Decoder(self.module, self._language, size, len(arrays[2]) // size, max_steps, temperature, grammar)
 
 
 def _observe(batch: Batch, config: configs.Pi0 | configs.Pi0Fast) -> list[np.ndarray]:
