@@ -59,13 +59,12 @@ def device(monkeypatch):
     return devices.find(None)
 
 
-@pytest.mark.parametrize("kind", ["pi0", "pi05"])
-def test_recordings_give_what_the_model_gives(kind, device):
+def subject(kind):
+    """A config, what loads a model of random weights, a batch, its noise, and the ways of sampling."""
     config = MODEL if kind == "pi0" else dataclasses.replace(MODEL, state_in="prompt", time_in="adarms")
     rng = np.random.default_rng(0)
     weights = {p: x + 0.1 * rng.standard_normal(x.shape, np.float32) for p, x in dict(init.Fresh(config, 0)).items()}
     weights = dict(tables.translate(weights, config, "flax", "torch"))
-    plain, model = (infer.load(config, dict(weights), Compute()) for _ in range(2))  # on the GPU where there is one
     side = config.vision.image_size
     batch = {
         "image": {c: rng.integers(0, 256, (B, side, side, 3), np.uint8) for c in config.cameras},
@@ -80,6 +79,14 @@ def test_recordings_give_what_the_model_gives(kind, device):
         {"previous": previous, "weights": np.repeat(soft_mask(H, 1, H - 1)[None, :, None], B, 0)},
         {"previous": previous, "delay": np.array([0, 2], np.int32)},
     ]
+    load = lambda: infer.load(config, dict(weights), Compute())  # noqa: E731, on the GPU where there is one
+    return config, load, batch, noise, ways
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_recordings_give_what_the_model_gives(kind, device):
+    config, load, batch, noise, ways = subject(kind)
+    plain, model = load(), load()
     plain.recordings, model.recordings = Unrecorded(devices.find(None)), Recordings(device)
     for way in ways:
         for scale in (1.0, 0.5):  # a replay takes the new values
@@ -117,3 +124,21 @@ def test_tokens_of_recordings(prepared, device):
             Called.made = 0
             np.testing.assert_array_equal(model.decode(batch, *way), want)
     assert len(model.recordings) == 6
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_prepared_weights_are_held_once(kind, device):
+    """The plain module's weights become views of the packed ones, and its answers stay the same, gradients included."""
+    _, load, batch, noise, ways = subject(kind)
+    model = load()
+    model.recordings = Recordings(device)
+    want = [model.sample_actions(batch, noise, 2, **way) for way in ways]
+    fast = prepare.optimize(model)
+    assert len(model.recordings) == 0  # they know where the weights lay
+    Called.made = 0
+    for way, wanted in zip(ways, want, strict=True):
+        np.testing.assert_allclose(fast.sample_actions(batch, noise, 2, **way), wanted, atol=1e-4 if not way else 1e-6)
+    layer, packed = fast.module.gemma.layers[0], fast._flow.language
+    expert, mlp = layer.experts[0], fast.module.vision.blocks[0].mlp
+    assert expert.gate.weight.data_ptr() == packed.blocks[0].gate_up.data_ptr()
+    assert mlp.down.weight.data_ptr() == packed.vision.layers[0].down.data_ptr()

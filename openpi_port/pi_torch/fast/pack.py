@@ -1,11 +1,15 @@
 """A module's weights as the prepared path wants them: merged, reordered, and what doesn't depend on the input computed.
 
+Where merged or padded weights hold those of the module unchanged, the module's become views of them: memory holds most
+weights once.
+
 D width, F width of the MLP, N heads, H head dim, J action dim.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -124,7 +128,7 @@ class Step(NamedTuple):
 
 
 def pack_vision(module: siglip.Siglip) -> Vision:
-    """Merged weights of a vision transformer."""
+    """Merged weights of a vision transformer, of which the module's become views where they can."""
     dtype = getattr(torch, module.compute.dtype)
     patch = module.patch_embed.weight.float() * (2 / 255)
     start = module.patch_embed.bias.float() - module.patch_embed.weight.float().sum(1) + module.pos_embedding.float()
@@ -135,29 +139,33 @@ def pack_vision(module: siglip.Siglip) -> Vision:
         scale = (attn.q.weight.shape[0] // attn.num_heads) ** -0.5
         padding = -mlp.up.weight.shape[0] % 64  # 4304 channels and 48 that are nothing make faster products
         after_attn = offset + attn.o.bias.float()
+        q = (attn.q.weight.float() * scale).to(dtype)
+        qkv = torch.cat([q, attn.k.weight.to(dtype), attn.v.weight.to(dtype)])
+        up, down = F.pad(mlp.up.weight.to(dtype), (0, 0, 0, padding)), F.pad(mlp.down.weight.to(dtype), (0, padding))
         layers.append(
             VisionLayer(
                 offset,
                 *(p.float() for p in (block.norm_attn.scale, block.norm_attn.bias)),
-                torch.cat(
-                    [(attn.q.weight.float() * scale).to(dtype), attn.k.weight.to(dtype), attn.v.weight.to(dtype)]
-                ),
+                qkv,
                 torch.cat([attn.q.bias.float() * scale, attn.k.bias.float(), attn.v.bias.float()]).to(dtype),
                 attn.o.weight.to(dtype),
                 after_attn,
                 *(p.float() for p in (block.norm_mlp.scale, block.norm_mlp.bias)),
-                F.pad(mlp.up.weight.to(dtype), (0, 0, 0, padding)),
+                up,
                 F.pad(mlp.up.bias.to(dtype), (0, padding)),
-                F.pad(mlp.down.weight.to(dtype), (0, padding)),
+                down,
             )
         )
+        width = mlp.up.weight.shape[0]
+        views = (*qkv.chunk(3)[1:], up[:width], down[:, :width])
+        _share((attn.k, attn.v, mlp.up, mlp.down), views)
         offset = after_attn + mlp.down.bias.float()
     norm = (module.norm.scale.float(), module.norm.bias.float())
     return Vision(patch, start, layers, offset, *norm, module.head.weight.to(dtype), module.head.bias.to(dtype))
 
 
 def pack_blocks(module: gemma.Gemma, index: int) -> list[Block]:
-    """Merged weights of one expert's layers.
+    """Merged weights of one expert's layers, of which the module's become views where they can.
 
     Raises:
       UserError: adapters that are not merged, or several heads of keys and values.
@@ -177,6 +185,7 @@ def pack_blocks(module: gemma.Gemma, index: int) -> list[Block]:
         qkv = [_side_by_side(q, dim), _side_by_side(expert.k.weight.to(dtype), dim), expert.v.weight.to(dtype)]
         gate_up = torch.cat([expert.gate.weight.to(dtype), expert.up.weight.to(dtype)])
         blocks.append(Block(torch.cat(qkv), expert.o.weight.to(dtype), gate_up, expert.down.weight.to(dtype)))
+        _share((expert.gate, expert.up), gate_up.chunk(2))
     return blocks
 
 
@@ -237,6 +246,13 @@ def _modulated(norm: torch.nn.Module, cond: Tensor, after: Tensor) -> list[Norm]
     modulation = F.linear(cond, norm.modulation.weight.float(), norm.modulation.bias.float())
     scale, shift, gate = modulation.chunk(3, -1)
     return [Norm(*rows) for rows in zip(1 + scale, shift @ after.float().t(), gate, strict=True)]
+
+
+def _share(linears: Sequence[torch.nn.Module], views: Sequence[Tensor]) -> None:
+    """Puts weights where packed ones hold the same values."""
+    for linear, view in zip(linears, views, strict=True):
+        if linear.weight.dtype == view.dtype:
+            linear.weight.data = view
 
 
 def _side_by_side(w: Tensor, dim: int) -> Tensor:

@@ -31,7 +31,8 @@ def optimize(model: Model | FastModel) -> Prepared | PreparedFast:
     first occurs: pi0 and pi0.5 as one CUDA graph, pi0-FAST as one up to its first token and one for every token after.
 
     Args:
-      model: as loaded; pi0, pi0.5 or pi0-FAST. It answers `loss` as before; so its weights stay.
+      model: as loaded; pi0, pi0.5 or pi0-FAST. It answers as before, from weights that are views of the prepared ones
+        wherever these hold the same values.
 
     Returns:
       A model with the same methods, which computes the same.
@@ -47,7 +48,7 @@ class Prepared:
 
     Attributes:
       config: the architecture.
-      module: the plain torch module, which keeps its weights beside the prepared ones.
+      module: the plain torch module, whose weights are views of the prepared ones where these hold the same values.
       recordings: CUDA graphs.
     """
 
@@ -57,7 +58,8 @@ class Prepared:
         self.module: Pi0 = model.module
         self._device = model.module.gemma.embedding.device
         self.recordings = Recordings(self._device)
-        with torch.inference_mode(), devices.precision(self.module.compute):
+        model.recordings.clear()
+        with torch.no_grad(), devices.precision(self.module.compute):
             self._flow = Flow(self.module)
 
     def loss(self, batch: Batch, noise: np.ndarray, time: np.ndarray) -> np.ndarray:
@@ -102,7 +104,7 @@ class PreparedFast:
 
     Attributes:
       config: the architecture.
-      module: the plain torch module, which keeps its weights beside the prepared ones.
+      module: the plain torch module, whose weights are views of the prepared ones where these hold the same values.
       recordings: CUDA graphs.
     """
 
@@ -112,7 +114,8 @@ class PreparedFast:
         self.module: Pi0Fast = model.module
         self._device = model.module.gemma.embedding.device
         self.recordings = Recordings(self._device)
-        with torch.inference_mode(), devices.precision(self.module.compute):
+        model.recordings.clear()
+        with torch.no_grad(), devices.precision(self.module.compute):
             turns = pack.turns(self.config.prefix_len, self.config.language.head_dim, self._device)
             self._language = Language(self.module, turns)
 
