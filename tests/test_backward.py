@@ -29,9 +29,15 @@ def attend(backend):
     return attend
 
 
+def layer_norm(x, scale, bias):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6) * scale + bias
+
+
 @pytest.mark.parametrize(
     ("name", "found", "expected", "shapes"),
     [
+        ("layer norm", backward.layer_norm, layer_norm, [(3, 5, 16), (16,), (16,)]),
         ("positions", backward.add_to_each, lambda x, table: x + table, [(3, 5, 16), (5, 16)]),
         ("gelu", backward.gelu, lambda x: jax.nn.gelu(x, approximate=True), [(3, 16)]),
         ("finished", backward.finished, lambda x: x, [(3, 16)]),

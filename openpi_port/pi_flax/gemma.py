@@ -52,19 +52,19 @@ class Expert(nnx.Module):
 
     def qkv(self, x: jax.Array, where: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scaled, rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
-        q = rope(self._heads(self.q, x), where) * self.head_dim**-0.5
+        q = kept(rope(self._heads(self.q, x), where) * self.head_dim**-0.5)
         return q, *self.keys_values(x, where)
 
     def keys_values(self, x: jax.Array, where: Angles) -> KVCache:
         """Rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
-        return KVCache(rope(self._heads(self.k, x), where), self._heads(self.v, x))
+        return KVCache(kept(rope(self._heads(self.k, x), where)), kept(self._heads(self.v, x)))
 
     def mlp(self, x: jax.Array) -> jax.Array:
         """GeGLU."""
         return self.down(gelu(kept(self.gate(x))) * kept(self.up(x)))
 
     def _heads(self, linear: nnx.Module, x: jax.Array) -> jax.Array:
-        return rearrange(kept(linear(x)), "B T (N H) -> B T N H", H=self.head_dim)
+        return rearrange(linear(x), "B T (N H) -> B T N H", H=self.head_dim)
 
 
 class Layer(nnx.Module):

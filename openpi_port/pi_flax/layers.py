@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from openpi_port.config import Compute
 from openpi_port.pi_flax.fast.apart import apart, is_apart
+from openpi_port.pi_flax.fast.backward import layer_norm
 
 KEPT = "product"
 
@@ -44,11 +45,7 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(dim))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        mean = x32.mean(-1, keepdims=True)
-        var = jnp.square(x32 - mean).mean(-1, keepdims=True)
-        normed = (x32 - mean) * jax.lax.rsqrt(var + 1e-6)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...])
 
 
 class RMSNorm(nnx.Module):

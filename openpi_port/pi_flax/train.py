@@ -27,7 +27,7 @@ from openpi_port.errors import UserError
 from openpi_port.pi_flax import attention, insulated
 from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax.fast import options
-from openpi_port.pi_flax.fast.apart import apart, together
+from openpi_port.pi_flax.fast.apart import layers, together
 from openpi_port.pi_flax.infer import build
 from openpi_port.pi_flax.layers import lowered
 from openpi_port.pi_flax.pi0_fast import Pi0Fast
@@ -223,10 +223,10 @@ def _as_used(weights: nnx.State, compute: Compute) -> nnx.State:
         name = "/".join(map(str, path))
         if not re.match("vision/(blocks|head)|gemma/layers", name):
             return leaf
-        cast = lowered(nnx.from_flat_state([(path, leaf)]), compute)
+        weight = nnx.from_flat_state([(path, leaf)])
         if compute.compile == "unrolled" and not name.startswith("vision/head"):
-            cast = jax.tree.map(apart, cast)
-        return dict(nnx.to_flat_state(cast))[path]
+            weight = jax.tree.map(layers, weight)
+        return dict(nnx.to_flat_state(lowered(weight, compute)))[path]
 
     return nnx.from_flat_state([(path, used(path, leaf)) for path, leaf in nnx.to_flat_state(weights)])
 

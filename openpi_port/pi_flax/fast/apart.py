@@ -46,14 +46,27 @@ def take(weights: Any, which: int | slice) -> Any:
     return jax.tree.map(taken, weights, is_leaf=is_apart)
 
 
+def layers(weight: jax.Array) -> Apart:
+    """A stacked weight's layers, to be cast: each is then read from where it lies and written by itself.
+
+    Their numbers are hidden from XLA, which otherwise casts the stack and copies layers out of it.
+    """
+    numbers = jax.lax.optimization_barrier(jnp.arange(len(weight)))
+    return Apart(jax.lax.dynamic_index_in_dim(weight, number, keepdims=False) for number in numbers)
+
+
 def apart(weight: jax.Array | Apart) -> Apart:
     """A stacked weight's layers, as they are if they lie apart already."""
     return weight if is_apart(weight) else Apart(_unstack(weight))
 
 
 def together(weights: Any) -> Any:
-    """Stacks again what lies apart in a tree."""
-    return jax.tree.map(lambda w: jnp.stack(w) if is_apart(w) else w, weights, is_leaf=is_apart)
+    """Stacks again what lies apart in a tree.
+
+    Behind a barrier, since XLA computes what is elementwise in several kernels where it puts it into the stacking.
+    """
+    stack = lambda w: jax.lax.optimization_barrier(jnp.stack(w)) if is_apart(w) else w  # noqa: E731
+    return jax.tree.map(stack, weights, is_leaf=is_apart)
 
 
 @jax.custom_vjp

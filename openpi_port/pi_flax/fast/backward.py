@@ -48,3 +48,42 @@ def finished(x: jax.Array) -> jax.Array:
 
 
 finished.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+
+
+@jax.custom_vjp
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [..., D] with mean 0 and variance 1, scaled and shifted, computed in float32.
+
+    The gradients of scale and bias are summed from x and the gradient by themselves. What they share with the gradient
+    of x would be written to memory in float32.
+    """
+    return _layer_norm(x, scale, bias)[0]
+
+
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + 1e-6)
+    normed = (x32 - mean) * inverse
+    return (normed * scale + bias).astype(x.dtype), (x, mean, inverse, scale, bias)
+
+
+def _layer_norm_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, mean, inverse, scale, bias = saved
+
+    def read(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, gradient = (part.astype(jnp.float32) for part in jax.lax.optimization_barrier((x, gradient)))
+        return (x - mean) * inverse, gradient
+
+    gradient = jax.lax.optimization_barrier(gradient)
+    normed, of_y = read(x, gradient)
+    of_normed = of_y * scale
+    along = (of_normed * normed).mean(-1, keepdims=True)
+    of_x = inverse * (of_normed - of_normed.mean(-1, keepdims=True) - normed * along)
+    normed, of_y = read(x, gradient)
+    rows = tuple(range(x.ndim - 1))
+    of_scale, of_bias = (of_y * normed).sum(rows), of_y.sum(rows)
+    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+
+
+layer_norm.defvjp(_layer_norm, _layer_norm_backward)
