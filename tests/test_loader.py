@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 from openpi_port.augment import augment
-from openpi_port.data.loader import Part, eval_batches, train_batches
+from openpi_port.data.loader import Part, _Ahead, eval_batches, train_batches
 from openpi_port.errors import UserError
 from openpi_port.rng import draw_noise, draw_time, generator
 
@@ -250,6 +252,25 @@ def test_a_program_that_forgets_to_close_ends_quietly(tmp_path):
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 0 and stderr == ""
     assert_gone(pids)
+
+
+def test_closed_in_its_own_thread():
+    """As by a collection of garbage, which may happen in any thread: it can't wait for itself."""
+    ready, ended = threading.Event(), threading.Event()
+
+    def samples() -> Iterator[dict[str, Any]]:
+        ready.wait(10)
+        ahead.close()
+        try:
+            yield {"x": np.zeros(1)}
+        finally:
+            ended.set()
+
+    ahead = _Ahead(samples())
+    ready.set()
+    assert ended.wait(3)
+    with pytest.raises(StopIteration):
+        ahead.take()
 
 
 def test_draws_come_with_every_sample():
