@@ -60,7 +60,7 @@ def _run(argv: list[str] | None) -> None:
     total = target.num_bytes(source.to(target.SIDES[args.to]))
     with tqdm(total=total, unit="B", unit_scale=True, disable=args.quiet or None) as bar:
         target.write(source, args.dst, args.to, bar.update)
-    print(f"{args.dst}: {args.to} checkpoint, {total / 1e9:.2f} GB")
+    print(f"{args.dst}: {args.to} checkpoint, {report.size(total)}")
 
 
 def _usage(message: str) -> None:

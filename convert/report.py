@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from convert import lerobot
-from convert.layout import Entry, Spot
+from convert.layout import OURS, Entry, Spot, num_elements, side_shapes
 from convert.source import Source
 from convert.target import SIDES, num_bytes
 
@@ -31,7 +31,7 @@ def table(source: Source, to: str) -> str:
     if source.train_state:
         goes = "goes along" if to in ("flax", "torch") else f"stays behind: {to} has no place for it"
         lines.append(f"train_state/ ({len(source.train_state)} tensors): {goes}")
-    count, size = sum(entry_size(entry) for entry in source.entries), num_bytes(weights)
+    count = num_elements(side_shapes(source.entries, OURS))
     if to == "lerobot" and (notes := lerobot.inexpressible(source)):
         lines.append(f"LeRobot has no way to say, so do it around the policy there: {'; '.join(notes)}")
     if source.format in ("paligemma", "big_vision"):
@@ -42,18 +42,15 @@ def table(source: Source, to: str) -> str:
         lines.append(f"no statistics of states and actions: {choose}")
     carried = [name for name, there in _beside(source).items() if there]
     lines.append(
-        f"{len(source.tensors)} tensors became {len(weights)}, {count:,} parameters, {size / 1e9:.2f} GB; "
+        f"{len(source.tensors)} tensors became {len(weights)}, {count:,} parameters, {size(num_bytes(weights))}; "
         f"beside them: {', '.join(carried) or 'nothing'}"
     )
     return "\n".join(lines)
 
 
-def entry_size(entry: Entry) -> int:
-    """Elements of one row's tensor, all layers."""
-    size = 1
-    for dim in entry.shape("flax"):
-        size *= dim
-    return size
+def size(count: int) -> str:
+    """Bytes, for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _beside(source: Source) -> dict[str, bool]:

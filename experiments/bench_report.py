@@ -95,8 +95,9 @@ def compare(one: str | Path, other: str | Path) -> str:
         if (then := second.pop(first.name, None)) is None:
             rows.append((first.name, _short(first.value), "-", "", first.unit))
             continue
-        gain = first.value / then.value if first.better == "lower" else then.value / first.value
-        rows.append((first.name, _short(first.value), _short(then.value), f"{gain:.3g}x", first.unit))
+        worse, better = (first.value, then.value) if first.better == "lower" else (then.value, first.value)
+        gain = f"{worse / better:.3g}x" if worse > 0 and better > 0 else ""  # an error or a wait may be 0
+        rows.append((first.name, _short(first.value), _short(then.value), gain, first.unit))
     rows += [(f.name, "-", _short(f.value), "", f.unit) for f in second.values()]
     return "\n".join([*lines, _aligned(rows)])
 
@@ -124,6 +125,7 @@ def plot(path: str | Path, about: Mapping[str, Any], figures: Sequence[Figure]) 
     axes.set(xscale="log", xlabel="milliseconds", yticks=places, yticklabels=[f.name for f in shown])
     axes.set_title(f"{about['config']}, {about['backend']} on {about['device']}", fontsize=10)
     axes.margins(x=0.2)
+    axes.set_ylim(-0.6, len(shown) - 0.4)
     figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

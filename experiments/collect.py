@@ -19,19 +19,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
+from experiments.flags import run
 from openpi_port.data import lerobot_writer
 from openpi_port.errors import UserError
 from openpi_port.sim import aloha, aloha_tasks, demonstrate, gl
 
-FLAGS = flags.FLAGS
-flags.DEFINE_list("task", "transfer_cube", f"tasks, taken in turn: {', '.join(aloha.TASKS)}")
-flags.DEFINE_integer("episodes", 200, "successful demonstrations to write", lower_bound=1)
-flags.DEFINE_string("out", None, "directory of the data set; must not exist yet", required=True)
-flags.DEFINE_integer("seed", 1000, "of the first cube position; evaluation uses seeds from 0", lower_bound=0)
-flags.DEFINE_integer("workers", None, "processes that render; default: one per core, 8 at most", lower_bound=1)
+TASK = flags.DEFINE_list("task", "transfer_cube", f"tasks, taken in turn: {', '.join(aloha.TASKS)}")
+EPISODES = flags.DEFINE_integer("episodes", 200, "successful demonstrations to write", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "directory of the data set; must not exist yet")
+SEED = flags.DEFINE_integer("seed", 1000, "of the first cube position; evaluation uses seeds from 0", lower_bound=0)
+WORKERS = flags.DEFINE_integer("workers", None, "processes that render; default: one a core, 8 at most", lower_bound=1)
 
 IMAGE_SIZE = 224
 CAMERA = f"observation.images.{aloha.CAMERA}"
@@ -113,40 +113,32 @@ class Interrupt:
         return self.asked
 
 
-def main(argv: list[str]) -> None:
+def main() -> int:
     """Checks what can be wrong before any work, then collects."""
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}: all settings are --name=value")
-    out = Path(FLAGS.out)
+    if OUT.value is None:
+        raise UserError("--out= names no directory for the data set")
+    out = Path(OUT.value)
     lerobot_writer.refuse_existing(out)
-    for task in FLAGS.task:
+    for task in TASK.value:
         aloha.find_task(task)
-    workers = FLAGS.workers or min(os.cpu_count() or 1, 8)
+    workers = WORKERS.value or min(os.cpu_count() or 1, 8)
     print(f"rendering with MUJOCO_GL={gl.require()} in {workers} processes")
     start = time.monotonic()
     try:
-        written, frames, failed = collect(FLAGS.task, FLAGS.episodes, out, FLAGS.seed, workers, Interrupt())
+        written, frames, failed = collect(TASK.value, EPISODES.value, out, SEED.value, workers, Interrupt())
     except OSError as error:  # a full disk, as a rule
         raise UserError(f"{out} could not be written, and nothing is left of it: {error}") from error
+    except KeyboardInterrupt:
+        print("interrupted twice: nothing was written", file=sys.stderr)
+        return 130
     seconds = time.monotonic() - start
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2**20
     print(
         f"{out}: {written} episodes, {frames} frames, {size:.1f} MiB, {failed} failed attempts dropped, "
         f"{seconds / written:.1f} s an episode"
     )
-
-
-def guarded(argv: list[str]) -> None:
-    """A user's mistake is one line, not a traceback."""
-    try:
-        main(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted twice: nothing was written", file=sys.stderr)
-        sys.exit(130)
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(guarded)
+    run(main)

@@ -90,10 +90,11 @@ def recommendation(results: Sequence[Result], limit: int) -> str:
     """In words: a scale and a length."""
     best = recommended(results)
     length = int(-(-best.total.max() // 8) * 8)
-    short = "" if best.rms_normalised.max() <= GOOD else " (no scale tried reaches 1 % of the range)"
+    why = "the coarsest whose worst dimension errs by at most 1 % of its range"
+    if best.rms_normalised.max() > GOOD:
+        why = "the finest tried, since with none the worst dimension errs by at most 1 % of its range"
     return (
-        f"recommended: scale {best.scale:g}{short}, the coarsest whose worst dimension errs by at most 1 % of its "
-        f"range, and a length of {length} tokens, which fits every chunk measured "
+        f"recommended: scale {best.scale:g}, {why}, and a length of {length} tokens, which fits every chunk measured "
         f"({best.truncated(limit):.1%} do not fit into {limit})"
     )
 

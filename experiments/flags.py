@@ -35,7 +35,10 @@ def config() -> Train:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Parses the command line and runs a program; user errors, and files' troubles, are one line and exit status 2."""
+    """Parses the command line and runs a program.
+
+    User errors, and files' troubles, are one line and exit status 2; a Ctrl-C that the program doesn't take is 130.
+    """
 
     def guarded(argv: Sequence[str]) -> int | None:
         if len(argv) > 1:
@@ -51,11 +54,13 @@ def run(main: Callable[[], int | None]) -> None:
         if error.filename is None:
             raise
         _end(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
 
 
-def _end(message: str) -> NoReturn:
+def _end(message: str, status: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -31,7 +31,7 @@ def main() -> None:
     path.write_text(inspect_page.page(subject, samples, findings), encoding="utf-8")
     for finding in findings:
         print(f"{'suspicious' if finding.level == 'bad' else 'note'}: {finding.text}")
-    print(f"{path}: {len(samples)} samples, {time.perf_counter() - begin:.1f} s")
+    print(f"{path}: {len(samples)} sample{'s' * (len(samples) != 1)}, {time.perf_counter() - begin:.1f} s")
 
 
 def _subject() -> inspect_subject.Subject:

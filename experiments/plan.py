@@ -8,11 +8,12 @@ from openpi_port import memory
 from openpi_port.config import Train
 from openpi_port.memory import GIB, Plan
 
+UNITS = {"GiB": GIB, "MiB": 2**20}
 PARTS = ("weights", "rounded", "gradients", "optimizer", "average", "activations", "total")
 
 
 def show(config: Train, shape: tuple[int, int], room: int) -> str:
-    """A table of GiB per device: the run as it is, and with other settings of `remat` and `microbatches`.
+    """A table of memory per device: the run as it is, and with other settings of `remat` and `microbatches`.
 
     Args:
       config: the run.
@@ -23,17 +24,23 @@ def show(config: Train, shape: tuple[int, int], room: int) -> str:
     compute = config.compute
     here = f"as configured: remat={compute.remat} microbatches={config.microbatches} gradients={compute.gradients}"
     rows = [(here, memory.plan(config, shape)), *others]
+    unit = "GiB" if rows[0][1].total >= GIB else "MiB"
     lines = [
         f"{config.name}: {rows[0][1].num_params / 1e6:.1f} M parameters, {rows[0][1].num_trained / 1e6:.1f} M trained; "
         f"batch {config.batch_size} on {shape[0]} x {shape[1]} devices of {room / GIB:.1f} GiB, {config.backend}",
-        f"{'GiB per device':58}" + "".join(f"{part:>12}" for part in PARTS),
-        *(_row(name.replace("--config.compute.", "").replace("--config.", ""), plan, room) for name, plan in rows),
+        f"{f'{unit} per device':58}" + "".join(f"{part:>12}" for part in PARTS),
+        *(
+            _row(name.replace("--config.compute.", "").replace("--config.", ""), plan, room, unit)
+            for name, plan in rows
+        ),
         f"largest batch that fits as configured: {memory.largest_batch(config, shape, room)}",
     ]
     sharing = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, ema=0.0))
     if config.optimizer.ema:
         saved = rows[0][1].total - memory.plan(sharing, shape).total
-        lines.append(f"without the average of the weights (--config.optimizer.ema=0): {saved / GIB:.1f} GiB less")
+        lines.append(
+            f"without the average of the weights (--config.optimizer.ema=0): {saved / UNITS[unit]:.1f} {unit} less"
+        )
     return "\n".join(lines)
 
 
@@ -49,6 +56,6 @@ def advice(config: Train, shape: tuple[int, int], room: int) -> str:
     )
 
 
-def _row(name: str, plan: Plan, room: int) -> str:
-    numbers = "".join(f"{getattr(plan, part) / GIB:12.2f}" for part in PARTS)
+def _row(name: str, plan: Plan, room: int, unit: str) -> str:
+    numbers = "".join(f"{getattr(plan, part) / UNITS[unit]:12.2f}" for part in PARTS)
     return f"{name:58}{numbers}{'' if plan.total <= room else '  does not fit'}"

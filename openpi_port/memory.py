@@ -5,6 +5,7 @@ B batch, S tokens of the whole sequence, T tokens per image, D width, F width of
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -179,10 +180,15 @@ def _ways(config: Train, shape: tuple[int, int]) -> list[Train]:
 
 def largest_batch(config: Train, shape: tuple[int, int], room: int) -> int:
     """The most samples of one step, over all devices, that fit with these settings; 0 if none do."""
-    step, size = math.prod(shape) * config.microbatches, 0
-    while plan(dataclasses.replace(config, batch_size=size + step), shape).total <= room:
-        size += step
-    return size
+    step = math.prod(shape) * config.microbatches
+
+    def total(count: int) -> int:
+        return plan(dataclasses.replace(config, batch_size=count * step), shape).total
+
+    beyond = 1
+    while total(beyond) <= room:
+        beyond *= 2
+    return step * (bisect.bisect_right(range(beyond), room, 1, key=total) - 1)
 
 
 def unrolled(config: Train) -> bool:

@@ -125,6 +125,7 @@ def test_files(tmp_path):
         figures = [
             Figure("inference/step", step, "ms", 1.2 * step, 5.0),
             Figure("train/throughput", step, "samples/s", better="higher"),
+            Figure("feed/waiting for data", 0.0, "%"),
         ]
         bench_report.write(tmp_path / f"{name}.json", about | {"day": name}, figures)
     assert bench_report.read(tmp_path / "b.json")[1] == figures
