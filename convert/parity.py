@@ -61,7 +61,9 @@ class Side:
           Each of the parts, with the tensors that the report compares, by name (gradients by canonical name).
         """
         backend = Backend(self.backend)
-        module = loading.fill(self.source, self.backend, self.dtype, self.device).module
+        # A parameter kept in bfloat16 would have its gradient rounded to that, on each side to its own neighbour.
+        source = self.source.rounded(self.dtype)
+        module = loading.fill(source, self.backend, self.dtype, self.device).module
         with backend.device.precision(module.compute):
             for part in parts:
                 if part == "gradients":

@@ -56,6 +56,14 @@ def test_command_finds_a_difference(checkpoint, tmp_path, capsys):
     assert "<tr class='first beyond'><td>layers/01/language/mlp</td>" in page.read_text()
 
 
+def test_gradients_of_rounded_weights(checkpoint):
+    """Weights in bfloat16 have gradients in float32 where that is compared."""
+    source = formats.open_checkpoint(checkpoint / "openpi_pytorch").rounded("bfloat16")
+    side = parity.Side(source, "torch", device="cpu")
+    ((_, gradients),) = side.traced(parity_batch.golden(source.model), ["gradients"])
+    assert any((grad != grad.astype("bfloat16")).any() for _, grad in gradients)
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
