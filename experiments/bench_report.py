@@ -109,7 +109,7 @@ def plot(path: str | Path, about: Mapping[str, Any], figures: Sequence[Figure]) 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [f for f in figures if f.unit == "ms"]
+    shown = [f for f in figures if f.unit == "ms" and f.value > 0]  # a difference of two times may be noise
     if not shown:
         raise UserError("--plot: no times were measured, so there is nothing to draw")
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.4 * len(shown)), layout="constrained")
