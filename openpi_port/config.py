@@ -50,8 +50,7 @@ class Compute:
         measured), Flax has "cudnn" and "splash". "auto" takes the fastest that the framework, the device and the dtype
         have, and "plain" on a CPU.
       compile: how training is compiled. torch: each kind of layer once ("layers"), that and all of a pass recorded as
-        one launch ("graph", of pi0 and pi0.5 that are not split), that with norms and sums of gradients of this
-        project's ("fused", not yet measured), or nothing ("none"). Flax: layers as a loop ("scan")
+        one launch ("graph", of pi0 and pi0.5 that are not split), or nothing ("none"). Flax: layers as a loop ("scan")
         or one after another ("unrolled": faster on a GPU). "auto" is "graph" on one GPU, "layers" on several or split,
         and "none" on a CPU; in Flax "unrolled" where models are trained on a GPU and nothing is frozen, else "scan".
       gradients: dtype in which the gradients of `Train.microbatches` (and in torch of devices that each hold the whole
@@ -63,7 +62,7 @@ class Compute:
     dtype: Dtype = "float32"
     remat: Literal["auto", "none", "dots", "full"] = "none"
     attention: Literal["auto", "plain", "sdpa", "flex", "products", "cudnn", "splash"] = "auto"
-    compile: Literal["auto", "none", "layers", "graph", "fused", "scan", "unrolled"] = "auto"
+    compile: Literal["auto", "none", "layers", "graph", "scan", "unrolled"] = "auto"
     gradients: Literal["auto", "float32", "bfloat16"] = "float32"
 
 

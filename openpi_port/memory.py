@@ -83,7 +83,6 @@ def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
     if config.compute.dtype == "float32" or (config.backend == "torch" and shape[1] > 1):
         rounded = 0
     whole, added = num_trained - rounded, config.microbatches > 1 or _over_devices(config, shape)
-    added = added or config.compute.compile == "fused"
     if isinstance(config.model, Pi0) and not config.insulate and (config.backend == "flax" or shape[1] == 1):
         whole -= trained.get("gemma/embedding", 0)  # only rows that are looked up have a gradient
     sums = 4 if added and config.compute.gradients == "float32" else 2

@@ -177,25 +177,25 @@ def test_a_product_adds_its_gradient_to_the_sum(dtype):
         torch.testing.assert_close(mine, theirs, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_fused_is_the_same_step(microbatches):
-    """What sums up gradients in products, in bfloat16; on a CPU without the kernels."""
-    found = {}
-    for how in ("none", "fused"):
-        compute = Compute(dtype="bfloat16", compile=how)
-        config = dataclasses.replace(run_config(), batch_size=4, microbatches=microbatches, compute=compute)
+@pytest.mark.parametrize("gradients", ["float32", "bfloat16"])
+def test_sums_of_parts_are_the_whole(gradients):
+    """torch's products add up the gradients of weights in bfloat16; of a batch in one part there is nothing to add."""
+    found = []
+    for parts in (1, 2):
+        compute = Compute(dtype="bfloat16", gradients=gradients)
+        config = dataclasses.replace(run_config(), batch_size=4, microbatches=parts, compute=compute)
         t = Framework("torch").trainer(config)
-        losses = [float(t.update(batch)["loss"]) for batch in batches(config, 2)]
-        found[how] = [*losses, t.evaluate(batches(config, 1)[0])], t.train_state()
-    np.testing.assert_allclose(*(losses for losses, _ in found.values()), rtol=2e-3)
-    mine, theirs = (state for _, state in found.values())
-    for name in mine:
+        metrics = [t.update(batch) for batch in batches(config, 2)]
+        found.append(([float(m[key]) for m in metrics for key in ("loss", "grad_norm")], t.train_state()))
+    (losses, whole), (others, sums) = found
+    np.testing.assert_allclose(others, losses, rtol=5e-3)
+    for name in whole:
         if name.startswith("mu/") and not name.endswith("k.bias"):  # whose gradient is rounding
-            difference = np.linalg.norm(mine[name] - theirs[name])
-            assert difference < 0.05 * np.linalg.norm(mine[name]) + 1e-6, name
+            difference = np.linalg.norm(sums[name] - whole[name])
+            assert difference < 0.05 * np.linalg.norm(whole[name]) + 1e-6, name
 
 
-@pytest.mark.parametrize(("name", "how"), [("flax", "graph"), ("flax", "fused"), ("torch", "scan"), ("torch", "graph")])
+@pytest.mark.parametrize(("name", "how"), [("flax", "graph"), ("torch", "scan"), ("torch", "graph")])
 def test_what_cannot_be_compiled_is_an_error(name, how):
     with pytest.raises(UserError, match=f"config.compute.compile='{how}'"):
         Framework(name).trainer(dataclasses.replace(run_config(), compute=Compute(compile=how)))

@@ -5,8 +5,7 @@ B batch, A actions in a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,14 +22,13 @@ from openpi_port.errors import UserError
 from openpi_port.pi_torch import attention, insulated
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch.fast import adamw
+from openpi_port.pi_torch.fast.gradients import Gradients
 from openpi_port.pi_torch.fast.replay import Replayed
 from openpi_port.pi_torch.infer import build
 from openpi_port.pi_torch.pi0 import Pi0
 from openpi_port.pi_torch.pi0_fast import Pi0Fast
 from openpi_port.pi_torch.sharding import Layout
 from openpi_port.schedule import learning_rate
-
-_EMBEDDING = "gemma.embedding"
 
 
 class State(NamedTuple):
@@ -70,8 +68,7 @@ class Trainer:
         self._counted = loss.counted
         self._loss = self._layout.fill(loss, weights)
         how = _compile(config, self._layout.device)
-        on_gpu = self._layout.device.type == "cuda"
-        if how != "none" and on_gpu:
+        if how != "none":
             for layer in (*module.vision.blocks, *module.gemma.layers):  # all of a kind share what is compiled
                 layer.forward = torch.compile(layer.forward, dynamic=False)  # FSDP's hooks stay outside
         trained = {n: self._layout.parts[n] for n, p in self._layout.parameters.items() if p.requires_grad}
@@ -80,23 +77,19 @@ class Trainer:
         self._state = State(trained, mu, nu, average)
         copies = self._layout.copies
         self._slots = [adamw.Slot(p, mu[n], nu[n], average and average[n], copies.get(n)) for n, p in trained.items()]
-        recorded = how in ("graph", "fused") and on_gpu
-        self._replayed = Replayed(self._backward, self._prepare, self._layout.device) if recorded else None
-        self._sparse = isinstance(config.model, configs.Pi0) and not (split or config.insulate)
-        module.gemma.sparse = self._sparse  # where nothing but the lookup reads the embedding
-        wide = config.microbatches > 1 and config.compute.gradients == "float32"  # else autograd adds up in place
-        sent = devices.count() > 1 and not split
-        within = {name: p for name, p in trained.items() if name in copies and (wide or sent or how == "fused")}
-        self._flat, self._sums = _together(within, getattr(torch, config.compute.gradients), self._layout.device)
-        self._rows: list[tuple[Tensor, Tensor]] = []
-        self._shares = config.microbatches * (1 if split else devices.count())
-        with torch.cuda.stream(self._replayed and self._replayed.stream):
-            for name, total in self._sums.items():
-                owner, _, leaf = name.rpartition(".")
-                if leaf == "weight" and how == "fused":
-                    module.get_submodule(owner).total = total
-                else:
-                    self._layout.parameters[name].register_post_accumulate_grad_hook(partial(_add_up, total))
+        parts, sent = config.microbatches, devices.count() > 1 and not split
+        stream = torch.cuda.Stream(self._layout.device) if how == "graph" else None
+        with torch.cuda.stream(stream):  # where gradients are added up
+            self._gradients = Gradients(
+                module,
+                {name: self._layout.parameters[name] for name in trained},
+                [name for name in trained if name in copies and (parts > 1 or sent)],
+                getattr(torch, config.compute.gradients),
+                parts,
+                sparse=isinstance(config.model, configs.Pi0) and not (split or config.insulate),
+            )
+        self._replayed = Replayed(self._backward, self._gradients.stay, stream) if how == "graph" else None
+        self._shares = parts * (devices.count() if sent else 1)
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on this process's part of a batch; returns scalars that are still being computed."""
@@ -113,10 +106,10 @@ class Trainer:
         batch = self._layout.put(batches.leave_out(batches.select(batch, self._keys), self.config.cameras))
         with devices.precision(self.config.compute):
             if self._state.average is None:
-                return float(self._losses(self._loss, batch)["loss"])
+                return self._mean_loss(batch)
             self._swap()
             try:
-                return float(self._losses(self._loss, batch)["loss"])
+                return self._mean_loss(batch)
             finally:
                 self._swap()
 
@@ -164,78 +157,36 @@ class Trainer:
             copy.copy_(self._layout.parts[name])
 
     def _update_fn(self, batch: Batch, rate: float) -> dict[str, Any]:
-        metrics = self._gradients(batch)
-        grads = {name: self._gradient(name) for name in self._state.trained}
-        grads, norm = self._layout.complete(grads, self._flat)
+        run = self._replayed.of_step() if self._replayed else self._backward
+        found, rows = zip(*(run(part) for part in self._parts(batch)), strict=True)
+        grads, norm = self._layout.complete(self._gradients.complete(rows), self._gradients.together)
         limit = self.config.optimizer.clip_norm
         scale = limit / norm.clamp(min=limit)
         adamw.step(self._slots, grads, scale, self.step + 1, rate, self.config.optimizer)
-        if self._replayed is None or not self._replayed.recorded:
-            for name in self._state.trained:
-                self._layout.parameters[name].grad = None
-        self._flat.zero_()
-        return {**metrics, "grad_norm": norm, "learning_rate": rate}
+        self._gradients.clear()
+        return {**self._mean_losses(found), "grad_norm": norm, "learning_rate": rate}
 
-    def _gradient(self, name: str) -> Tensor | adamw.Rows:
-        parameter = self._layout.parameters[name]
-        if name in self._sums:
-            return self._sums[name]
-        if self._rows and name == _EMBEDDING:
-            indices, values = (_joined(torch.cat(x)) for x in zip(*self._rows, strict=True))
-            self._rows.clear()
-            return adamw.rows(indices, values, len(parameter))
-        # What the loss doesn't reach still decays, as in optax.
-        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    def _backward(self, part: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """Adds a part's share to the gradients; returns its losses, and what it leaves of the embedding's rows."""
+        losses = self._loss(part)
+        (losses["loss"] / self._shares).backward()
+        return {name: loss.detach() for name, loss in losses.items()}, self._gradients.take_rows()
 
-    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """Leaves the gradients of the mean loss at the parameters; returns the losses."""
-        run, replayed = self._backward, self._replayed
-        if replayed is not None and not replayed.warm:
-            run = replayed.warm_up
-        elif replayed is not None:
-            run = replayed
-            if replayed.recorded and self.config.microbatches > 1:
-                grads = [p.grad for p in self._layout.parameters.values() if p.grad is not None]
-                torch._foreach_zero_([grad for grad in grads if not grad.is_sparse])
-        return self._losses(partial(self._run, run), batch)
+    def _mean_loss(self, batch: Batch) -> float:
+        return float(self._mean_losses([self._loss(part) for part in self._parts(batch)])["loss"])
 
-    def _losses(self, run: Callable[[Batch], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
-        """The means over all parts of a batch and all devices of what `run` gives of a part."""
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        """Of all parts of a batch the same number of samples, and by how many actions their losses are divided."""
         count = self.config.microbatches
         count = 1 if len(batch["tokenized_prompt"]) % count else count  # of an evaluation
         if "action_is_pad" in batch:
             batch["num_counted"] = self._counted(batch) / count
-        found = [run(_part(batch, i, count)) for i in range(count)]
-        return self._over_devices({name: torch.stack([part[name] for part in found]).mean() for name in found[0]})
+        return (_part(batch, i, count) for i in range(count))
 
-    def _run(self, run: Callable[[Batch], dict[str, Tensor]], part: Batch) -> dict[str, Tensor]:
-        """A pass, and what it leaves of the rows of the embedding."""
-        losses, embedding = run(part), self._layout.parameters[_EMBEDDING]
-        if embedding.grad is not None and embedding.grad.is_sparse:
-            rows = embedding.grad
-            self._rows.append((rows._indices()[0].clone(), rows._values().clone()))
-            if self._replayed is None or not self._replayed.recorded:
-                embedding.grad = None
-        return losses
-
-    def _prepare(self) -> None:
-        """Before a pass is recorded: what a part adds to is there; what it makes is not."""
-        for name in self._state.trained:
-            parameter = self._layout.parameters[name]
-            added = self.config.microbatches > 1 and name not in self._sums
-            added = added and not (name == _EMBEDDING and self._sparse)
-            parameter.grad = torch.zeros_like(parameter) if added else None
-
-    def _backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Adds a part's share of the gradients to what is at the parameters; returns its losses."""
-        losses = self._loss(batch)
-        (losses["loss"] / self._shares).backward()
-        return {name: loss.detach() for name, loss in losses.items()}
-
-    def _over_devices(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The means over all devices."""
-        means = _total(torch.stack(list(losses.values()))) / devices.count()
-        return dict(zip(losses, means, strict=True))
+    def _mean_losses(self, found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The means over all parts of a batch and all devices."""
+        sums = torch.stack([torch.stack([*losses.values()]) for losses in found]).mean(0)
+        return dict(zip(found[0], _total(sums) / devices.count(), strict=True))
 
 
 class _Loss(nn.Module):
@@ -288,24 +239,16 @@ def _compile(config: Config, device: torch.device) -> str:
     Raises:
       UserError: what torch or the device can't honour.
     """
-    whole = config.mesh.fsdp == 1 and isinstance(config.model, configs.Pi0)
+    on_gpu, whole = device.type == "cuda", config.mesh.fsdp == 1 and isinstance(config.model, configs.Pi0)
     whole = whole and not config.insulate  # which picks tokens by their values
     name = config.compute.compile
     if name == "auto":
-        return "none" if device.type != "cuda" else "graph" if whole and devices.count() == 1 else "layers"
-    if name not in ("none", "layers", "graph", "fused"):
-        raise UserError(f"config.compute.compile={name!r}: torch has auto, none, layers, graph, fused")
-    if name in ("graph", "fused") and not (whole and (device.type == "cuda" or name == "fused")):
-        raise UserError(
-            f"config.compute.compile={name!r} is for pi0 and pi0.5 on GPUs, neither split nor insulated; use 'layers'"
-        )
-    return name
-
-
-def _add_up(total: Tensor, parameter: Tensor) -> None:
-    """Moves a part's gradient into the sum over all parts."""
-    total += parameter.grad
-    parameter.grad = None
+        return "none" if not on_gpu else "graph" if whole and devices.count() == 1 else "layers"
+    if name not in ("none", "layers", "graph"):
+        raise UserError(f"config.compute.compile={name!r}: torch has auto, none, layers, graph")
+    if name == "graph" and not (whole and on_gpu):
+        raise UserError("config.compute.compile='graph' is for pi0 and pi0.5 on GPUs, neither split nor insulated")
+    return name if on_gpu else "none"
 
 
 def _part(batch: Batch, index: int, count: int) -> Batch:
@@ -313,24 +256,6 @@ def _part(batch: Batch, index: int, count: int) -> Batch:
     if isinstance(batch, Mapping):
         return {key: _part(value, index, count) for key, value in batch.items()}
     return batch[index::count] if batch.ndim else batch
-
-
-def _together(like: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-    """Zeros in the shapes of named tensors, as parts of one tensor; and that tensor."""
-    sizes = [-(-x.numel() // 128) * 128 for x in like.values()]  # so that all begin where reading is fastest
-    whole = torch.zeros(sum(sizes), dtype=dtype, device=device)
-    parts = zip(whole.split(sizes), like.items(), strict=True)
-    # As data: autograd would take a change of one for a change of all.
-    return whole, {name: part[: x.numel()].view_as(x).data for part, (name, x) in parts}
-
-
-def _joined(part: Tensor) -> Tensor:
-    """Those of all devices, one after another."""
-    if devices.count() == 1:
-        return part
-    parts = [torch.empty_like(part) for _ in range(devices.count())]
-    dist.all_gather(parts, part)
-    return torch.cat(parts)
 
 
 def _total(part: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 
 def several(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """What the linear maps make of x: together where all have a `total`, else one after another.
+    """What linear maps make of x: together in training, one after another with adapters or in a model that is used.
 
     Args:
       x: [..., D].
       linears: `layers.Linear`, or with adapters.
     """
-    if any(linear.total is None or hasattr(linear, "lora_a") for linear in linears):
+    if any(not linear.training or hasattr(linear, "lora_a") for linear in linears):
         return tuple(linear(x) for linear in linears)
     weights = [linear.weight.to(x.dtype) for linear in linears]
     biases = [None if linear.bias is None else linear.bias.to(x.dtype) for linear in linears]
@@ -49,7 +49,7 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases = tensors[:count], tensors[count : 2 * count]
         ctx.save_for_backward(x, *weights, *tensors[2 * count :])
-        ctx.count, ctx.biased = count, [bias is not None for bias in biases]
+        ctx.count = count
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
@@ -57,12 +57,17 @@ class _Products(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         weights, totals = tensors[: ctx.count], tensors[ctx.count :]
         flat, rows = x.flatten(0, -2), [gradient.flatten(0, -2) for gradient in gradients]
+        of_x, _, *others = ctx.needs_input_grad
         found: list[Tensor | None] = []
-        for total, row in zip(totals, rows, strict=True):
-            found.append(row.T @ flat if total is None else _add_product(total, row, flat))
-        biases = [row.sum(0) if biased else None for row, biased in zip(rows, ctx.biased, strict=True)]
-        dx = rows[0] @ weights[0] if ctx.count == 1 else _sum_of_products(rows, weights)
-        return dx.view_as(x), None, *found, *biases, *([None] * ctx.count)
+        for row, total, wanted in zip(rows, totals, others[: ctx.count], strict=True):
+            if total is not None:
+                _add_product(total, row, flat)
+            found.append(row.T @ flat if wanted and total is None else None)
+        biases = [row.sum(0) if wanted else None for row, wanted in zip(rows, others[ctx.count :], strict=False)]
+        dx = None
+        if of_x:
+            dx = (rows[0] @ weights[0] if ctx.count == 1 else _sum_of_products(rows, weights)).view_as(x)
+        return dx, None, *found, *biases, *([None] * ctx.count)
 
 
 @torch.library.custom_op("openpi_port::add_product", mutates_args=("total",))

@@ -1,0 +1,117 @@
+"""Where a training step's gradients lie, and how they are added up over the parts of a batch.
+
+What layers use in bfloat16 may have sums beside it, all of them pieces of one tensor, to which products add as they
+multiply (`products`). Of an embedding that is only looked up there are the rows that were. The rest autograd adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from openpi_port.pi_torch import device as devices
+from openpi_port.pi_torch.fast import adamw
+
+_EMBEDDING = "gemma.embedding"
+
+
+class Gradients:
+    """The gradients of a model's trained parameters.
+
+    Args:
+      model: the model.
+      parameters: those that are trained, by name, as the model uses them.
+      summed: the names of those that get sums.
+      dtype: of the sums.
+      parts: of a batch, a pass each.
+      sparse: whether the embedding is only looked up.
+
+    Attributes:
+      together: the sums as one tensor, empty if there are none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        summed: Collection[str],
+        dtype: torch.dtype,
+        parts: int,
+        *,
+        sparse: bool,
+    ) -> None:
+        self._parameters, self._parts, self._stays = parameters, parts, False
+        self._sparse = sparse and _EMBEDDING in parameters
+        model.gemma.sparse = self._sparse
+        self.together, self._sums = _together({n: p for n, p in parameters.items() if n in summed}, dtype)
+        for name, total in self._sums.items():
+            owner, _, leaf = name.rpartition(".")
+            if leaf == "weight":
+                model.get_submodule(owner).total = total
+            else:
+                parameters[name].register_post_accumulate_grad_hook(partial(_add_up, total))
+        elsewhere = {*self._sums, *([_EMBEDDING] if self._sparse else [])}
+        self._autograd = {name: p for name, p in parameters.items() if name not in elsewhere}  # adds these up
+
+    def stay(self) -> None:
+        """From now on a pass that is recorded writes its gradients where they are, or adds them if it is one of several."""
+        self._stays = True
+        for parameter in self._autograd.values():
+            parameter.grad = torch.zeros_like(parameter) if self._parts > 1 else None
+
+    def take_rows(self) -> tuple[Tensor, ...]:
+        """After a pass, of an embedding that is only looked up: which rows, int [N], and their gradients [N, D]."""
+        if not self._sparse:
+            return ()
+        embedding = self._parameters[_EMBEDDING]
+        rows, embedding.grad = embedding.grad, None
+        return rows._indices()[0], rows._values()
+
+    def complete(self, rows: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor | adamw.Rows]:
+        """All gradients by name, after the last pass; `rows` is what `take_rows` gave after each."""
+        found: dict[str, Tensor | adamw.Rows] = dict(self._sums)
+        for name, parameter in self._autograd.items():
+            # What the loss doesn't reach still decays, as in optax.
+            found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if self._sparse:
+            indices, values = (_of_all_devices(torch.cat(x)) for x in zip(*rows, strict=True))
+            found[_EMBEDDING] = adamw.rows(indices, values, len(self._parameters[_EMBEDDING]))
+        return {name: found[name] for name in self._parameters}
+
+    def clear(self) -> None:
+        """After a step."""
+        self.together.zero_()
+        for parameter in self._autograd.values():
+            if not self._stays:
+                parameter.grad = None
+            elif self._parts > 1:
+                parameter.grad.zero_()
+
+
+def _together(like: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """Zeros in the shapes of named tensors, as pieces of one tensor; and that tensor."""
+    sizes = [-(-x.numel() // 128) * 128 for x in like.values()]  # so that all begin where reading is fastest
+    device = next((x.device for x in like.values()), None)
+    whole = torch.zeros(sum(sizes), dtype=dtype, device=device)
+    pieces = zip(whole.split(sizes), like.items(), strict=True)
+    # As data: autograd would take a change of one for a change of all.
+    return whole, {name: piece[: x.numel()].view_as(x).data for piece, (name, x) in pieces}
+
+
+def _add_up(total: Tensor, parameter: Tensor) -> None:
+    """Moves a pass's gradient into the sum."""
+    total += parameter.grad
+    parameter.grad = None
+
+
+def _of_all_devices(part: Tensor) -> Tensor:
+    """Those of all devices, one after another."""
+    if devices.count() == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(devices.count())]
+    dist.all_gather(parts, part)
+    return torch.cat(parts)
