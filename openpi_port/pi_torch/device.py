@@ -32,7 +32,12 @@ def put(tree: Any, device: torch.device) -> Any:
         return {key: put(value, device) for key, value in tree.items()}
     if isinstance(tree, tuple | list):
         return [put(value, device) for value in tree]
-    return torch.from_numpy(np.require(tree, requirements=["C", "W"])).to(device, non_blocking=True)
+    tensor = torch.from_numpy(np.require(tree, requirements=["C", "W"]))
+    if device.type == "cuda":
+        tensor = (
+            tensor.pin_memory()
+        )  # else the copy would wait for all that the device still has to do, and the host too
+    return tensor.to(device, non_blocking=True)
 
 
 def get(tensor: torch.Tensor) -> np.ndarray:
