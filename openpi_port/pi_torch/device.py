@@ -33,10 +33,8 @@ def put(tree: Any, device: torch.device) -> Any:
     if isinstance(tree, tuple | list):
         return [put(value, device) for value in tree]
     tensor = torch.from_numpy(np.require(tree, requirements=["C", "W"]))
-    if device.type == "cuda":
-        tensor = (
-            tensor.pin_memory()
-        )  # else the copy would wait for all that the device still has to do, and the host too
+    if device.type == "cuda":  # from pageable memory the host would wait until the device has done all it has to
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
