@@ -58,8 +58,7 @@ class Gradients:
         self._autograd = {name: p for name, p in parameters.items() if name not in elsewhere}  # adds these up
 
     def stay(self) -> None:
-        """Gives gradients their place for good, where a recorded pass writes them, or adds them if it is one of several.
-        """
+        """Gives gradients their place for good, because a recorded pass writes, or of several parts adds, where it did."""
         self._stays = True
         for parameter in self._autograd.values():
             parameter.grad = torch.zeros_like(parameter) if self._parts > 1 else None
