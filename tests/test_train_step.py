@@ -195,6 +195,28 @@ def test_sums_of_parts_are_the_whole(gradients):
             assert difference < 0.05 * np.linalg.norm(whole[name]) + 1e-6, name
 
 
+def test_gradients_that_stay_where_they_are():
+    """As a recorded pass of several parts needs them: the same step."""
+    compute = Compute(dtype="bfloat16", gradients="bfloat16")
+    config = dataclasses.replace(run_config(), batch_size=4, microbatches=2, compute=compute)
+    found = []
+    for stay in (False, True):
+        t = Framework("torch").trainer(config)
+        if stay:
+            t._gradients.stay()
+        losses = [float(t.update(batch)["grad_norm"]) for batch in batches(config, 3)]
+        where = {name: p.grad is not None for name, p in t._layout.parameters.items()}
+        assert (
+            where["action_in_proj.weight"] == stay
+            and not where["gemma.embedding"]
+            and not sum(where[name] for name in t._layout.copies)
+        )
+        found.append((losses, t.train_state()))
+    assert found[0][0] == found[1][0]
+    for name, value in found[0][1].items():
+        np.testing.assert_array_equal(found[1][1][name], value, err_msg=name)
+
+
 @pytest.mark.parametrize(("name", "how"), [("flax", "graph"), ("torch", "scan"), ("torch", "graph")])
 def test_what_cannot_be_compiled_is_an_error(name, how):
     with pytest.raises(UserError, match=f"config.compute.compile='{how}'"):

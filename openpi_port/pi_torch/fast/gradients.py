@@ -58,7 +58,7 @@ class Gradients:
         self._autograd = {name: p for name, p in parameters.items() if name not in elsewhere}  # adds these up
 
     def stay(self) -> None:
-        """Gives gradients their place for good, because a recorded pass writes, or of several parts adds, where it did."""
+        """Gives gradients their place for good: a recorded pass writes to it, or adds if it is one of several."""
         self._stays = True
         for parameter in self._autograd.values():
             parameter.grad = torch.zeros_like(parameter) if self._parts > 1 else None
