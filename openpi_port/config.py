@@ -46,9 +46,9 @@ class Compute:
       remat: what the backward pass computes again: each layer, from its input ("full"); all but matrix products and
         attention, which are kept ("dots"); or nothing ("none"). "auto" settles this, and raises `Train.microbatches`,
         to what is fastest of what the device has memory for (`memory.settle`).
-      attention: "plain" keeps the logits and is the reference. Fused: torch has "sdpa", "flex" and "products" (not yet
-        measured), Flax has "cudnn" and "splash". "auto" takes the fastest that the framework, the device and the dtype
-        have, and "plain" on a CPU.
+      attention: "plain" keeps the logits and is the reference. Fused: torch has "sdpa" and "flex", Flax has
+        "cudnn" and "splash". "auto" takes the fastest that the framework, the device and the dtype have, and "plain" on
+        a CPU.
       compile: how training is compiled. torch: each kind of layer once ("layers"), that and all of a pass recorded as
         one launch ("graph", of pi0 and pi0.5 that are not split), or nothing ("none"). Flax: layers as a loop ("scan")
         or one after another ("unrolled": faster on a GPU). "auto" is "graph" on one GPU, "layers" on several or split,
@@ -61,7 +61,7 @@ class Compute:
 
     dtype: Dtype = "float32"
     remat: Literal["auto", "none", "dots", "full"] = "none"
-    attention: Literal["auto", "plain", "sdpa", "flex", "products", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "plain", "sdpa", "flex", "cudnn", "splash"] = "auto"
     compile: Literal["auto", "none", "layers", "graph", "scan", "unrolled"] = "auto"
     gradients: Literal["auto", "float32", "bfloat16"] = "float32"
 

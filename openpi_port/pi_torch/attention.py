@@ -4,10 +4,9 @@ B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim.
 
 - "plain": einsum; the logits exist in float32. The reference.
 - "sdpa": the fused kernels behind `F.scaled_dot_product_attention`. Where all queries see the same keys, those keys are
-  packed for the flash kernel, which is twice as fast without a mask. Else the G query heads that share keys are laid
-  one after another along the queries, so that no keys are repeated.
-- "products": as "sdpa", but where that takes the flash kernel, training's backward pass is made of cuBLAS's products.
-  On NVIDIA GPUs with Triton; not yet measured on one.
+  packed for the flash kernel, which is twice as fast without a mask; training has a backward pass of its own there
+  (`fast/attend.py`). Else the G query heads that share keys are laid one after another along the queries, so that no
+  keys are repeated.
 - "flex": FlexAttention, compiled. Its block mask comes from the blocks of the mask, tile by tile; nothing of size
   [B, T, S] is made. On NVIDIA GPUs only.
 
@@ -33,7 +32,7 @@ from openpi_port.masks import UNSEEN, Blocks, dense
 from openpi_port.pi_torch.fast import attend
 
 MASKED = -2.3819763e38  # big_vision's value for a forbidden logit; a fully masked row becomes uniform
-BACKENDS = ("plain", "sdpa", "flex", "products")
+BACKENDS = ("plain", "sdpa", "flex")
 # The fastest first, forward and backward at pi0's shapes on an H100; the last takes everything.
 PREFERRED = [
     SDPBackend.CUDNN_ATTENTION,
@@ -55,19 +54,14 @@ def resolve(compute: Compute, device: torch.device) -> Compute:
         name = "sdpa" if device.type == "cuda" and compute.dtype == "bfloat16" else "plain"
     if name not in BACKENDS:
         raise UserError(f"config.compute.attention={name!r}: torch has auto, {', '.join(BACKENDS)}")
-    if name in ("flex", "products") and device.type != "cuda":
+    if name == "flex" and device.type != "cuda":
         raise UserError(f"config.compute.attention={name!r} needs an NVIDIA GPU; use 'sdpa', 'plain' or 'auto'")
     return dataclasses.replace(compute, attention=name)
 
 
 def prepare(mask: Tensor | Blocks, backend: str) -> Any:
     """What a backend needs of a mask, made once for all layers; `attention` takes it."""
-    if (
-        backend in ("sdpa", "products")
-        and isinstance(mask, Blocks)
-        and mask.queries is None
-        and _has_flash(mask.keys.device)
-    ):
+    if backend == "sdpa" and isinstance(mask, Blocks) and mask.queries is None and _has_flash(mask.keys.device):
         return _packed(mask.keys < UNSEEN)
     if backend == "flex" and isinstance(mask, Blocks):
         return _block_mask(mask)
@@ -90,7 +84,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, backend: str = "plain"
     if backend == "flex" and not isinstance(mask, Tensor):
         return _flex(q, k, v, mask)
     if isinstance(mask, _Packed):
-        if backend == "products" and attend.usable(q, k):
+        if attend.usable(q, k):
             return attend.attention(q, k[:, :, 0], v[:, :, 0], mask.valid.view(k.shape[:2]), mask.order, mask.keys)
         return _flash(q, k, v, mask)
     return _plain(q, k, v, mask) if backend == "plain" else _sdpa(q, k, v, mask)

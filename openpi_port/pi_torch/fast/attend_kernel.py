@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, KEYS, PART = 128, 128, 64  # a tile of the result, and how much of H is read at a time
-WARPS, STAGES = 8, 2
+WARPS, STAGES = 8, 3  # the fastest of those tried on an H100: 0.55 ms of 0.58 with its products
 
 
 def weights(

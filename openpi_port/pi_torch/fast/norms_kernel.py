@@ -31,7 +31,9 @@ def gradients(gradient: Tensor, x: Tensor, scale: Tensor, around: Tensor, center
         gradient, x, scale, around, dx, sums[0], sums[-1], rows, each,
         WIDTH=width, CENTERED=centered, BLOCK=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
-    return dx, sums.sum(1)
+    total = sums.new_empty(len(sums), width)
+    _sums[triton.cdiv(width, 32), len(sums)](sums, total, programs, WIDTH=width, ROWS=128, BLOCK=32, num_warps=4)
+    return dx, total
 
 
 @triton.jit
@@ -81,3 +83,16 @@ def _gradients(
     tl.store(of_scale + program * WIDTH + at, sum_s, inside)
     if CENTERED:
         tl.store(of_bias + program * WIDTH + at, sum_b, inside)
+
+
+@triton.jit
+def _sums(parts, total, count, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of [count, WIDTH], over the first axis."""
+    which = tl.program_id(1)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    found = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < count)[:, None] & (at < WIDTH)[None]
+        found += tl.load(parts + (which * count + row)[:, None] * WIDTH + at[None], inside, 0.0)
+    tl.store(total + which * WIDTH + at, tl.sum(found, 0), at < WIDTH)
