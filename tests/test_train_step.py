@@ -19,6 +19,7 @@ from openpi_port.config import Compute, Optimizer, Train
 from openpi_port.errors import UserError
 from openpi_port.fields import build
 from openpi_port.pi_torch.layers import Linear
+from openpi_port.pi_torch.siglip import Block
 from openpi_port.schedule import euler_times, learning_rate
 
 
@@ -215,6 +216,26 @@ def test_gradients_that_stay_where_they_are():
     assert found[0][0] == found[1][0]
     for name, value in found[0][1].items():
         np.testing.assert_array_equal(found[1][1][name], value, err_msg=name)
+
+
+def test_what_a_compiled_layer_keeps():
+    """torch, with full remat: its input alone, for the backward pass."""
+    config, kept = run_config().model.vision, {}
+    block = Block(config, Compute(remat="full"))
+    block.forward = torch.compile(block.forward, dynamic=False, backend="aot_eager")
+    for linear in (m for m in block.modules() if isinstance(m, Linear)):
+        linear.total = torch.zeros_like(linear.weight)
+    whole = [*block.parameters(), *(m.total for m in block.modules() if isinstance(m, Linear))]
+    weights = {p.untyped_storage().data_ptr() for p in whole}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.is_floating_point() and x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.shape
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        block(torch.ones(2, config.num_tokens, config.width, requires_grad=True)).sum().backward()
+    assert list(kept.values()) == [(2, config.num_tokens, config.width)]
 
 
 @pytest.mark.parametrize(("name", "how"), [("flax", "graph"), ("torch", "scan"), ("torch", "graph")])

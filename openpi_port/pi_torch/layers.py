@@ -139,10 +139,11 @@ def remat(function: Callable, compute: Compute) -> Callable:
     """What of `function` is computed again in the backward pass, see `Compute.remat`."""
     if compute.remat == "none" or not torch.is_grad_enabled():
         return function
-    options = {}
-    if compute.remat == "dots":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps)
-    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
+    # Also where nothing is kept: without a word on every operation, the compiler of 2.11 keeps what `products` makes.
+    keeps = partial(
+        create_selective_checkpoint_contexts, _keeps_products if compute.remat == "dots" else _keeps_nothing
+    )
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, context_fn=keeps)
 
 
 def run(body: Callable, x: Any, layers: Any, compute: Compute) -> tuple[Any, list]:
@@ -155,7 +156,11 @@ def run(body: Callable, x: Any, layers: Any, compute: Compute) -> tuple[Any, lis
     return x, outs
 
 
-def _keeps(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _keeps_nothing(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Matrix products and attention."""
     name = str(operation)
     product = name.startswith(("aten.mm.", "aten.addmm.", "aten.bmm.")) or "attention" in name
