@@ -51,6 +51,7 @@ ONLY = absl_flags.DEFINE_list("only", list(PARTS), f"what to measure: {', '.join
 REPEAT = absl_flags.DEFINE_integer("repeat", 30, "timed calls", lower_bound=1)
 STEPS = absl_flags.DEFINE_integer("steps", 10, "timed training steps", lower_bound=1)
 FAST = absl_flags.DEFINE_bool("fast", False, "inference by the prepared model (pi_*/fast/)")
+FLOAT8 = absl_flags.DEFINE_bool("float8", False, "as --fast, with products in float8, torch only")
 JSON = absl_flags.DEFINE_string("json", None, "also write the figures to this file")
 PLOT = absl_flags.DEFINE_string("plot", None, "also draw them, as PNG")
 COMPARE = absl_flags.DEFINE_list("compare", None, "two files of --json: print both, measure nothing")
@@ -74,7 +75,8 @@ def main() -> int:
     config = flags.config()
     processes = Processes(Backend(config.backend))
     say = processes.say
-    setting = Setting(config, parts.rates(config), FAST.value, REPEAT.value, STEPS.value)
+    fast = FAST.value or FLOAT8.value
+    setting = Setting(config, parts.rates(config), fast, FLOAT8.value, REPEAT.value, STEPS.value)
     about = describe(setting)
     say(", ".join(f"{key} {value}" for key, value in about.items() if key != "command"))
     figures: list[report.Figure] = []
@@ -114,6 +116,7 @@ def describe(setting: Setting) -> dict[str, Any]:
         "size": config.model.size,
         "backend": config.backend,
         "fast": setting.fast,
+        "float8": setting.float8,
         "dtype": config.compute.dtype,
         "batch_size": config.batch_size,
         "device": backend.device.describe(backend.device.find(None))[0],

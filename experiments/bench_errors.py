@@ -32,9 +32,9 @@ def errors(setting: Setting) -> Iterator[Figure]:
     del model
     gc.collect()
     model = backend.infer.load(config, weights, compute)
-    for kind in ("plain", "prepared"):
-        if kind == "prepared":
-            model = backend.fast.optimize(model)
+    for kind in ("plain", "float8" if setting.float8 else "prepared"):
+        if kind != "plain":
+            model = backend.fast.optimize(model, float8=setting.float8)
         for name, batch in seen.items():
             error = model.sample_actions(batch, batch["noise"]) - exact[name]
             relative = np.linalg.norm(error) / np.linalg.norm(exact[name])

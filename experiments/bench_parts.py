@@ -40,6 +40,7 @@ class Setting:
       config: the run whose model, data and batch size these are.
       rates: of the device.
       fast: inference by the prepared model.
+      float8: which is prepared with products in float8.
       repeat: timed calls.
       steps: timed training steps.
     """
@@ -47,6 +48,7 @@ class Setting:
     config: Train
     rates: Rates
     fast: bool
+    float8: bool
     repeat: int
     steps: int
 
@@ -80,7 +82,7 @@ def inference(setting: Setting) -> Iterator[Figure]:
     model = backend.infer.load(config, weights, setting.config.compute)
     del weights
     if setting.fast:
-        model = backend.fast.optimize(model)
+        model = backend.fast.optimize(model, float8=setting.float8)
     flows = isinstance(config, Pi0)
     batch = random_batch(config, 1) if flows else random_prompt(config, 1)
     arguments = (batch, batch["noise"]) if flows else (batch, TOKENS)
@@ -88,7 +90,7 @@ def inference(setting: Setting) -> Iterator[Figure]:
     call(*arguments)
     yield Figure("inference/ready", time.perf_counter() - begin, "s")
 
-    work = parts_of_a_chunk(config, batch, setting.size)
+    work = parts_of_a_chunk(config, batch, setting)
     *_, (last, each) = work.items()
     repeats = EULER_STEPS if flows else TOKENS
     whole = sum(w.seconds(setting.rates) * (repeats if name == last else 1) for name, w in work.items())
@@ -254,13 +256,14 @@ def server(setting: Setting) -> Iterator[Figure]:
     yield report.times("server/overhead", serving.round_trips(20 * setting.repeat))
 
 
-def parts_of_a_chunk(config: Pi0 | Pi0Fast, batch: dict[str, Any], size: int) -> dict[str, Work]:
+def parts_of_a_chunk(config: Pi0 | Pi0Fast, batch: dict[str, Any], setting: Setting) -> dict[str, Work]:
     """Vision, prefix, and one step or token, of what the batch has."""
+    size = setting.size
     images = sum(bool(np.any(mask)) for mask in batch["image_mask"].values())
     tokens = images * config.vision.num_tokens + int(batch["tokenized_prompt_mask"].sum(1).max())
     work = {
         "vision": floors.vision(config.vision, config.language.width, images, size),
-        "prefix": floors.prefix(config.language, tokens, size),
+        "prefix": floors.prefix(config.language, tokens, size, float8=setting.float8),
     }
     if isinstance(config, Pi0):
         return work | {"step": floors.euler_step(config, tokens, size)}

@@ -22,6 +22,7 @@ ASSET = flags.DEFINE_string(
     "asset", None, "which of several data sets: their statistics in openpi's assets/, their robot in a mixture of ours"
 )
 FAST = flags.DEFINE_bool("fast", False, "prepare the model for fast inference; computes the same")
+FLOAT8 = flags.DEFINE_bool("float8", False, "as --fast, with products in float8: faster, less exact, torch only")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 10, "Euler steps per chunk", 1)
 
 
@@ -41,8 +42,8 @@ def policy() -> Policy:
         num_steps=NUM_STEPS.value,
         **parts(),
     )
-    if FAST.value:
-        opened.optimize()
+    if FAST.value or FLOAT8.value:
+        opened.optimize(float8=FLOAT8.value)
     about = opened.metadata
     print(
         f"{CHECKPOINT.value}: {about['robot']}, chunks of {about['action_horizon']} actions, {BACKEND.value}",

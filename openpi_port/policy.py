@@ -267,16 +267,19 @@ class Policy:
             logging.getLogger(__name__).warning("pi0-FAST, unconstrained: %s", rate)
             raise UserError(f"pi0-FAST wrote what is no chunk of actions ({error}); {rate}") from error
 
-    def optimize(self) -> Policy:
+    def optimize(self, *, float8: bool = False) -> Policy:
         """Prepares the model for fast inference (`pi_*/fast/prepare.py`): the same answers, computed another way.
+
+        Args:
+          float8: part of it in float8, which is faster and less exact; see docs/performance.md.
 
         Returns:
           This policy; call `warmup` before the first robot asks.
 
         Raises:
-          UserError: the model has LoRA's adapters beside its weights.
+          UserError: the model has LoRA's adapters beside its weights, or its backend or device has no float8.
         """
-        self.model = backends.of(self.model).fast.optimize(self.model)
+        self.model = backends.of(self.model).fast.optimize(self.model, float8=float8)
         self._prompt_lengths = batches.prompt_lengths(self.model.config)
         self.metadata["fast"] = True
         return self

@@ -28,7 +28,7 @@ def config():
 
 
 def setting(config, **changes):
-    return bench_parts.Setting(config, RATES, **{"fast": True, "repeat": 2, "steps": 2, **changes})
+    return bench_parts.Setting(config, RATES, **{"fast": True, "float8": False, "repeat": 2, "steps": 2, **changes})
 
 
 def test_floors_at_base_size():
@@ -40,6 +40,7 @@ def test_floors_at_base_size():
     assert tera(bench_floor.vision(BASE.vision, 2048, 3, 2)) == pytest.approx(0.661, rel=0.01)
     for tokens, want in {560: 2.15, 816: 3.16, 968: 3.76}.items():
         assert tera(bench_floor.prefix(BASE.language, tokens, 2)) == pytest.approx(want, rel=0.01)
+    assert tera(bench_floor.prefix(BASE.language, 816, 2, float8=True)) == pytest.approx(1.75, rel=0.01)
     step = bench_floor.euler_step(BASE, 816, 2)
     assert (tera(step), step.bytes / 1e9) == pytest.approx((0.038, 0.641), rel=0.02)
     fast = Pi0Fast(SIGLIP["base"], LANGUAGE["base"])
@@ -150,7 +151,7 @@ def test_interrupted(config, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "PARTS", {"part": part})
     monkeypatch.setattr(bench.parts, "rates", lambda _: RATES)
     monkeypatch.setattr(bench.flags, "config", lambda: config)
-    values = {"COMPARE": None, "ONLY": ["part"], "FAST": False, "REPEAT": 1, "STEPS": 1, "PLOT": None}
+    values = {"COMPARE": None, "ONLY": ["part"], "FAST": False, "FLOAT8": False, "REPEAT": 1, "STEPS": 1, "PLOT": None}
     for name, value in {**values, "JSON": str(tmp_path / "a.json")}.items():
         monkeypatch.setattr(bench, name, SimpleNamespace(value=value))
     monkeypatch.setattr(bench.flags, "CONFIG", SimpleNamespace(value=1))

@@ -23,8 +23,9 @@ from openpi_port import init
 from openpi_port.config import Compute
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import infer, pi0_fast
-from openpi_port.pi_torch.fast import decode, kernels, ops, pack, prepare, tiles
+from openpi_port.pi_torch.fast import decode, float8, kernels, ops, pack, prepare, tiles
 from openpi_port.pi_torch.fast.kernels import ends
+from openpi_port.pi_torch.fast.kernels import float8 as kernels_float8
 
 GPU = torch.cuda.is_available()
 if not GPU and not os.environ.get("TRITON_INTERPRET"):
@@ -84,6 +85,21 @@ def test_rows(make):
     close(kernels.layer_norm(x, offset, scale, bias), ops.layer_norm(*exact(x, offset, scale, bias)))
     close(kernels.rms_norm(x, scale), ops.rms_norm(*exact(x, scale)))
     close(kernels.geglu(x), ops.geglu(*exact(x)))
+
+
+def test_float8_rows(make):
+    """As in plain torch, but for what a last bit of float32 takes to the other side (the interpreter halves some)."""
+    x, factors = make.x(M, D), make.f(M).abs()
+    nearly = [(kernels_float8.rms_norm(x, 32.0), float8.rms_norm(*exact(x), 32.0))]
+    y, rows = kernels_float8.geglu(x)
+    nearly += list(zip((y, rows), float8.geglu(*exact(x)), strict=True))
+    for got, want in nearly:
+        got, want = got.float().cpu(), want.float()
+        assert (got - want).norm() <= (1e-2 if GPU else 0.1) * want.norm()
+    got, want = x.clone(), exact(x)[0].clone()
+    kernels_float8.add_(got, x, factors)
+    float8.add_(want, *exact(x, factors))
+    close(got, want)
 
 
 @pytest.mark.parametrize("heads", [N, 0], ids=["all", "keys and values"])
@@ -206,6 +222,21 @@ def test_recorded_chunks(golden, on_a_gpu, name):
         for call, got in zip(calls, [fast.sample_actions(*call) for call in calls], strict=True):
             np.testing.assert_array_equal(fast.sample_actions(*call), got)
         assert len(fast.recordings) == len(calls)
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_recorded_chunks_in_float8(golden, on_a_gpu, name):
+    """The kernels compute what plain torch computes with the same rounded weights."""
+    if GPU and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no float8")
+    batch = batch_of(golden / "openpi" / name)
+    plain = [on_a_gpu(name, dtype) for dtype in ("float32", "bfloat16")]
+    exact, emulated, got = (
+        model.sample_actions(batch, batch["noise"])
+        for model in (plain[0], *(prepare.optimize(p, float8=True) for p in plain))
+    )
+    error = np.linalg.norm(emulated - exact)
+    assert 1e-3 * np.linalg.norm(exact) < error and np.linalg.norm(got - exact) <= 1.5 * error
 
 
 def test_recorded_tokens(golden, on_a_gpu):

@@ -59,9 +59,12 @@ def attention(
     shapes = [(size, queries, heads[0], heads[2]), *[(size, keys, heads[1], heads[2])] * 2]
     arrays = [jax.device_put(rng.standard_normal(s, np.float32), device).astype(compute.dtype) for s in shapes]
     valid = jnp.broadcast_to(jnp.arange(keys) < keys - keys // 8, (size, keys))
+    structure = blocks(valid, None)
+    if queries != keys:  # a suffix, which has blocks of its own
+        structure = structure._replace(queries=jnp.zeros((size, queries), jnp.int32))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        mask = attentions.prepare(blocks(valid, None), compute.attention) if masked else None
+        mask = attentions.prepare(structure, compute.attention) if masked else None
         return attentions.attention(q * heads[2] ** -0.5, k, v, mask, compute.attention)
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

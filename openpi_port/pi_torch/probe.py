@@ -60,9 +60,12 @@ def attention(
     shapes = [(size, queries, heads[0], heads[2]), *[(size, keys, heads[1], heads[2])] * 2]
     arrays = [torch.randn(s, device=device).to(getattr(torch, compute.dtype)).requires_grad_(backward) for s in shapes]
     valid = (torch.arange(keys, device=device) < keys - keys // 8).expand(size, keys)
+    structure = blocks(valid, None)
+    if queries != keys:  # a suffix, which has blocks of its own
+        structure = structure._replace(queries=torch.zeros((size, queries), dtype=torch.int32, device=device))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = attentions.prepare(blocks(valid, None), compute.attention) if masked else None
+        mask = attentions.prepare(structure, compute.attention) if masked else None
         return attentions.attention(q * heads[2] ** -0.5, k, v, mask, compute.attention)
 
     def run() -> None:

@@ -21,6 +21,7 @@ from openpi_port import batch as batches
 from openpi_port import config as configs
 from openpi_port import grammar as grammars
 from openpi_port.batch import Batch
+from openpi_port.errors import UserError
 from openpi_port.grammar import Grammar
 from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax.fast import decode, flow, options, transfer
@@ -31,12 +32,18 @@ from openpi_port.pi_flax.pi0_fast import Pi0Fast
 EVEN = 8  # the prefix's length is a multiple: cuDNN takes no odd ones, and rows start aligned
 
 
-def optimize(model: Model | FastModel) -> Prepared | PreparedFast:
+def optimize(model: Model | FastModel, *, float8: bool = False) -> Prepared | PreparedFast:
     """Prepares a loaded model; the given one is kept for what is not in a hurry (`loss`).
 
+    Args:
+      model: as loaded.
+      float8: not in Flax.
+
     Raises:
-      UserError: its weights have unmerged LoRA adapters.
+      UserError: its weights have unmerged LoRA adapters, or float8 is asked for.
     """
+    if float8:
+        raise UserError("float8: only torch prepares models for it (backend torch)")
     (device,) = model.module.gemma.embedding[...].devices()
     options.keep_programs(device)
     return PreparedFast(model) if isinstance(model, FastModel) else Prepared(model)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from openpi_port.pi_torch.fast import ops, pack
+from openpi_port.pi_torch.fast import float8, ops, pack
 from openpi_port.pi_torch.fast.ops import Residual, Seen
 from openpi_port.pi_torch.fast.pack import Block, Norm, Step, Vision
 from openpi_port.pi_torch.pi0 import Pi0
@@ -87,9 +87,10 @@ class Language:
     Args:
       module: whose weights.
       turns: cos and sin of all positions in the prefix, from `pack.turns`.
+      eight: MLPs of images and prompt in float8.
     """
 
-    def __init__(self, module: Pi0 | Pi0Fast, turns: Tensor) -> None:
+    def __init__(self, module: Pi0 | Pi0Fast, turns: Tensor, *, eight: bool) -> None:
         config = module.config
         self.dtype = getattr(torch, module.compute.dtype)
         self.turns = turns
@@ -99,6 +100,9 @@ class Language:
         self.blocks = pack.pack_blocks(module.gemma, 0)
         self.norms = pack.pack_norms(module.gemma)
         self.scale = pack.embedding_scale(config.language.width, self.dtype)
+        self._mlps = (
+            [float8.pack(*of) for of in zip(self.blocks[:-1], self.norms[1::2], strict=False)] if eight else None
+        )
 
     def see(self, images: Tensor) -> Tensor:
         """Images [B, C, height, width, 3] to tokens [B, C * tokens, D]."""
@@ -154,6 +158,9 @@ class Language:
             q = ops.split_qkv(F.linear(y, block.qkv), turns, k[i], v[i])
             y = ops.attend(q, k[i, :, :prefix], v[i, :, :prefix], seen)
             ops.add_linear_(x, y, block.o)
+            if self._mlps is not None:
+                float8.mlp_(x, self._mlps[i])
+                continue
             y = ops.rms_norm(x, self.norms[2 * i + 1].scale)
             ops.add_linear_(x, ops.geglu(F.linear(y, block.gate_up)), block.down)
         return k, v
@@ -163,14 +170,16 @@ class Flow:
     """The whole of pi0 or pi0.5 on packed weights.
 
     Args:
-      module: whose weights; they are copied except the token embedding.
+      module: whose weights.
+      eight: see `Language`.
     """
 
-    def __init__(self, module: Pi0) -> None:
+    def __init__(self, module: Pi0, *, eight: bool) -> None:
         config = self.config = module.config
         self.module, self.heads = module, config.language.num_heads
         dim, device = config.language.head_dim, module.gemma.embedding.device
-        self.language = Language(module, pack.turns(config.prefix_len + config.suffix_len, dim, device))
+        turns = pack.turns(config.prefix_len + config.suffix_len, dim, device)
+        self.language = Language(module, turns, eight=eight)
         self.blocks: list[Block] = pack.pack_blocks(module.gemma, 1)
         self.entry = pack.pack_entry(module)
         self.out = module.action_out_proj.weight.to(self.language.dtype)

@@ -12,6 +12,7 @@ from openpi_port import batch as batches
 from openpi_port import config as configs
 from openpi_port import grammar as grammars
 from openpi_port.batch import Batch
+from openpi_port.errors import UserError
 from openpi_port.grammar import Grammar
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch.fast import pack
@@ -24,7 +25,7 @@ from openpi_port.pi_torch.pi0 import Pi0
 from openpi_port.pi_torch.pi0_fast import Pi0Fast
 
 
-def optimize(model: Model | FastModel) -> Prepared | PreparedFast:
+def optimize(model: Model | FastModel, *, float8: bool = False) -> Prepared | PreparedFast:
     """Prepares a model: merges and reorders its weights, computes what depends on the flow time alone.
 
     On a GPU every shape (batch size, cameras that are there, length of the prompt, number of steps) is recorded when it
@@ -33,14 +34,20 @@ def optimize(model: Model | FastModel) -> Prepared | PreparedFast:
     Args:
       model: as loaded; pi0, pi0.5 or pi0-FAST. It answers as before, from weights that are views of the prepared ones
         wherever these hold the same values.
+      float8: images and prompt go through the language model's MLPs in float8 (`float8.py`): faster and less exact.
 
     Returns:
-      A model with the same methods, which computes the same.
+      A model with the same methods, which computes the same, or nearly so in float8.
 
     Raises:
-      UserError: the model has adapters that are not merged, or several heads of keys and values.
+      UserError: the model has adapters that are not merged, or several heads of keys and values; or a GPU without
+        float8 is asked for it.
     """
-    return PreparedFast(model) if isinstance(model, FastModel) else Prepared(model)
+    device = model.module.gemma.embedding.device
+    if float8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(f"float8: {torch.cuda.get_device_name(device)} has no such products; leave it out")
+    kind = PreparedFast if isinstance(model, FastModel) else Prepared
+    return kind(model, float8=float8)
 
 
 class Prepared:
@@ -52,7 +59,7 @@ class Prepared:
       recordings: CUDA graphs.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, float8: bool = False) -> None:
         self._plain = model
         self.config: configs.Pi0 = model.config
         self.module: Pi0 = model.module
@@ -60,7 +67,7 @@ class Prepared:
         self.recordings = Recordings(self._device)
         model.recordings.clear()
         with torch.no_grad(), devices.precision(self.module.compute):
-            self._flow = Flow(self.module)
+            self._flow = Flow(self.module, eight=float8)
 
     def loss(self, batch: Batch, noise: np.ndarray, time: np.ndarray) -> np.ndarray:
         """The plain model's."""
@@ -108,7 +115,7 @@ class PreparedFast:
       recordings: CUDA graphs.
     """
 
-    def __init__(self, model: FastModel) -> None:
+    def __init__(self, model: FastModel, *, float8: bool = False) -> None:
         self._plain = model
         self.config: configs.Pi0Fast = model.config
         self.module: Pi0Fast = model.module
@@ -117,7 +124,7 @@ class PreparedFast:
         model.recordings.clear()
         with torch.no_grad(), devices.precision(self.module.compute):
             turns = pack.turns(self.config.prefix_len, self.config.language.head_dim, self._device)
-            self._language = Language(self.module, turns)
+            self._language = Language(self.module, turns, eight=float8)
 
     def loss(self, batch: Batch) -> np.ndarray:
         """The plain model's."""
