@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from openpi_port.errors import UserError
@@ -51,18 +53,22 @@ def _hub(url: str) -> Path:
 
 def _fsspec(url: str) -> Path:
     import fsspec
+    from fsspec.callbacks import TqdmCallback
 
     target = cache() / hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16] / url.rstrip("/").rpartition("/")[2]
     if target.exists():
         return target
     part = target.with_name(f".{target.name}.partial-{os.getpid()}")
     part.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises as well
     try:
         options = {"token": "anon"} if url.startswith("gs://openpi-assets") else {}
         system, remote_path = fsspec.core.url_to_fs(url, **options)
+        print(f"fetching {url} to {target}", file=sys.stderr, flush=True)  # asking a host that is away takes a while
         if not system.exists(remote_path):
             raise FileNotFoundError("nothing there")
-        system.get(remote_path.rstrip("/"), str(part), recursive=system.isdir(remote_path))
+        shown = TqdmCallback(tqdm_kwargs={"desc": "fetching", "unit": " files", "leave": False, "delay": 2})
+        system.get(remote_path.rstrip("/"), str(part), recursive=system.isdir(remote_path), callback=shown)
         part.rename(target)
     except ImportError as e:
         raise UserError(f"{url}: {e}") from None
