@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 
@@ -31,8 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser("python -m convert", description=__doc__, epilog=EPILOG, exit_on_error=False)
-    parser.error = _usage
+    parser = arguments.Parser("python -m convert", description=__doc__, epilog=EPILOG, exit_on_error=False)
     parser.add_argument("src", metavar="SRC")
     parser.add_argument("dst", metavar="DST", nargs="?", help="a new directory; without it, only the table is printed")
     parser.add_argument("--to", metavar="FORMAT", required=True, help=", ".join(target.SIDES))
@@ -61,10 +59,6 @@ def _run(argv: list[str] | None) -> None:
     with tqdm(total=total, unit="B", unit_scale=True, disable=args.quiet or None) as bar:
         target.write(source, args.dst, args.to, bar.update)
     print(f"{args.dst}: {args.to} checkpoint, {report.size(total)}")
-
-
-def _usage(message: str) -> None:
-    raise UserError(f"{message}; see python -m convert --help")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,20 @@
-"""What both commands take beside their own options: `--model.FIELD=VALUE`, for what weights don't say."""
+"""Command lines: mistakes in one line, and `--model.FIELD=VALUE` for what weights don't say."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from openpi_port.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage and end the program."""
+
+    def error(self, message: str) -> NoReturn:
+        """See the class."""
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def overrides(rest: Sequence[str], command: str) -> dict[str, Any]:

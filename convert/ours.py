@@ -40,7 +40,8 @@ def open_(path: Path, tensors: Mapping[str, Any], side: str, asset: str | None, 
     if asset is not None and asset != policy.get("asset_id"):
         mixture = policy.get("train", {}).get("mixture", {})
         if asset not in mixture:
-            raise UserError(f"{path / settings.POLICY}: no data set {asset!r} in the mixture; {near(asset, mixture)}")
+            known = near(asset, mixture) if mixture else "the run had one data set, without a name"
+            raise UserError(f"{path / settings.POLICY}: no data set {asset!r} in the mixture; {known}")
         policy |= {"data": mixture[asset], "asset_id": asset}
         state = {}  # a run goes on with the robot that it began with
     stats = path / norm_stats_file("" if asset is None else asset)

@@ -7,7 +7,6 @@ Exit status: 0 the same, 1 something diverges, 2 a mistake in the command.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import sys
@@ -135,14 +134,16 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except OSError as e:  # the page's directory, as a rule
+        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
 
 
 def _run(argv: list[str] | None) -> int:
-    parser = argparse.ArgumentParser("python -m convert.parity", description=__doc__, allow_abbrev=False)
-    parser.error = _usage
+    parser = arguments.Parser("python -m convert.parity", description=__doc__, allow_abbrev=False)
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
     parser.add_argument("--backend-a", choices=NAMES, help="default: the framework that wrote A")
@@ -164,6 +165,10 @@ def _run(argv: list[str] | None) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch-size={args.batch_size} must be at least 1")
 
+    page = Path(args.out) if args.out else None
+    if page is not None:  # now, not when all is computed
+        page.parent.mkdir(parents=True, exist_ok=True)
+
     overrides = arguments.overrides(rest, "python -m convert.parity")
     sources = [formats.open_checkpoint(path, **overrides) for path in (args.a, args.b)]
     same_architecture(*(source.model for source in sources))
@@ -175,18 +180,12 @@ def _run(argv: list[str] | None) -> int:
     sides = [Side(*both, args.dtype, args.device) for both in zip(sources, backends, strict=True)]
     report = run(*sides, batch, parts, args.batch)
     print(text(report, color=sys.stdout.isatty()))
-    if args.out:
+    if page is not None:
         from convert import parity_page
 
-        path = Path(args.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(parity_page.page(report), encoding="utf-8")
-        print(f"{args.out}: the same with pictures")
+        page.write_text(parity_page.page(report), encoding="utf-8")
+        print(f"{page}: the same with pictures")
     return 0 if report.first is None else 1
-
-
-def _usage(message: str) -> None:
-    raise UserError(f"{message}; see python -m convert.parity --help")
 
 
 def native(source: Source) -> str:

@@ -11,7 +11,6 @@ T control steps, D dimensions.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from convert.arguments import Parser
 from experiments.eval_report import RESULTS, TRAJECTORIES
 from openpi_port.errors import UserError
 
@@ -159,13 +159,13 @@ def _trajectory(directory: Path, seed: int) -> dict[str, np.ndarray]:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    parser = argparse.ArgumentParser("python -m experiments.compare", description=__doc__.partition("\n")[0])
+    parser = Parser("python -m experiments.compare", description=__doc__.partition("\n")[0])
     parser.add_argument("a", metavar="A", type=Path)
     parser.add_argument("b", metavar="B", type=Path)
     parser.add_argument("--tolerance", type=float, default=1e-3, help="rad, or share of a gripper's opening")
     parser.add_argument("--out", type=Path, help="a picture of the differences over time")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         for part in parts(args.a, args.b):
             a, b = args.a / part, args.b / part
             seeds = compare(a, b)

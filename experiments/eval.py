@@ -83,6 +83,7 @@ def main() -> None:
     settings = [setting(task, whole=whole) for task in (ALOHA.values() if whole else [task_of(ENV.value)])]
     with contextlib.ExitStack() as stack:
         who = driver(workers, settings[0], stack)
+        out.mkdir(parents=True, exist_ok=True)  # now, not when all is played
         played: dict[str, list[rollout.Episode]] = {}
         for how in settings:
             played[how.task], interrupted = play(who, how, out / how.task if whole else out, workers)
@@ -116,6 +117,7 @@ def driver(workers: int, how: rollout.Setting, stack: contextlib.ExitStack) -> D
     if EXPERT.value:
         return Driver(None, None, {"expert": True})
     if SERVER.value:
+        print(f"connecting to {SERVER.value}", flush=True)  # which may take a minute to be there
         key = os.environ.get("OPENPI_PORT_API_KEY")
         clients = [stack.enter_context(Client(SERVER.value, api_key=key)) for _ in range(workers)]
         pool = stack.enter_context(ThreadPoolExecutor(workers))

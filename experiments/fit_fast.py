@@ -28,10 +28,10 @@ from openpi_port.tokenizers import paligemma
 from openpi_port.tokenizers.fast import FastTokenizer
 
 OUT = flags.DEFINE_string("out", "fast_tokenizer", "directory for the tokenizer and its report")
-SCALE = flags.DEFINE_float("scale", 10.0, "of the tokenizer that is kept; the report compares others with it")
-VOCAB = flags.DEFINE_integer("vocab_size", 1024, "action tokens")
-LIMIT = flags.DEFINE_integer("limit", 250, "tokens that prompt, state and actions may take together")
-CHUNKS = flags.DEFINE_integer("max_chunks", 20000, "chunks to fit on, spread over the data")
+SCALE = flags.DEFINE_float("scale", 10.0, "of the tokenizer that is kept; the report compares others with it", 0.001)
+VOCAB = flags.DEFINE_integer("vocab_size", 1024, "action tokens", 1)
+LIMIT = flags.DEFINE_integer("limit", 250, "tokens that prompt, state and actions may take together", 1)
+CHUNKS = flags.DEFINE_integer("max_chunks", 20000, "chunks to fit on, spread over the data", 1)
 
 SCALES = (2.0, 5.0, 10.0, 20.0, 50.0)
 
