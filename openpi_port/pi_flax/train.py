@@ -78,7 +78,8 @@ class Trainer:
         likewise = jax.tree.map(lambda leaf: where.get(leaf.shape, whole), jax.eval_shape(self._fresh, trained))
         self._state = State(trained, frozen, *jax.jit(self._fresh, out_shardings=likewise)(trained))
         stay = jax.tree.map(lambda leaf: leaf.sharding, self._state)
-        self._update = jax.jit(self._update_fn, donate_argnums=0, out_shardings=(stay, whole))
+        how = options.training(self._layout.device, self._layout.shape)
+        self._update = jax.jit(self._update_fn, donate_argnums=0, out_shardings=(stay, whole), compiler_options=how)
         self._evaluate = jax.jit(self._evaluate_fn, out_shardings=whole)
 
     def update(self, batch: Batch) -> dict[str, Any]:

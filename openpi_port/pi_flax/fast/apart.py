@@ -65,8 +65,11 @@ def together(weights: Any) -> Any:
 
     Behind a barrier, since XLA computes what is elementwise in several kernels where it puts it into the stacking.
     """
-    stack = lambda w: jax.lax.optimization_barrier(jnp.stack(w)) if is_apart(w) else w  # noqa: E731
-    return jax.tree.map(stack, weights, is_leaf=is_apart)
+
+    def stacked(weight: jax.Array | Apart) -> jax.Array:
+        return jax.lax.optimization_barrier(jnp.stack(weight)) if is_apart(weight) else weight
+
+    return jax.tree.map(stacked, weights, is_leaf=is_apart)
 
 
 @jax.custom_vjp

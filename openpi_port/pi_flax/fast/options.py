@@ -1,6 +1,7 @@
-"""How prepared models are computed on a device: which attention, which lengths. Chosen by measurement.
+"""How models are computed on a device: prepared ones' attention and lengths, XLA's options in training.
 
-XLA's own options are left as they are: on an H100 none that was tried made a chunk faster (docs/performance.md).
+Chosen by measurement (docs/performance.md). For prepared models XLA's options are left as they are: on an H100 none
+that was tried made a chunk faster.
 """
 
 from __future__ import annotations
@@ -22,6 +23,16 @@ def flow(compute: Compute, device: jax.Device) -> flows.Options:
     if device.platform == "cpu":
         return flows.Options()
     return flows.Options(fused=compute.attention == "cudnn", align=TILE)
+
+
+def training(device: jax.Device, shape: tuple[int, int]) -> dict[str, bool]:
+    """XLA's options for a training step on a mesh of that shape (`data`, `fsdp`).
+
+    Where devices hold copies of the state, the scheduler that hides latency takes all memory that is free and hides no
+    more than without it: sums over devices begin where a gradient is there, and nothing waits for them until the end.
+    """
+    copies = device.platform == "gpu" and shape[0] > 1 and shape[1] == 1
+    return {"xla_gpu_enable_latency_hiding_scheduler": False} if copies else {}
 
 
 def keep_programs(device: jax.Device) -> None:
