@@ -138,6 +138,17 @@ def test_streaming(make, biased):
     close(after.squares.sum(1), wanted.squares.sum(1))
 
 
+def test_streaming_float8(make):
+    """Weights that are float8 are those numbers."""
+    scale, factor = make.f(D).abs() + 0.5, torch.full((), 0.25, device=DEVICE)
+    stream, plain = stream_of(make, scale)
+    gate_up, down = make.w(2 * F, D).to(float8.FLOAT8), make.w(D, F).to(float8.FLOAT8)
+    a = kernels.normed_geglu(stream, gate_up, None, factor)
+    close(a, ops.normed_geglu(plain, gate_up.float().cpu() / 4, None))
+    after = kernels.add_projected(stream, a, down, None, scale, factor)
+    close(after.x, ops.add_projected(plain, *exact(a), down.float().cpu() / 4, None, *exact(scale)).x)
+
+
 @pytest.mark.parametrize("splits", [1, 3, 8])
 @pytest.mark.parametrize("limited", [False, True])
 def test_attend(make, monkeypatch, splits, limited):
@@ -258,10 +269,12 @@ def test_scores_of_tokens(golden, on_a_gpu, monkeypatch):
     batch = batch_of(golden / "openpi" / "pi0_fast")
     exact, rounded = (on_a_gpu("pi0_fast", dtype) for dtype in ("float32", "bfloat16"))
     tokens = torch.from_numpy(exact.decode(batch, 6)).long().cuda()
-    want, plain, fast = (
-        forced_scores(monkeypatch, model, batch, tokens) for model in (exact, rounded, prepare.optimize(rounded))
+    prepared = [prepare.optimize(rounded), prepare.optimize(exact, float8=True), prepare.optimize(rounded, float8=True)]
+    want, plain, fast, emulated, eight = (
+        forced_scores(monkeypatch, model, batch, tokens) for model in (exact, rounded, *prepared)
     )
     assert (fast - want).norm() <= 1.5 * (plain - want).norm()
+    assert (eight - want).norm() <= 1.5 * (emulated - want).norm() + 1.5 * (plain - want).norm()
 
 
 def forced_scores(monkeypatch, model, batch, tokens):

@@ -14,7 +14,7 @@ from frameworks import Framework, golden_reference
 from small_policy import MODEL
 
 from openpi_port import UserError, init
-from openpi_port.pi_torch.fast import float8, ops
+from openpi_port.pi_torch.fast import decode, float8, ops
 from openpi_port.pi_torch.fast.pack import Block, Norm
 
 M, D, F = 6, 64, 256
@@ -45,6 +45,25 @@ def test_a_chunk(golden, name):
     fast, batch = framework.backend.fast.optimize(plain, float8=True), reference.batch
     error = np.linalg.norm(fast.sample_actions(batch, batch["noise"]) - reference.outputs["sample_actions_10"])
     assert 1e-3 < error / np.linalg.norm(reference.outputs["sample_actions_10"]) < 0.1
+
+
+def test_scores_of_tokens(golden, monkeypatch):
+    """Of tokens that are written after images and prompt, all fed the same."""
+    reference = golden_reference(golden / "openpi" / "pi0_fast")
+    framework, seen = Framework("torch"), []
+    plain = framework.load(reference.config, reference.weights)
+    tokens = torch.from_numpy(plain.decode(reference.batch, 4)).long()
+
+    def choose(scores, *_):
+        seen.append(scores)
+        return tokens[:, (len(seen) - 1) % 4]
+
+    monkeypatch.setattr(decode, "choose", choose)
+    for eight in (False, True):
+        framework.backend.fast.optimize(plain, float8=eight).decode(reference.batch, 4)
+    want, got = torch.stack(seen[:4]), torch.stack(seen[4:])
+    errors = ((got - want).norm(dim=(1, 2)) / want.norm(dim=(1, 2))).tolist()
+    assert len(errors) == 4 and min(errors) > 1e-3 and max(errors) < 0.5
 
 
 def test_where_it_is_not(monkeypatch):

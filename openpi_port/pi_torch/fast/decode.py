@@ -134,8 +134,8 @@ class Decoder:
         x = self.language.embed(tokens)
         seen = ops.see(past, extra, most, self._k.shape[2], self._heads, x)
         past = Past(self._k, self._v, seen, self._turns[places].flatten(0, 1), None)
-        norms = self.language.norms
-        stream = flow.run(self.language.blocks, norms, ops.start(x.flatten(0, 1), norms[0].scale), past)
+        blocks, norms = self.language.writing
+        stream = flow.run(blocks, norms, ops.start(x.flatten(0, 1), norms[0].scale), past)
         last = slice(tokens.shape[1] - 1, None, tokens.shape[1])
         return ops.Residual(*(part[last] for part in stream[:3]))
 

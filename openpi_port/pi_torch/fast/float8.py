@@ -1,7 +1,8 @@
-"""The language model's MLPs in float8 (e4m3: 3 bits of mantissa), for images and prompt, on request.
+"""The language model's MLPs in float8 (e4m3: 3 bits of mantissa), on request.
 
-Two thirds of a chunk's operations are these products, and matrix units do them at twice bfloat16's rate. Everything
-else stays as it is. What keeps the numbers in range:
+Images and prompt: two thirds of a chunk's operations are these products, and matrix units do them at twice bfloat16's
+rate. Generated tokens: most of what is read are these weights, and they have half the bytes; activations stay as they
+are. Everything else stays too, and the action expert, which would not be faster. What keeps the numbers in range:
 
 - RMSNorm's scale goes into the weights before they are rounded. What is left of a normed row is at most sqrt(D), so one
   power of two fits all rows, whatever comes.
@@ -53,6 +54,20 @@ def pack(block: Block, norm: Norm) -> Mlp:
     gate_up, gate_up_factor = _round(block.gate_up.float() * norm.scale)
     down, down_factor = _round(block.down.float())
     return Mlp(gate_up, gate_up_factor / room, down, down_factor, room, torch.ones_like(down_factor))
+
+
+def of_tokens(blocks: list[Block], norms: list[Norm], mlps: list[Mlp]) -> tuple[list[Block], list[Norm]]:
+    """The same rounded weights as `flow.run` takes them, with the scales of their norms in them."""
+    rounded = [
+        block._replace(
+            gate_up=mlp.gate_up,
+            gate_up_factor=mlp.gate_up_factor * mlp.room,
+            down=mlp.down,
+            down_factor=mlp.down_factor,
+        )
+        for block, mlp in zip(blocks, mlps, strict=True)
+    ]
+    return rounded, [n._replace(scale=torch.ones_like(n.scale)) if i % 2 else n for i, n in enumerate(norms)]
 
 
 def mlp_(x: Tensor, mlp: Mlp) -> None:

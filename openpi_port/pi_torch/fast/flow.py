@@ -76,8 +76,8 @@ def run(blocks: Sequence[Block], norms: Sequence[Norm], stream: Residual, past: 
         q = ops.normed_qkv(stream, block.qkv, attn.bias, past.turns, past.k[i], past.v[i], past.seen)
         y = ops.attend(q, past.k[i], past.v[i], past.seen)
         stream = ops.add_projected(stream, y, block.o, attn.gate, mlp.scale)
-        y = ops.normed_geglu(stream, block.gate_up, mlp.bias)
-        stream = ops.add_projected(stream, y, block.down, mlp.gate, after.scale)
+        y = ops.normed_geglu(stream, block.gate_up, mlp.bias, block.gate_up_factor)
+        stream = ops.add_projected(stream, y, block.down, mlp.gate, after.scale, block.down_factor)
     return stream
 
 
@@ -87,7 +87,10 @@ class Language:
     Args:
       module: whose weights.
       turns: cos and sin of all positions in the prefix, from `pack.turns`.
-      eight: MLPs of images and prompt in float8.
+      eight: MLPs in float8.
+
+    Attributes:
+      writing: blocks and norms for generated tokens; see `run`.
     """
 
     def __init__(self, module: Pi0 | Pi0Fast, turns: Tensor, *, eight: bool) -> None:
@@ -100,9 +103,10 @@ class Language:
         self.blocks = pack.pack_blocks(module.gemma, 0)
         self.norms = pack.pack_norms(module.gemma)
         self.scale = pack.embedding_scale(config.language.width, self.dtype)
-        self._mlps = (
-            [float8.pack(*of) for of in zip(self.blocks[:-1], self.norms[1::2], strict=False)] if eight else None
-        )
+        self._mlps = [float8.pack(*of) for of in zip(self.blocks, self.norms[1::2], strict=True)] if eight else None
+        self.writing = self.blocks, self.norms  # of generated tokens
+        if self._mlps is not None:
+            self.writing = float8.of_tokens(self.blocks, self.norms, self._mlps)
 
     def see(self, images: Tensor) -> Tensor:
         """Images [B, C, height, width, 3] to tokens [B, C * tokens, D]."""

@@ -219,16 +219,22 @@ def normed_qkv(
     return q
 
 
-def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
-    """`geglu` of `normed_linear`: w [2F, D], the gate's rows first; [M, F]."""
+def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Tensor:
+    """`geglu` of `normed_linear`: w [2F, D], the gate's rows first, times `factor` where it is float8; [M, F]."""
     if on_gpu(stream.x):
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.normed_geglu(stream, w, bias)
-    return geglu(normed_linear(stream, w, bias).to(stream.x.dtype))
+        return kernels.normed_geglu(stream, w, bias, factor)
+    return geglu(normed_linear(stream, _widened(w, factor, stream.x), bias).to(stream.x.dtype))
 
 
-def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, scale: Tensor) -> Residual:
+def _widened(w: Tensor, factor: Tensor | None, like: Tensor) -> Tensor:
+    return w if factor is None else w.to(like.dtype) * factor
+
+
+def add_projected(
+    stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, scale: Tensor, factor: Tensor | None = None
+) -> Residual:
     """The stream after `x + (a @ w.T) * gate`, made ready for the norm that follows.
 
     Args:
@@ -237,11 +243,13 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
       w: [D, F].
       gate: float32 [D], or None for 1.
       scale: float32 [D], the next norm's.
+      factor: float32 [], of w where that is float8.
     """
     if on_gpu(a):
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.add_projected(stream, a, w, gate, scale)
+        return kernels.add_projected(stream, a, w, gate, scale, factor)
+    w = _widened(w, factor, a)
     if gate is None:
         return start(torch.addmm(stream.x, a, w.t()), scale)
     return start(stream.x + (F.linear(a, w) * gate).to(a.dtype), scale)

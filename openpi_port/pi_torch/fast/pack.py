@@ -76,12 +76,15 @@ class Block(NamedTuple):
       o: [D, N * H].
       gate_up: [2F, D].
       down: [D, F].
+      gate_up_factor, down_factor: float32 [], what those two are to be multiplied by where they are float8; else None.
     """
 
     qkv: Tensor
     o: Tensor
     gate_up: Tensor
     down: Tensor
+    gate_up_factor: Tensor | None = None
+    down_factor: Tensor | None = None
 
 
 class Norm(NamedTuple):

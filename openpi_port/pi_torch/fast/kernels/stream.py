@@ -74,14 +74,14 @@ def _normed_qkv(
         tl.store(v + offset[:, None] + channel[None], value, inside)
 
 
-def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
+def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Tensor:
     """A program makes some channels of the gate and the same of the other half."""
     rows, width = stream.x.shape
     out, parts = w.shape[0] // 2, stream.squares.shape[1]
     tile = tiles.streaming("gate_up", rows, out, width)
-    y = torch.empty((rows, out), dtype=w.dtype, device=w.device)
+    y = torch.empty((rows, out), dtype=stream.x.dtype, device=w.device)
     _normed_geglu[(out // tile.columns, triton.cdiv(rows, tile.rows))](
-        stream.scaled, stream.squares, w, bias, y, rows,
+        stream.scaled, stream.squares, w, bias, factor, y, rows,
         F=out, D=width, PARTS=parts, PADDED=triton.next_power_of_2(parts),
         BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **early(w),
     )  # fmt: skip
@@ -90,7 +90,7 @@ def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
 
 @triton.jit
 def _normed_geglu(
-    x, squares, w, bias, y, M,
+    x, squares, w, bias, factor, y, M,
     F: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -103,16 +103,20 @@ def _normed_geglu(
         deep = begin + tl.arange(0, BK)
         left = tl.load(x + row[:, None] * D + deep[None], inside, 0.0)
         source = w + col[None] * D + deep[:, None]
-        gate = tl.dot(left, tl.load(source), gate)
-        up = tl.dot(left, tl.load(source + F * D), up)
+        gate = tl.dot(left, tl.load(source).to(left.dtype), gate)
+        up = tl.dot(left, tl.load(source + F * D).to(left.dtype), up)
     release(EARLY)
+    if factor is not None:
+        norm = norm * tl.load(factor)
     gate, up = gate * norm, up * norm
     if bias is not None:
         gate, up = gate + tl.load(bias + col)[None], up + tl.load(bias + F + col)[None]
     tl.store(y + row[:, None] * F + col[None], (gelu(gate) * up).to(y.dtype.element_ty), inside)
 
 
-def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, scale: Tensor) -> Residual:
+def add_projected(
+    stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, scale: Tensor, factor: Tensor | None = None
+) -> Residual:
     """A program sums over some of the F inputs of some columns; the last to arrive at a column adds up and finishes."""
     (rows, width), deep = stream.x.shape, w.shape[1]
     tile = tiles.streaming("down" if deep > 2 * width else "o", rows, width, deep)
@@ -121,7 +125,7 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
     squares = torch.empty((rows, columns), dtype=torch.float32, device=w.device)
     part = torch.empty((tile.splits, rows, width), dtype=torch.float32, device=w.device)
     _add_projected[(columns, tile.splits, triton.cdiv(rows, tile.rows))](
-        a, w, stream.x, gate, scale, part, stream.arrived, x, scaled, squares, rows,
+        a, w, factor, stream.x, gate, scale, part, stream.arrived, x, scaled, squares, rows,
         D=width, F=deep, SPLITS=tile.splits,
         BM=tile.rows, BN=tile.columns, BK=tile.depth, num_warps=tile.warps, num_stages=tile.stages, **early(w),
     )  # fmt: skip
@@ -130,7 +134,7 @@ def add_projected(stream: Residual, a: Tensor, w: Tensor, gate: Tensor | None, s
 
 @triton.jit
 def _add_projected(
-    a, w, before, gate, scale, part, arrived, x, scaled, squares, M,
+    a, w, factor, before, gate, scale, part, arrived, x, scaled, squares, M,
     D: tl.constexpr, F: tl.constexpr, SPLITS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -144,8 +148,10 @@ def _add_projected(
     for begin in range(0, F // SPLITS, BK):
         deep = split * (F // SPLITS) + begin + tl.arange(0, BK)
         left = tl.load(a + row[:, None] * F + deep[None], inside, 0.0)
-        acc = tl.dot(left, tl.load(w + col[None] * F + deep[:, None]), acc)
+        acc = tl.dot(left, tl.load(w + col[None] * F + deep[:, None]).to(left.dtype), acc)
     release(EARLY)
+    if factor is not None:
+        acc = acc * tl.load(factor)
     last = True
     if SPLITS > 1:
         tl.store(part + split * M * D + place, acc, inside)
