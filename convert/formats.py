@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from convert import big_vision, huggingface, lora, openpi, ours, remote, settings
-from convert.layout import Translated
 from convert.source import Source
 from openpi_port import orbax_io
 from openpi_port.backends import Backend
@@ -73,15 +72,3 @@ def _guess(path: Path) -> str:
     if below:
         return f"did you mean {', '.join(str(p) for p in below[-3:])}?"
     return "expected params/ of orbax, model.safetensors, or a .npz of big_vision"
-
-
-def read_openpi(path: str | Path, **overrides: Any) -> tuple[Translated, Any]:
-    """Canonical weights, read when asked for, and the model of an openpi orbax checkpoint."""
-    source = openpi.open_(path, **overrides)
-    return source.canonical(), source.model
-
-
-def read(path: str | Path, **overrides: Any) -> tuple[Translated, Any]:
-    """Canonical weights, read when asked for, and the model of any checkpoint; see `open_checkpoint`."""
-    source = open_checkpoint(path, **overrides)
-    return source.canonical(), source.model

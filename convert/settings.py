@@ -49,13 +49,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read(path: Path) -> Stated:
-    """Our `policy.json`, else descriptions of sizes in a `config.json` or `tiny_sizes.json` here or one level up."""
+    """Our `policy.json`, else a description of sizes in a `config.json`, here or one level up."""
     policy = read_json(path / POLICY)
     if policy:
         return Stated(policy.get("model", {}), {k: v for k, v in policy.items() if k != "model"})
     model: dict[str, Any] = {}
-    for file in (path.parent / "config.json", path.parent / "tiny_sizes.json", path / "config.json"):
-        model |= sizes(read_json(file))
+    for folder in (path.parent, path):
+        model |= sizes(read_json(folder / "config.json"))
     return Stated(model, {})
 
 

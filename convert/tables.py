@@ -313,13 +313,3 @@ def translate_state(state: Mapping[str, Any], config: Any, source: str, target: 
         check({n: tuple(t.shape) for n, t in have.items()}, side_shapes(rows, source), f"train_state/{part}")
         out |= {f"{part}/{n}": t for n, t in Translated(rows, have, source, target).items()}
     return out
-
-
-def to_torch(weights: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
-    """Canonical weights under the names and in the layout of `pi_torch`."""
-    return dict(translate(weights, config, OURS, "torch"))
-
-
-def from_torch(weights: Mapping[str, Any], config: Any) -> dict[str, np.ndarray]:
-    """The inverse of `to_torch`."""
-    return dict(translate(weights, config, "torch", OURS))

@@ -14,7 +14,7 @@ from openpi_port import init
 from openpi_port.backends import NAMES, Backend
 from openpi_port.config import Compute, Pi0, Pi0Fast, Train
 
-__all__ = ["NAMES", "Framework", "batch_of", "golden_model", "golden_reference"]
+__all__ = ["NAMES", "Framework", "batch_of", "golden_reference", "opened"]
 
 
 class Framework:
@@ -84,9 +84,10 @@ class Framework:
         return dict(tables.translate(named, model.config, self.name, "flax"))
 
 
-def golden_model(path: Path, **overrides: Any) -> tuple[Mapping[str, np.ndarray], Pi0]:
-    """Canonical weights and configuration of a golden openpi checkpoint."""
-    return formats.read_openpi(path, **overrides)
+def opened(path: str | Path, **overrides: Any) -> tuple[Mapping[str, np.ndarray], Pi0 | Pi0Fast]:
+    """Canonical weights and configuration of any checkpoint."""
+    source = formats.open_checkpoint(path, **overrides)
+    return source.canonical(), source.model
 
 
 def batch_of(path: Path) -> dict[str, Any]:
@@ -103,6 +104,6 @@ def batch_of(path: Path) -> dict[str, Any]:
 
 def golden_reference(path: Path) -> SimpleNamespace:
     """A golden openpi checkpoint: weights, config, the golden batch, and what openpi computes of it in float32."""
-    weights, config = golden_model(path)
+    weights, config = opened(path)
     outputs = dict(np.load(path / "outputs_float32.npz"))
     return SimpleNamespace(weights=dict(weights), config=config, batch=batch_of(path), outputs=outputs, path=path)

@@ -19,6 +19,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from frameworks import opened
 from hypothesis import HealthCheck, given, settings
 
 from convert import __main__ as command
@@ -253,7 +254,7 @@ def test_training_state_goes_along(golden, tmp_path):
     target.orbax_io.write(tmp_path / "flax" / TRAIN_STATE / "params", state)
     target.write(formats.open_checkpoint(tmp_path / "flax"), tmp_path / "torch", "torch")
     moved = safetensors_io.Arrays(tmp_path / "torch" / TRAIN_STATE / "model.safetensors")
-    want = tables.to_torch(moments, source.model)
+    want = tables.translate(moments, source.model, "flax", "torch")
     assert moved.keys() == {f"mu/{n}" for n in want if not n.startswith("vision.")}
     for name in moved:
         np.testing.assert_array_equal(moved[name], want[name.removeprefix("mu/")])
@@ -364,8 +365,8 @@ def test_rounding_is_asked_for(golden, tmp_path):
     """`--dtype=bfloat16` rounds every tensor once, and only then."""
     source = golden / "openpi" / "pi0"
     assert command.main([str(source), str(tmp_path / "rounded"), "--to=torch", "--dtype=bfloat16", "--quiet"]) == 0
-    weights, _ = formats.read(source)
-    rounded, _ = formats.read(tmp_path / "rounded")
+    weights, _ = opened(source)
+    rounded, _ = opened(tmp_path / "rounded")
     for name, value in weights.items():
         assert rounded[name].dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(rounded[name], value.astype(ml_dtypes.bfloat16))

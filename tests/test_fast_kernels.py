@@ -15,7 +15,7 @@ import numpy as np
 import tiny_fast
 import torch
 import triton.language as tl
-from frameworks import Framework, batch_of, golden_model
+from frameworks import Framework, batch_of, opened
 
 from convert import tables
 from openpi_port import batch as batches
@@ -190,7 +190,7 @@ def test_both_ends(make, monkeypatch, swish):
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_a_whole_chunk(golden, monkeypatch, name):
     """Every kernel in its place, in the interpreter: vision, prefix and an Euler step of two samples."""
-    weights, config = golden_model(golden / "openpi" / name)
+    weights, config = opened(golden / "openpi" / name)
     plain = Framework("torch").load(config, dict(weights))
     batch = batch_of(golden / "openpi" / name)
     want = plain.sample_actions(batch, batch["noise"], 1)
@@ -209,7 +209,7 @@ def on_a_gpu(golden):
         pytest.skip("CUDA graphs need a GPU")
 
     def load(name, dtype):
-        weights, config = golden_model(golden / "openpi" / name)
+        weights, config = opened(golden / "openpi" / name)
         weights = tables.translate(dict(weights), config, "flax", "torch")
         return infer.load(config, weights, Compute(dtype=dtype))
 

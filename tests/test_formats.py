@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from frameworks import opened
 
 from convert import formats, tables, target
 from convert.layout import OURS, side_shapes
@@ -42,8 +43,8 @@ def same(a, b) -> bool:
 
 @pytest.mark.parametrize(("kind", "path"), FOREIGN)
 def test_every_golden_checkpoint_is_the_same_function(golden, kind, path):
-    reference, model = formats.read_openpi(golden / "openpi" / kind)
-    weights, other = formats.read(golden / path)
+    reference, model = opened(golden / "openpi" / kind)
+    weights, other = opened(golden / path)
     assert same(arrays(weights), arrays(reference))
     for field in ("vision", "language", "vocab_size", "action_dim", "action_horizon"):
         assert getattr(other, field) == getattr(model, field)
@@ -54,7 +55,7 @@ def test_openpi_opens_from_the_directory_or_from_params_with_sizes_from_the_shap
     described = json.loads((golden / "openpi" / kind / "config.json").read_text())
     shutil.copytree(golden / "openpi" / kind / "params", tmp_path / "params")
     for path in (tmp_path, tmp_path / "params"):
-        _, model = formats.read_openpi(path, action_horizon=10)
+        _, model = opened(path, action_horizon=10)
         assert vars(model.vision) == described["vision"]
         assert vars(model.language) == {**described["vlm"], "lora": None}
         assert (model.vocab_size, model.action_horizon) == (512, 10)
@@ -127,7 +128,7 @@ def test_safetensors_agree_with_the_official_library_byte_for_byte(tmp_path):
 def damaged(tmp_path: Path, golden: Path, change) -> Path:
     path = tmp_path / "pretrained"
     shutil.copytree(golden / "lerobot/pi0/pretrained", path)
-    shutil.copyfile(golden / "lerobot/pi0/tiny_sizes.json", tmp_path / "tiny_sizes.json")
+    shutil.copyfile(golden / "lerobot/pi0/config.json", tmp_path / "config.json")
     change(path)
     return path
 
@@ -327,12 +328,12 @@ def test_urls_are_fetched_once_and_whole(golden, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENPI_PORT_CACHE", str(tmp_path / "cache"))
     shutil.copytree(golden / "openpi/pi05", tmp_path / "remote/pi05")
     url = (tmp_path / "remote/pi05").as_uri()
-    weights, _ = formats.read(url)
-    assert same(arrays(weights), arrays(formats.read(golden / "openpi/pi05")[0]))
+    weights, _ = opened(url)
+    assert same(arrays(weights), arrays(opened(golden / "openpi/pi05")[0]))
     shutil.rmtree(tmp_path / "remote")
-    formats.read(url)  # from the cache
+    opened(url)  # from the cache
     with pytest.raises(UserError, match="can't be fetched"):
-        formats.read((tmp_path / "nowhere").as_uri())
+        opened((tmp_path / "nowhere").as_uri())
     assert not list((tmp_path / "cache").glob("*/.*"))
     with pytest.raises(UserError, match="hf://user/name"):
-        formats.read("hf://single")
+        opened("hf://single")

@@ -155,17 +155,17 @@ def test_every_tensor_is_accounted_for(change, words):
     weights = random_weights(DEBUG, np.float32)
     change(weights)
     with pytest.raises(UserError, match=words):
-        tables.to_torch(weights, DEBUG)
-    for model, weights_module in ((nnx.eval_shape(lambda: flax_pi0.Pi0(DEBUG, config_lib.Compute())), flax_weights),):
-        with pytest.raises(UserError, match=words):
-            weights_module.load(model, weights)
+        tables.translate(weights, DEBUG, OURS, "torch")
+    with pytest.raises(UserError, match=words):
+        flax_weights.load(nnx.eval_shape(lambda: flax_pi0.Pi0(DEBUG, config_lib.Compute())), weights)
 
 
 def test_dtypes_that_would_be_mixed_in_one_tensor_are_an_error():
     weights = random_weights(DEBUG, np.float32)
     name = "gemma/layers/experts/0/k/kernel"
     weights[name] = weights[name].astype(ml_dtypes.bfloat16)
-    assert tables.to_torch(weights, DEBUG)["gemma.layers.0.experts.0.k.weight"].dtype == ml_dtypes.bfloat16
+    there = tables.translate(weights, DEBUG, OURS, "torch")["gemma.layers.0.experts.0.k.weight"]
+    assert there.dtype == ml_dtypes.bfloat16
     with pytest.raises(UserError, match=r"kv_einsum.*bfloat16.*float32"):
         tables.translate(weights, DEBUG, OURS, "openpi")
 
@@ -191,7 +191,7 @@ def test_both_backends_hold_what_they_were_given():
         weights = random_weights(DEBUG, dtype)
         model = nnx.eval_shape(lambda: flax_pi0.Pi0(DEBUG, config_lib.Compute()))
         assert same(flax_weights.arrays(flax_weights.load(model, weights)), weights)
-        theirs = tables.to_torch(weights, DEBUG)
+        theirs = tables.translate(weights, DEBUG, OURS, "torch")
         with torch.device("meta"):
             meta = torch_pi0.Pi0(DEBUG, config_lib.Compute())
         theirs = {name: array.copy() for name, array in theirs.items()}

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from frameworks import batch_of, golden_model
+from frameworks import batch_of, opened
 from jobs import logged, run, with_data
 
 from configs import pi0_aloha, pi0_lerobot, pi05_aloha
@@ -255,7 +255,7 @@ def test_checkpoint_of_another_model(golden, tmp_path):
 def test_start_from_an_openpi_checkpoint(golden, tmp_path, backend):
     """`--config.init=` takes openpi's orbax directory; the trainer's loss is then openpi's."""
     path = golden / "openpi" / "pi0"
-    _, model = golden_model(path)
+    _, model = opened(path)
     config = config_for(tmp_path, init=str(path), model=model, backend=backend)
     point = starting.point(tmp_path / "run", config, resume=False)
     batch = batch_of(path)
