@@ -205,27 +205,41 @@ def _still_holds(path: Path, source: Source) -> bool:
 
 
 def _write_new(path: Path, source: Source, precision: str) -> None:
+    config = _new_config(source, precision)
+    _write_json(path / "config.json", config)
+    for processor, steps in zip(PROCESSORS, _new_steps(source, config), strict=True):
+        for number, step in enumerate(steps):
+            if step["registry_name"] in NORMALIZERS and source.norm_stats:
+                step["state_file"] = f"{processor}_step_{number}_{step['registry_name']}.safetensors"
+                safetensors_io.write(path / step["state_file"], _stat_tensors(source.norm_stats))
+        _write_json(path / f"{processor}.json", {"name": processor, "steps": steps})
+
+
+def _cameras(source: Source) -> Mapping[str, str]:
+    """Model camera -> key of the data set; what the policy doesn't say has LeRobot's names."""
+    named = source.settings.get("data", {}).get("cameras")
+    return named or {camera: IMAGES + camera for camera in source.model.cameras}
+
+
+def _new_config(source: Source, precision: str) -> dict[str, Any]:
+    """config.json of a policy that LeRobot has not seen yet."""
     model = source.model
     kind = "pi0_fast" if not hasattr(model, "expert") else "pi05" if model.time_in == "adarms" else "pi0"
-    data = source.settings.get("data", {})
-    dims = {k: len(s.mean) for k, s in (source.norm_stats or {}).items()}
-    state, action = dims.get("state", model.action_dim), dims.get("actions", model.action_dim)
-    norm = data.get("norm", "zscore" if kind == "pi0" else "quantile")
+    dims = {key: len(stats.mean) for key, stats in (source.norm_stats or {}).items()}
+    norm = source.settings.get("data", {}).get("norm", "zscore" if kind == "pi0" else "quantile")
     lerobot_norm = next(theirs for theirs, ours in NORMS.items() if ours == norm)
-    cameras = data.get("cameras") or {camera: IMAGES + camera for camera in model.cameras}
+    cameras = _cameras(source)
     empty = [camera for camera in model.cameras if camera not in cameras]
     size = model.vision.image_size
     visual = {"type": "VISUAL", "shape": [3, size, size]}
     features: dict[str, Any] = {f"{IMAGES}{camera}": visual for camera in model.cameras if camera in cameras}
-    features[STATE] = {"type": "STATE", "shape": [state]}
+    features[STATE] = {"type": "STATE", "shape": [dims.get("state", model.action_dim)]}
     features |= {f"{IMAGES}empty_camera_{i}": visual for i in range(len(empty))}
-    outputs = {ACTION: {"type": "ACTION", "shape": [action]}}
-    norm_map = {"VISUAL": "IDENTITY", "STATE": lerobot_norm, "ACTION": lerobot_norm}
-    config = {
+    return {
         "type": kind,
         "n_obs_steps": 1,
         "input_features": features,
-        "output_features": outputs,
+        "output_features": {ACTION: {"type": "ACTION", "shape": [dims.get("actions", model.action_dim)]}},
         "paligemma_variant": "gemma_2b",
         "action_expert_variant": "gemma_300m",
         "dtype": precision,
@@ -236,50 +250,44 @@ def _write_new(path: Path, source: Source, precision: str) -> None:
         "image_resolution": [size, size],
         "empty_cameras": len(empty),
         "tokenizer_max_length": model.max_token_len,
-        "normalization_mapping": norm_map,
+        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": lerobot_norm, "ACTION": lerobot_norm},
     }
-    _write_json(path / "config.json", config)
 
-    rename = {theirs: IMAGES + camera for camera, theirs in cameras.items() if theirs != IMAGES + camera}
-    if data.get("state", STATE) != STATE:
-        rename[data["state"]] = STATE
-    normalizer = {"eps": 1e-8, "features": {**features, **outputs}, "norm_map": norm_map}
-    tokenizer = {
-        "max_length": model.max_token_len,
-        "task_key": "task",
-        "padding_side": "right",
-        "padding": "max_length",
-        "truncation": True,
-        "tokenizer_name": TOKENIZER,
-    }
-    start = [_step("rename_observations_processor", rename_map=rename), _step("to_batch_processor")]
-    tokenize = _step("tokenizer_processor", **tokenizer)
+
+def _new_steps(source: Source, config: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The steps of the two processors that go with such a config.json: before the policy, and after it."""
+    rename = {theirs: IMAGES + camera for camera, theirs in _cameras(source).items() if theirs != IMAGES + camera}
+    state = source.settings.get("data", {}).get("state", STATE)
+    if state != STATE:
+        rename[state] = STATE
+    outputs, norm_map = config["output_features"], config["normalization_mapping"]
+    features = {**config["input_features"], **outputs}
+    tokenize = _step(
+        "tokenizer_processor",
+        max_length=config["tokenizer_max_length"],
+        task_key="task",
+        padding_side="right",
+        padding="max_length",
+        truncation=True,
+        tokenizer_name=TOKENIZER,
+    )
     device = _step("device_processor", device="cpu", float_dtype=None)
-    normalize = _step("normalizer_processor", **normalizer)
+    normalize = _step("normalizer_processor", eps=1e-8, features=features, norm_map=norm_map)
+    actions = _step(
+        "action_tokenizer_processor",
+        trust_remote_code=True,
+        max_action_tokens=256,
+        action_tokenizer_name=FAST_TOKENIZER,
+    )
+    write_state = _step(f"{config['type']}_prepare_state_tokenizer_processor_step")
     middle = {
         "pi0": [_step("pi0_new_line_processor"), tokenize, device, normalize],
-        "pi05": [normalize, _step("pi05_prepare_state_tokenizer_processor_step"), tokenize, device],
-        "pi0_fast": [
-            normalize,
-            _step("pi0_fast_prepare_state_tokenizer_processor_step"),
-            tokenize,
-            _step(
-                "action_tokenizer_processor",
-                trust_remote_code=True,
-                max_action_tokens=256,
-                action_tokenizer_name=FAST_TOKENIZER,
-            ),
-            device,
-        ],
-    }[kind]
-    unnormalizer = {"eps": 1e-8, "features": outputs, "norm_map": norm_map}
-    ends = [_step("unnormalizer_processor", **unnormalizer), device]
-    for processor, steps in zip(PROCESSORS, ([*start, *middle], ends), strict=True):
-        for number, step in enumerate(steps):
-            if step["registry_name"] in NORMALIZERS and source.norm_stats:
-                step["state_file"] = f"{processor}_step_{number}_{step['registry_name']}.safetensors"
-                safetensors_io.write(path / step["state_file"], _stat_tensors(source.norm_stats))
-        _write_json(path / f"{processor}.json", {"name": processor, "steps": steps})
+        "pi05": [normalize, write_state, tokenize, device],
+        "pi0_fast": [normalize, write_state, tokenize, actions, device],
+    }[config["type"]]
+    start = [_step("rename_observations_processor", rename_map=rename), _step("to_batch_processor")]
+    unnormalize = _step("unnormalizer_processor", eps=1e-8, features=outputs, norm_map=norm_map)
+    return [*start, *middle], [unnormalize, device]
 
 
 def _step(name: str, **config: Any) -> dict[str, Any]:

@@ -231,7 +231,7 @@ class Window:
     def first(self, step: int) -> None:
         """Waits for the first step, which compiled, and leaves it out of the speed."""
         self.check(step)
-        self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+        self.pause()
 
     def pause(self) -> None:
         """Leaves out of the speed what was done since the last numbers."""

@@ -29,9 +29,8 @@ os.environ.setdefault("XLA_FLAGS", QUICK_COMPILE)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
-if importlib.util.find_spec(
-    "triton"
-):  # its LLVM must come before that of the simulation's OpenGL, see sim/aloha_tasks.py
+# Its LLVM must come before that of the simulation's OpenGL, see sim/aloha_tasks.py.
+if importlib.util.find_spec("triton"):
     importlib.import_module("triton")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a script's background jobs have it, and what they start
