@@ -19,7 +19,7 @@ from openpi_port.config import Compute
 from openpi_port.grammar import Grammar
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import infer
-from openpi_port.pi_torch.fast import graph, prepare
+from openpi_port.pi_torch.fast import graph, onednn, prepare
 from openpi_port.pi_torch.fast.graph import Recordings
 from openpi_port.realtime import soft_mask
 
@@ -127,8 +127,9 @@ def test_tokens_of_recordings(prepared, device):
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05"])
-def test_prepared_weights_are_held_once(kind, device):
+def test_prepared_weights_are_held_once(kind, device, monkeypatch):
     """The plain module's weights become views of the packed ones, and its answers stay the same, gradients included."""
+    monkeypatch.setattr(onednn, "lay_out", lambda w: w)  # as on a GPU
     _, load, batch, noise, ways = subject(kind)
     model = load()
     model.recordings = Recordings(device)

@@ -137,7 +137,7 @@ class Decoder:
         blocks, norms = self.language.writing
         stream = flow.run(blocks, norms, ops.start(x.flatten(0, 1), norms[0].scale), past)
         last = slice(tokens.shape[1] - 1, None, tokens.shape[1])
-        return ops.Residual(*(part[last] for part in stream[:3]))
+        return ops.Residual(*(None if part is None else part[last] for part in stream[:3]))
 
     def _choose(self, stream: ops.Residual) -> Tensor:
         """The next token, and what follows from it."""

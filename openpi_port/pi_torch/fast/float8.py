@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openpi_port.pi_torch.fast import ops
+from openpi_port.pi_torch.fast import onednn, ops
 from openpi_port.pi_torch.fast.pack import Block, Norm
 
 FLOAT8 = torch.float8_e4m3fn
@@ -101,7 +101,7 @@ def geglu(gate_up: Tensor) -> tuple[Tensor, Tensor]:
 
         return float8.geglu(gate_up)
     gate, up = gate_up.float().chunk(2, -1)
-    y = ops.gelu(gate) * up
+    y = onednn.gelu(gate) * up
     factors = y.abs().amax(-1).clamp(min=1e-20) / LARGEST
     return (y / factors[:, None]).to(FLOAT8), factors
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from openpi_port.pi_torch.fast import float8, ops, pack
+from openpi_port.pi_torch.fast import float8, onednn, ops, pack
 from openpi_port.pi_torch.fast.ops import Residual, Seen
 from openpi_port.pi_torch.fast.pack import Block, Norm, Step, Vision
 from openpi_port.pi_torch.pi0 import Pi0
@@ -98,12 +98,14 @@ class Language:
         self.dtype = getattr(torch, module.compute.dtype)
         self.turns = turns
         self.embedding = module.gemma.embedding
-        self.vision = pack.pack_vision(module.vision)
+        self.vision = onednn.lay_out_vision(pack.pack_vision(module.vision))
         self.heads, self.patch_size = config.vision.num_heads, config.vision.patch_size
-        self.blocks = pack.pack_blocks(module.gemma, 0)
+        blocks = pack.pack_blocks(module.gemma, 0)
+        self.last = onednn.lay_out(blocks[-1].qkv[-2 * config.language.head_dim :])  # of its queries nothing comes
+        self.blocks = [onednn.lay_out_block(block) for block in blocks]
         self.norms = pack.pack_norms(module.gemma)
         self.scale = pack.embedding_scale(config.language.width, self.dtype)
-        self._mlps = [float8.pack(*of) for of in zip(self.blocks, self.norms[1::2], strict=True)] if eight else None
+        self._mlps = [float8.pack(*of) for of in zip(blocks, self.norms[1::2], strict=True)] if eight else None
         self.writing = self.blocks, self.norms  # of generated tokens
         if self._mlps is not None:
             self.writing = float8.of_tokens(self.blocks, self.norms, self._mlps)
@@ -114,16 +116,16 @@ class Language:
         pixels = images.float() if images.dtype == torch.uint8 else (images + 1) * 127.5
         p = self.patch_size
         patches = rearrange(pixels, "B C (h p) (w q) c -> (B C) (h w) (p q c)", p=p, q=p)
-        x = (F.linear(patches, packed.patch) + packed.start).to(self.dtype)
+        x = (onednn.linear(patches, packed.patch) + packed.start).to(self.dtype)
         x = x.flatten(0, 1)
         for layer in packed.layers:
             y = ops.layer_norm(x, layer.offset_attn, layer.scale_attn, layer.bias_attn)
-            y = ops.attend_all(F.linear(y, layer.qkv, layer.qkv_bias), len(patches), self.heads)
-            ops.add_linear_(x, y, layer.o)
+            y = ops.attend_all(onednn.linear(y, layer.qkv, layer.qkv_bias), len(patches), self.heads)
+            x = ops.add_linear(x, y, layer.o)
             y = ops.layer_norm(x, layer.offset_mlp, layer.scale_mlp, layer.bias_mlp)
-            ops.add_linear_(x, ops.linear_gelu(y, layer.up, layer.up_bias), layer.down)
+            x = ops.add_linear(x, ops.linear_gelu(y, layer.up, layer.up_bias), layer.down)
         y = ops.layer_norm(x, packed.offset, packed.scale, packed.bias)
-        return F.linear(y, packed.head, packed.head_bias).view(images.shape[0], -1, packed.head.shape[0])
+        return onednn.linear(y, packed.head, packed.head_bias).view(images.shape[0], -1, packed.head.shape[0])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Prompt tokens [B, T] to [B, T, D]."""
@@ -157,16 +159,16 @@ class Language:
         for i, block in enumerate(self.blocks):
             y = ops.rms_norm(x, self.norms[2 * i].scale)
             if i + 1 == len(self.blocks):
-                ops.split_qkv(F.linear(y, block.qkv[-2 * dim :]), turns, k[i], v[i])
+                ops.split_qkv(onednn.linear(y, self.last), turns, k[i], v[i])
                 break
-            q = ops.split_qkv(F.linear(y, block.qkv), turns, k[i], v[i])
+            q = ops.split_qkv(onednn.linear(y, block.qkv), turns, k[i], v[i])
             y = ops.attend(q, k[i, :, :prefix], v[i, :, :prefix], seen)
-            ops.add_linear_(x, y, block.o)
+            x = ops.add_linear(x, y, block.o)
             if self._mlps is not None:
                 float8.mlp_(x, self._mlps[i])
                 continue
             y = ops.rms_norm(x, self.norms[2 * i + 1].scale)
-            ops.add_linear_(x, ops.geglu(F.linear(y, block.gate_up)), block.down)
+            x = ops.add_linear(x, ops.linear_geglu(y, block.gate_up), block.down)
         return k, v
 
 
@@ -184,15 +186,19 @@ class Flow:
         dim, device = config.language.head_dim, module.gemma.embedding.device
         turns = pack.turns(config.prefix_len + config.suffix_len, dim, device)
         self.language = Language(module, turns, eight=eight)
-        self.blocks: list[Block] = pack.pack_blocks(module.gemma, 1)
+        self.blocks: list[Block] = [onednn.lay_out_block(block) for block in pack.pack_blocks(module.gemma, 1)]
         self.entry = pack.pack_entry(module)
+        if self.entry.w is not None:
+            self.entry = self.entry._replace(w=onednn.lay_out(self.entry.w))
         self.out = module.action_out_proj.weight.to(self.language.dtype)
         self._steps: dict[int, list[Step]] = {}
 
     def steps(self, num_steps: int) -> list[Step]:
         """What every Euler step knows beforehand."""
         if num_steps not in self._steps:
-            self._steps[num_steps] = pack.pack_steps(self.module, self.blocks, num_steps)
+            self._steps[num_steps] = pack.pack_steps(
+                self.module, [onednn.plain_block(block) for block in self.blocks], num_steps
+            )
         return self._steps[num_steps]
 
     def prefix(self, inputs: Inputs) -> Tensor:
@@ -224,6 +230,21 @@ class Flow:
     def sample_actions(self, inputs: Inputs, num_steps: int) -> Tensor:
         """See `Pi0.sample_actions`."""
         past, x_t = self.prefill(self.prefix(inputs), inputs.length, inputs.state), inputs.noise
-        for step in self.steps(num_steps):
+        first, *later = self.steps(num_steps)
+        x_t = self.step(first, past, x_t)
+        if self.config.state_in == "suffix" and x_t.device.type == "cpu":
+            past = self.without_state(past, inputs.length)
+        for step in later:
             x_t = self.step(step, past, x_t)
         return x_t
+
+    def without_state(self, past: Past, length: Tensor) -> Past:
+        """For steps after the first: the state's keys and values, which no action changes, are there already.
+
+        Then all tokens see the same keys, and on a CPU no mask is added. On a GPU a row less saves nothing.
+        """
+        size, tokens = len(length), self.config.action_horizon
+        extra = torch.full((tokens,), tokens, dtype=torch.int32)
+        seen = ops.see(length + 1, extra, tokens, past.k.shape[2], self.heads, past.k)
+        turns, base = (t.unflatten(0, (size, -1))[:, 1:].flatten(0, 1) for t in (past.turns, past.base))
+        return past._replace(seen=seen, turns=turns, base=base)

@@ -10,13 +10,15 @@ which changes no product of a query with a key.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openpi_port.pi_torch.fast.pack import Entry
+from openpi_port.pi_torch.fast import onednn
+from openpi_port.pi_torch.fast.pack import Entry, GateUp
 
 EPS = 1e-6  # of all norms
 MASKED = -1e30  # a forbidden logit
@@ -29,14 +31,14 @@ class Residual(NamedTuple):
 
     Attributes:
       x: [M, D].
-      scaled: [M, D], x times the next norm's scale.
-      squares: float32 [M, P], sums of x * x over parts of the row.
+      scaled: [M, D], x times the next norm's scale; in plain torch divided already, which is cheaper there.
+      squares: float32 [M, P], sums of x * x over parts of the row; None in plain torch.
       arrived: int32, zeros, on which the kernels count; None in plain torch.
     """
 
     x: Tensor
     scaled: Tensor
-    squares: Tensor
+    squares: Tensor | None
     arrived: Tensor | None = None
 
 
@@ -47,9 +49,11 @@ class Seen(NamedTuple):
       past: int32 [B], keys that all tokens see.
       extra: int32 [T], of the keys behind those, how many each token sees; None for none.
       most: the largest of `extra`.
-      bias: the same as plain torch adds it to the logits, [B, 1 or T * N, S]; None where kernels run.
+      bias: the same as plain torch adds it to the logits, [B, 1 or T * N, S]; None where kernels run, and on a CPU
+        where all tokens see all of the first `keys`.
       place: where plain torch puts the keys of the tokens, int64 [B * T] of B * S; None where kernels run or without
         `extra`.
+      keys: plain torch looks at so many, the first.
     """
 
     past: Tensor
@@ -57,11 +61,17 @@ class Seen(NamedTuple):
     most: int
     bias: Tensor | None
     place: Tensor | None = None
+    keys: int = 0
 
 
 def on_gpu(x: Tensor) -> bool:
     """Whether there are kernels for tensors like this one."""
     return x.is_cuda and x.dtype == torch.bfloat16
+
+
+@functools.cache
+def _eps(device: torch.device) -> Tensor:
+    return torch.tensor(EPS, device=device)
 
 
 def see(past: Tensor, extra: Tensor | None, most: int, keys: int, heads: int, like: Tensor) -> Seen:
@@ -73,26 +83,24 @@ def see(past: Tensor, extra: Tensor | None, most: int, keys: int, heads: int, li
         first = visible + torch.arange(len(past), device=past.device)[:, None] * keys
         place = (first + key[: len(extra)]).flatten()
         visible = visible + extra.repeat_interleave(heads)
-    mask = key < visible[..., None]
-    return Seen(past, extra, most, torch.where(mask, 0.0, MASKED).to(like.dtype), place)
+    if past.device.type == "cpu":  # no graph is recorded there, so values may be looked at
+        keys = int(visible.max())
+        if bool((visible == keys).all()):
+            return Seen(past, extra, most, None, place, keys)
+    mask = key[:keys] < visible[..., None]
+    return Seen(past, extra, most, torch.where(mask, 0.0, MASKED).to(like.dtype), place, keys)
 
 
-def add_linear_(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
-    """`x += a @ w.T` in place: [M, D], [M, F], [D, F]."""
-    return x.addmm_(a, w.t())
+def add_linear(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
+    """`x + a @ w.T`: [M, D], [M, F], [D, F]; x may be overwritten."""
+    return onednn.linear_plus(a, w, x) if w.is_mkldnn else x.addmm_(a, w.t())
 
 
 def linear_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """`gelu(x @ w.T + b)`, tanh form: [M, D], [F, D], [F] to [M, F]."""
     if on_gpu(x):
         return torch._addmm_activation(b, x, w.t(), use_gelu=True)  # cuBLASLt's epilogue, which has the tanh form
-    return gelu(F.linear(x, w, b))
-
-
-def gelu(x: Tensor) -> Tensor:
-    """The tanh form, `x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 * x ** 3))`: a CPU has no fast tanh."""
-    y = x * x
-    return y.mul_(1.5957691216057308 * 0.044715).add_(1.5957691216057308).mul_(x).sigmoid_().mul_(x)
+    return onednn.linear_gelu(x, w, b)
 
 
 def layer_norm(x: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -111,7 +119,9 @@ def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
 
         return kernels.rms_norm(x, scale)
     x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + EPS) * scale).to(x.dtype)
+    norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+    norm = torch.addcmul(_eps(x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (x32 * norm).mul_(scale).to(x.dtype)
 
 
 def geglu(gate_up: Tensor) -> Tensor:
@@ -121,20 +131,30 @@ def geglu(gate_up: Tensor) -> Tensor:
 
         return kernels.geglu(gate_up)
     gate, up = gate_up.chunk(2, -1)
-    return gelu(gate).mul_(up)
+    return onednn.gelu(gate).mul_(up)
+
+
+def linear_geglu(x: Tensor, w: Tensor | GateUp, bias: Tensor | None = None) -> Tensor:
+    """`geglu(x @ w.T + bias)`: [M, D], [2F, D], the gate's rows first, and [2F] to [M, F]."""
+    if not isinstance(w, GateUp):
+        return geglu(F.linear(x, w, bias))
+    gate, up = (None, None) if bias is None else bias.chunk(2)
+    return onednn.linear_times(x, w.up, up, onednn.linear_gelu(x, w.gate, gate))
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs: [M, N, H] by float32 (cos, sin) [M, H/2, 2]; float32 x is overwritten."""
+    """Rotary embedding of neighbouring pairs: [M, N, H] by float32 (cos, sin) [M, H/2, 2], in float32; x of that dtype
+    is overwritten."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     pairs.mul_(torch.view_as_complex(turns)[:, None])
-    return torch.view_as_real(pairs).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs).flatten(-2)
 
 
 def rotate_qkv(qkv: Tensor, turns: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries [M, N * H], rotated keys [M, H] and values [M, H] of [M, (N + 2) * H]; qkv is overwritten."""
+    """Rotated queries [M, N * H], rotated keys [M, H] in float32 and values [M, H] of [M, (N + 2) * H], which is
+    overwritten."""
     turned = rotate(qkv[:, :-dim].unflatten(1, (-1, dim)), turns)
-    return turned[:, :-1].flatten(1), turned[:, -1], qkv[:, -dim:]
+    return turned[:, :-1].to(qkv.dtype).flatten(1), turned[:, -1], qkv[:, -dim:]
 
 
 def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -174,7 +194,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 
         return kernels.attend(q, k, v, seen)
     rows = q.reshape(len(k), -1, k.shape[2])  # heads share keys, so they are rows
-    return torch.bmm(torch.baddbmm(seen.bias, rows, k.transpose(1, 2)).softmax(-1), v).reshape(q.shape)
+    k, v = k[:, : seen.keys], v[:, : seen.keys]
+    by_key = k.transpose(1, 2)
+    logits = torch.bmm(rows, by_key) if seen.bias is None else torch.baddbmm(seen.bias, rows, by_key)
+    return torch.bmm(logits.softmax(-1), v).reshape(q.shape)
 
 
 def attend_all(qkv: Tensor, size: int, heads: int) -> Tensor:
@@ -193,15 +216,15 @@ def start(x: Tensor, scale: Tensor) -> Residual:
         from openpi_port.pi_torch.fast import kernels
 
         return kernels.start(x, scale)
-    x32 = x.float()
-    squares = torch.linalg.vector_norm(x32, dim=1, keepdim=True).square_()
-    return Residual(x, (x32 * scale).to(x.dtype), squares)
+    return Residual(x, rms_norm(x, scale), None)
 
 
 def normed_linear(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:
     """`norm(x) @ w.T + bias`: w [F, D], bias float32 [F] or None; [M, F], in float32 with a bias."""
-    norm = torch.rsqrt(stream.squares.sum(-1, keepdim=True) / w.shape[1] + EPS)
-    y = F.linear((stream.scaled * norm).to(w.dtype), w)  # in plain torch it is cheaper to divide first
+    x = stream.scaled
+    if stream.squares is not None:
+        x = x * torch.rsqrt(stream.squares.sum(-1, keepdim=True) / w.shape[1] + EPS)
+    y = F.linear(x.to(w.dtype), w)
     return y if bias is None else y + bias
 
 
@@ -213,22 +236,26 @@ def normed_qkv(
         from openpi_port.pi_torch.fast import kernels
 
         return kernels.normed_qkv(stream, w, bias, turns, k, v, seen.past)
-    q, keys, values = rotate_qkv(normed_linear(stream, w, bias).to(stream.x.dtype), turns, k.shape[2])
-    k.flatten(0, 1).index_copy_(0, seen.place, keys)
-    v.flatten(0, 1).index_copy_(0, seen.place, values)
+    qkv = onednn.linear(stream.scaled, w, None if bias is None else bias.to(stream.x.dtype))
+    q, keys, values = rotate_qkv(qkv, turns, k.shape[2])
+    for cache, new in ((k, keys), (v, values)):
+        if len(cache) == 1 and seen.bias is None:
+            cache[0, seen.keys - len(new) : seen.keys].copy_(new)
+        else:
+            cache.flatten(0, 1).index_copy_(0, seen.place, new.to(cache.dtype))
     return q
 
 
-def normed_geglu(stream: Residual, w: Tensor, bias: Tensor | None, factor: Tensor | None = None) -> Tensor:
+def normed_geglu(stream: Residual, w: Tensor | GateUp, bias: Tensor | None, factor: Tensor | None = None) -> Tensor:
     """`geglu` of `normed_linear`: w [2F, D], the gate's rows first, times `factor` where it is float8; [M, F]."""
     if on_gpu(stream.x):
         from openpi_port.pi_torch.fast import kernels
 
         return kernels.normed_geglu(stream, w, bias, factor)
-    return geglu(normed_linear(stream, _widened(w, factor, stream.x), bias).to(stream.x.dtype))
+    return linear_geglu(stream.scaled, _widened(w, factor, stream.x), None if bias is None else bias.to(stream.x.dtype))
 
 
-def _widened(w: Tensor, factor: Tensor | None, like: Tensor) -> Tensor:
+def _widened(w: Tensor | GateUp, factor: Tensor | None, like: Tensor) -> Tensor | GateUp:
     return w if factor is None else w.to(like.dtype) * factor
 
 
@@ -251,8 +278,8 @@ def add_projected(
         return kernels.add_projected(stream, a, w, gate, scale, factor)
     w = _widened(w, factor, a)
     if gate is None:
-        return start(torch.addmm(stream.x, a, w.t()), scale)
-    return start(stream.x + (F.linear(a, w) * gate).to(a.dtype), scale)
+        return start(onednn.linear_plus(a, w, stream.x), scale)
+    return start(stream.x + (onednn.linear(a, w) * gate).to(a.dtype), scale)
 
 
 def lift(x_t: Tensor, first: Tensor, bias: Tensor, tokens: int, *, swish: bool, dtype: torch.dtype) -> Residual:
@@ -274,8 +301,11 @@ def lift(x_t: Tensor, first: Tensor, bias: Tensor, tokens: int, *, swish: bool, 
 
         return kernels.lift(x_t, first, bias, tokens, swish=swish, dtype=dtype)
     x = F.linear(x_t, first, bias)
-    x = F.pad((F.silu(x) if swish else x).to(dtype), (0, 0, tokens - x_t.shape[1], 0)).flatten(0, 1)
-    return Residual(x, x, x)
+    x = (F.silu(x) if swish else x).to(dtype)
+    if tokens > x.shape[1]:
+        x = F.pad(x, (0, 0, tokens - x.shape[1], 0))
+    x = x.flatten(0, 1)
+    return Residual(x, x, None)
 
 
 def enter(x_t: Tensor, base: Tensor | None, entry: Entry, bias: Tensor, scale: Tensor, dtype: torch.dtype) -> Residual:

@@ -68,6 +68,13 @@ class Vision(NamedTuple):
     head_bias: Tensor
 
 
+class GateUp(NamedTuple):
+    """The halves of a GeGLU's weights, [F, D] each, where they are not one matrix (see `onednn`)."""
+
+    gate: Tensor
+    up: Tensor
+
+
 class Block(NamedTuple):
     """One layer of one Gemma expert, without norms.
 
@@ -81,7 +88,7 @@ class Block(NamedTuple):
 
     qkv: Tensor
     o: Tensor
-    gate_up: Tensor
+    gate_up: Tensor | GateUp
     down: Tensor
     gate_up_factor: Tensor | None = None
     down_factor: Tensor | None = None

@@ -1,0 +1,46 @@
+"""Prepared models on a CPU: bfloat16 is no less exact than the plain model's, and oneDNN's products are products."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from frameworks import NAMES, Framework, golden_reference
+from torch.nn import functional as F
+
+from openpi_port.config import Compute
+from openpi_port.pi_torch.fast import onednn
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_is_as_exact_as_the_plain_model(name, golden):
+    reference, framework = golden_reference(golden / "openpi" / "pi0"), Framework(name)
+    batch, weights = reference.batch, dict(reference.weights)
+    exact = framework.load(reference.config, weights).sample_actions(batch, batch["noise"], 3)
+    plain = framework.load(reference.config, weights, Compute(dtype="bfloat16"))
+    distance = lambda model: float(np.sqrt(np.square(model.sample_actions(batch, batch["noise"], 3) - exact).mean()))  # noqa: E731
+    error = distance(plain)
+    assert 0 < distance(framework.backend.fast.optimize(plain)) < 1.25 * error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_products(dtype):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
+    x, w, bias, other = draw(5, 24), draw(40, 24) * 0.2, draw(40), draw(5, 40)
+    laid_out = onednn.lay_out(w)
+    if not laid_out.is_mkldnn:
+        pytest.skip("oneDNN has no part in products of this dtype here")
+    product = F.linear(x.float(), w.float())
+    biased = product + bias.float()
+    ways = {
+        lambda w: onednn.linear(x, w): product,
+        lambda w: onednn.linear(x, w, bias): biased,
+        lambda w: onednn.linear_gelu(x, w, bias): F.gelu(biased, approximate="tanh"),
+        lambda w: onednn.linear_times(x, w, bias, other): biased * other.float(),
+        lambda w: onednn.linear_plus(x, w, other): product + other.float(),
+    }
+    near = {} if dtype == torch.float32 else {"atol": 0.03, "rtol": 0.02}
+    for way, want in ways.items():
+        for weight in (w, laid_out):
+            torch.testing.assert_close(way(weight).float(), want, **near)
