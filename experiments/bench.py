@@ -52,6 +52,8 @@ REPEAT = absl_flags.DEFINE_integer("repeat", 30, "timed calls", lower_bound=1)
 STEPS = absl_flags.DEFINE_integer("steps", 10, "timed training steps", lower_bound=1)
 FAST = absl_flags.DEFINE_bool("fast", False, "inference by the prepared model (pi_*/fast/)")
 FLOAT8 = absl_flags.DEFINE_bool("float8", False, "as --fast, with products in float8, torch only")
+CAMERAS = absl_flags.DEFINE_integer("cameras", None, "that inference sees; default all, of pi0-FAST two", 0)
+TOKENS = absl_flags.DEFINE_integer("tokens", None, "of inference's prompt; default all there is room for", 1)
 JSON = absl_flags.DEFINE_string("json", None, "also write the figures to this file")
 PLOT = absl_flags.DEFINE_string("plot", None, "also draw them, as PNG")
 COMPARE = absl_flags.DEFINE_list("compare", None, "two files of --json: print both, measure nothing")
@@ -76,7 +78,9 @@ def main() -> int:
     processes = Processes(Backend(config.backend))
     say = processes.say
     fast = FAST.value or FLOAT8.value
-    setting = Setting(config, parts.rates(config), fast, FLOAT8.value, REPEAT.value, STEPS.value)
+    setting = Setting(
+        config, parts.rates(config), fast, FLOAT8.value, REPEAT.value, STEPS.value, CAMERAS.value, TOKENS.value
+    )
     about = describe(setting)
     say(", ".join(f"{key} {value}" for key, value in about.items() if key != "command"))
     figures: list[report.Figure] = []

@@ -85,9 +85,11 @@ def euler_step(config: Pi0, prefix_tokens: int, size: int) -> Work:
     return layers(config.expert, rows, prefix_tokens + config.suffix_len, size) + ends + mix
 
 
-def token(config: Pi0Fast, keys: int, size: int) -> Work:
-    """One generated token of one sample, chosen from the whole vocabulary."""
-    return layers(config.language, 1, keys, size) + product(1, config.language.width, config.vocab_size, size)
+def token(config: Pi0Fast, keys: int, size: int, *, float8: bool = False) -> Work:
+    """One generated token of one sample, chosen from the whole vocabulary; MLPs in float8 as in `prefix`."""
+    language = config.language
+    saved = 0.5 * language.depth * float8 * product(1, language.width, 3 * language.mlp_dim, size)
+    return layers(language, 1, keys, size) + product(1, language.width, config.vocab_size, size) + -1 * saved
 
 
 def training_step(config: Train) -> tuple[Work, Work]:

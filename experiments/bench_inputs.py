@@ -57,6 +57,18 @@ def random_prompt(model: Pi0Fast, size: int) -> dict[str, Any]:
     }
 
 
+def shown(batch: dict[str, Any], cameras: int | None, tokens: int | None) -> dict[str, Any]:
+    """The batch with so many of its cameras and prompt tokens; None leaves them."""
+    some = dict(batch)
+    if cameras is not None:
+        masks = batch["image_mask"].items()
+        some["image_mask"] = {name: mask & (i < cameras) for i, (name, mask) in enumerate(masks)}
+    if tokens is not None:
+        prompt = batch["tokenized_prompt"]
+        some["tokenized_prompt_mask"] = np.tile(np.arange(prompt.shape[1]) < tokens, (len(prompt), 1))
+    return some
+
+
 def training_batch(config: Train) -> dict[str, Any]:
     """Noise with all that the run's loss reads."""
     model, size = config.model, config.batch_size

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from experiments import bench_floor as floors
 from experiments import bench_report as report
 from experiments.bench_floor import Rates, Work
-from experiments.bench_inputs import random_batch, random_prompt, random_weights, training_batch
+from experiments.bench_inputs import random_batch, random_prompt, random_weights, shown, training_batch
 from experiments.bench_report import Figure
 from openpi_port import memory, meshes
 from openpi_port.backends import Backend
@@ -43,6 +43,8 @@ class Setting:
       float8: which is prepared with products in float8.
       repeat: timed calls.
       steps: timed training steps.
+      cameras: that inference sees; None for all, of pi0-FAST two.
+      tokens: of its prompt; None for as many as there is room for, of pi0-FAST 180.
     """
 
     config: Train
@@ -51,6 +53,8 @@ class Setting:
     float8: bool
     repeat: int
     steps: int
+    cameras: int | None = None
+    tokens: int | None = None
 
     @property
     def backend(self) -> Backend:
@@ -85,6 +89,7 @@ def inference(setting: Setting) -> Iterator[Figure]:
         model = backend.fast.optimize(model, float8=setting.float8)
     flows = isinstance(config, Pi0)
     batch = random_batch(config, 1) if flows else random_prompt(config, 1)
+    batch = shown(batch, setting.cameras, setting.tokens)
     arguments = (batch, batch["noise"]) if flows else (batch, TOKENS)
     call = model.sample_actions if flows else model.decode
     call(*arguments)
@@ -267,7 +272,7 @@ def parts_of_a_chunk(config: Pi0 | Pi0Fast, batch: dict[str, Any], setting: Sett
     }
     if isinstance(config, Pi0):
         return work | {"step": floors.euler_step(config, tokens, size)}
-    return work | {"token": floors.token(config, tokens + TOKENS // 2, size)}
+    return work | {"token": floors.token(config, tokens + TOKENS // 2, size, float8=setting.float8)}
 
 
 def timed(call: Callable[[], Any], repeat: int, what: str) -> list[float]:

@@ -11,7 +11,7 @@ from frameworks import NAMES
 from small_policy import FAST, MODEL
 
 from configs import pi0_aloha
-from experiments import bench, bench_errors, bench_floor, bench_parts, bench_report
+from experiments import bench, bench_errors, bench_floor, bench_inputs, bench_parts, bench_report
 from experiments.bench_floor import Rates
 from experiments.bench_report import Figure
 from openpi_port.config import EXPERT, LANGUAGE, SIGLIP, Compute, Pi0, Pi0Fast, Train
@@ -45,6 +45,7 @@ def test_floors_at_base_size():
     assert (tera(step), step.bytes / 1e9) == pytest.approx((0.038, 0.641), rel=0.02)
     fast = Pi0Fast(SIGLIP["base"], LANGUAGE["base"])
     assert bench_floor.token(fast, 700, 2).bytes / 1e9 == pytest.approx(5.03, rel=0.01)
+    assert bench_floor.token(fast, 700, 2, float8=True).bytes / 1e9 == pytest.approx(3.22, rel=0.01)
     passes, optimizer = bench_floor.training_step(build(Train, pi0_aloha.get_config("base")))
     cameras = dataclasses.replace(build(Train, pi0_aloha.get_config("base")), batch_size=32)
     assert len(cameras.model.cameras) == 3 and tera(passes) / 32 == pytest.approx(12.1, rel=0.02)
@@ -84,6 +85,20 @@ def test_errors(config, dtype, expected):
     assert max(relative) < expected and (min(relative) == 0) == (dtype == "float32")
     with pytest.raises(UserError, match="tokens"):
         list(bench_errors.errors(setting(dataclasses.replace(config, model=FAST))))
+
+
+def test_some_cameras(config):
+    """What is not there is not in the floor either."""
+    config = dataclasses.replace(config, backend="torch")
+    some = {"cameras": len(MODEL.cameras) - 1, "tokens": 3}
+    products = Rates(bytes=1e30, operations=8e14)  # alone count
+    both = (dataclasses.replace(setting(config, **s), rates=products) for s in ({}, some))
+    whole, part = (list(bench_parts.inference(one)) for one in both)
+    for a, b in zip(whole[1:4], part[1:4], strict=True):
+        assert a.name == b.name and b.floor < a.floor
+    batch = bench_inputs.shown(bench_inputs.random_prompt(FAST, 2), 1, 3)
+    assert [m.tolist() for m in batch["image_mask"].values()][:2] == [[True, True], [False, False]]
+    assert batch["tokenized_prompt_mask"].sum(1).tolist() == [3, 3]
 
 
 def test_realtime(config):
@@ -151,7 +166,17 @@ def test_interrupted(config, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "PARTS", {"part": part})
     monkeypatch.setattr(bench.parts, "rates", lambda _: RATES)
     monkeypatch.setattr(bench.flags, "config", lambda: config)
-    values = {"COMPARE": None, "ONLY": ["part"], "FAST": False, "FLOAT8": False, "REPEAT": 1, "STEPS": 1, "PLOT": None}
+    values = {
+        "COMPARE": None,
+        "ONLY": ["part"],
+        "FAST": False,
+        "FLOAT8": False,
+        "CAMERAS": None,
+        "TOKENS": None,
+        "REPEAT": 1,
+        "STEPS": 1,
+        "PLOT": None,
+    }
     for name, value in {**values, "JSON": str(tmp_path / "a.json")}.items():
         monkeypatch.setattr(bench, name, SimpleNamespace(value=value))
     monkeypatch.setattr(bench.flags, "CONFIG", SimpleNamespace(value=1))
