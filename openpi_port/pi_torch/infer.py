@@ -113,7 +113,6 @@ class FastModel:
             return self.module.loss(devices.put(batch, self._device)).cpu().numpy()
 
     @torch.inference_mode()
-    @torch.inference_mode()
     def decode(
         self,
         batch: Batch,
