@@ -23,7 +23,7 @@ from openpi_port import init
 from openpi_port.config import Compute
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import infer, pi0_fast
-from openpi_port.pi_torch.fast import decode, float8, kernels, ops, pack, prepare, tiles
+from openpi_port.pi_torch.fast import decode, float8, kernels, onednn, ops, pack, prepare, tiles
 from openpi_port.pi_torch.fast.kernels import ends
 from openpi_port.pi_torch.fast.kernels import float8 as kernels_float8
 
@@ -196,6 +196,7 @@ def test_a_whole_chunk(golden, monkeypatch, name):
     want = plain.sample_actions(batch, batch["noise"], 1)
     monkeypatch.setattr(ends, "_exact_dot", lambda a, b, acc: tl.dot(a, b, acc))
     monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    monkeypatch.setattr(onednn, "lay_out", lambda w: w)
     gelu = torch.nn.functional.gelu
     monkeypatch.setattr(ops, "linear_gelu", lambda x, w, b: gelu(x @ w.t() + b, approximate="tanh"))
     got = Framework("torch").backend.fast.optimize(plain).sample_actions(batch, batch["noise"], 1)
