@@ -268,3 +268,10 @@ def test_a_member_without_a_name(tmp_path):
     config = build(Train, pi0_mixture.get_config("debug"))
     with pytest.raises(UserError, match=r"--config.mixture.bridge.repo_id= names no data set"):
         material.load(config)
+
+
+def test_an_error_names_the_member(tmp_path):
+    config = config_for(tmp_path)
+    toy = dataclasses.replace(config.mixture["toy"], episodes=(999,))
+    with pytest.raises(UserError, match=r"^config.mixture.toy.episodes: .* has no episode 999"):
+        material.load(dataclasses.replace(config, mixture={"toy": toy}))

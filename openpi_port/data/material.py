@@ -184,12 +184,17 @@ def load(config: Train, norm_stats: Mapping[str, NormStats] | None = None, *, re
     cache = FrameCache(model.vision.image_size, config.data.cache_gb) if config.data.cache_gb else None
     members = {}
     for name, data in config.datasets.items():
-        size = model.vision.image_size
-        train, validation = open_datasets(data, horizon=model.action_horizon, image_size=size, cache=cache)
-        found, source = _statistics(data, train, None if norm_stats is None else norm_stats[name])
-        if refuse and (warning := normalize.before_training(found, data.norm, source)):
-            print(f"warning: {warning}", file=sys.stderr)
-        members[name] = Member(data, train, validation, _steps(config, data, found, tokenizer, sequence), found)
+        size, continued = model.vision.image_size, None if norm_stats is None else norm_stats[name]
+        try:
+            train, validation = open_datasets(data, horizon=model.action_horizon, image_size=size, cache=cache)
+            found, source = _statistics(data, train, continued)
+            if refuse and (warning := normalize.before_training(found, data.norm, source)):
+                print(f"warning: {warning}", file=sys.stderr)
+            members[name] = Member(data, train, validation, _steps(config, data, found, tokenizer, sequence), found)
+        except UserError as error:  # which says "config.data", not knowing the data set's name
+            if not name:
+                raise
+            raise UserError(str(error).replace("config.data.", f"config.mixture.{name}.")) from error
     return Material(config, members, tokenizer, sequence)
 
 
