@@ -28,7 +28,7 @@ from experiments import flags
 from experiments.bench_errors import errors
 from experiments.bench_parts import Setting
 from experiments.processes import Processes
-from openpi_port.backends import Backend
+from openpi_port.backends import Backend, share_cores
 from openpi_port.config import Train
 from openpi_port.errors import UserError, near
 
@@ -74,6 +74,8 @@ def main() -> int:
     for flag in (JSON, PLOT):
         if flag.value:  # now, not when all is measured
             Path(flag.value).parent.mkdir(parents=True, exist_ok=True)
+    if FAST.value and "train" not in ONLY.value:  # a run would spread over those devices
+        share_cores()
     config = flags.config()
     processes = Processes(Backend(config.backend))
     say = processes.say

@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 
 from openpi_port import Policy
+from openpi_port.backends import share_cores
 from openpi_port.errors import UserError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory, gs://... or hf://user/name")
@@ -34,6 +35,8 @@ def policy() -> Policy:
     """
     if CHECKPOINT.value is None:
         raise UserError("--checkpoint= names no policy: give a directory, gs://... or hf://user/name")
+    if FAST.value:
+        share_cores()
     opened = Policy.from_pretrained(
         CHECKPOINT.value,
         BACKEND.value,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 NAMES = ("flax", "torch")
@@ -23,6 +24,16 @@ class Backend:
             raise AttributeError(module)
         path = "fast.prepare" if module == "fast" else module
         return importlib.import_module(f"openpi_port.pi_{self.name}.{path}")
+
+
+def share_cores() -> None:
+    """Lets a prepared model in Flax share its work among cores where it runs on a CPU; called before JAX is imported.
+
+    XLA computes operations as small as those of `mini` on one core each. So JAX gets two devices, unless the
+    environment says how many, and `pi_flax.fast.split` gives each half of the rows. torch shares every operation.
+    """
+    if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(min(2, os.cpu_count() or 1)))
 
 
 def of(model: object) -> Backend:

@@ -1,11 +1,16 @@
-"""Prepared models on a CPU: bfloat16 is no less exact than the plain model's, and oneDNN's products are products."""
+"""Prepared models on a CPU: as exact in bfloat16 as the plain model, oneDNN's products, rows over two devices."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from frameworks import NAMES, Framework, golden_reference
+from test_sharding import environment
 from torch.nn import functional as F
 
 from openpi_port.config import Compute
@@ -44,3 +49,20 @@ def test_products(dtype):
     for way, want in ways.items():
         for weight in (w, laid_out):
             torch.testing.assert_close(way(weight).float(), want, **near)
+
+
+def test_rows_over_two_devices():
+    """Flax in a process with a device per core: samples that differ, and a number of rows that is odd."""
+    call = "import openpi_port.backends as b; b.share_cores(); import test_fast_cpu; test_fast_cpu.check_rows()"
+    done = subprocess.run([sys.executable, "-c", call], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
+def check_rows() -> None:
+    reference = golden_reference(ROOT / "tests" / "golden" / "openpi" / "pi0")
+    framework, batch = Framework("flax"), reference.batch
+    model = framework.backend.fast.optimize(framework.load(reference.config, reference.weights))
+    got = model.sample_actions(batch, batch["noise"])
+    np.testing.assert_allclose(got, reference.outputs["sample_actions_10"], atol=1e-4, rtol=0)
+    assert model._how.mesh.size == 2
+    model.stages(batch, batch["noise"])["prefix"]()

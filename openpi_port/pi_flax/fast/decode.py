@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from openpi_port import config as configs
 from openpi_port.pi_flax.fast import flow, merge
-from openpi_port.pi_flax.fast.layers import Keys, Layer, Modulation, attend, mlp, qkv, rms, rotation
+from openpi_port.pi_flax.fast.layers import Keys, Layer, Modulation, attend, mlp, product, qkv, rms, rotation
 from openpi_port.pi_flax.gemma import Gemma
 from openpi_port.pi_flax.pi0_fast import Pi0Fast, Prompt
 
@@ -74,7 +74,7 @@ class Decoder:
             front = Keys(*(k[:, :P] for k in keys))
             attended = [attend(q[:, :P], front, length, fused=self._options.fused)]
             attended += [attend(q[:, P:], keys, seen)] if num else []
-            x = x + jnp.concatenate(attended, 1) @ layer.o
+            x = x + product(jnp.concatenate(attended, 1), layer.o)
             x = x + mlp(rms(x, layer.norm_mlp), layer)
 
         layer = w.language[-1]
@@ -82,7 +82,7 @@ class Decoder:
         cache.append(keys)
         last = (jnp.full(B, P + num) if num else length) - 1
         x, q = (jnp.take_along_axis(a, last.reshape(B, *[1] * (a.ndim - 1)), 1) for a in (x, q))
-        x = x + attend(q, keys, seen[:, -1:] if num else length) @ layer.o
+        x = x + product(attend(q, keys, seen[:, -1:] if num else length), layer.o)
         x = x + mlp(rms(x, layer.norm_mlp), layer)
         cache = [Keys(*(jnp.pad(k, ((0, 0), (0, room), (0, 0), (0, 0))) for k in keys)) for keys in cache]
         return Prompt(rms(x, w.norm)[:, 0], cache, jnp.arange(P) < length[:, None], length)

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from openpi_port import config as configs
-from openpi_port.pi_flax.fast import merge
+from openpi_port.pi_flax.fast import merge, split
 from openpi_port.pi_flax.fast.layers import (
     Keys,
     Layer,
@@ -28,6 +29,7 @@ from openpi_port.pi_flax.fast.layers import (
     block,
     layer_norm,
     mlp,
+    product,
     qkv,
     rms,
     rotation,
@@ -41,6 +43,7 @@ class Options(NamedTuple):
 
     fused: bool = False  # attention of images and prefix by cuDNN
     align: int = 8  # the cache's length is a multiple
+    mesh: Mesh | None = None  # devices that share the rows, see `split`
 
 
 class Weights(NamedTuple):
@@ -147,17 +150,18 @@ def see(w: merge.Vision, config: configs.Siglip, images: jax.Array, dtype: str, 
     if C == 0:
         return jnp.zeros((B, 0, w.head.shape[1]), dtype)
     patches = to_unit(images).reshape(B * C, side, patch, side, patch, 3).swapaxes(2, 3)
-    x = (patches.reshape(B * C, side * side, -1) @ w.patch + w.position).astype(dtype)
+    patches = split.rows(patches.reshape(B * C, side * side, -1), options.mesh)
+    x = (patches @ w.patch + w.position).astype(dtype)
     for layer in w.blocks:
-        x = block(x, layer, config.num_heads, fused=options.fused)
-    x = layer_norm(x, w.norm) @ w.head + w.head_bias
+        x = block(x, layer, config.num_heads, fused=options.fused, mesh=options.mesh)
+    x = product(layer_norm(x, w.norm), w.head) + w.head_bias
     return x.reshape(B, -1, x.shape[-1])
 
 
 def read(w: Weights, config: configs.Pi0, image_tokens: jax.Array, inputs: Inputs, options: Options) -> list[Keys]:
     """The prefix: what every step attends to, layer by layer, with room for the suffix."""
     x = prefix_tokens(w.embedding, image_tokens, inputs)
-    cache = run_language(w.language, config.language, x, inputs.length, fused=options.fused)
+    cache = run_language(w.language, config.language, x, inputs.length, options)
     room = round_up(x.shape[1] + config.suffix_len, options) - x.shape[1]
     return [Keys(*(jnp.pad(c, ((0, 0), (0, room), (0, 0), (0, 0))) for c in keys)) for keys in cache]
 
@@ -182,18 +186,19 @@ def round_up(length: int, options: Options) -> int:
 
 
 def run_language(
-    layers: tuple[Layer, ...], config: configs.Gemma, x: jax.Array, length: jax.Array, *, fused: bool
+    layers: tuple[Layer, ...], config: configs.Gemma, x: jax.Array, length: jax.Array, options: Options
 ) -> list[Keys]:
     """Keys and values of all layers of tokens x [B, S, D] that see one another; the first `length` [B] are valid."""
     heads, kv_heads = config.num_heads, config.num_kv_heads
-    by, cache = rotation(jnp.arange(x.shape[1])[None], config.head_dim), []
+    by, cache, x = rotation(jnp.arange(x.shape[1])[None], config.head_dim), [], split.rows(x, options.mesh)
     for w in layers[:-1]:
-        q, keys = qkv(rms(x, w.norm_attn), w.qkv, heads, kv_heads, by)
+        q, keys = qkv(rms(x, w.norm_attn), w.qkv, heads, kv_heads, by, options.mesh)
         cache.append(keys)
-        x = x + attend(q, keys, length, fused=fused) @ w.o
+        x = x + product(attend(q, keys, length, fused=options.fused), w.o)
         x = x + mlp(rms(x, w.norm_mlp), w)
     last = layers[-1]
-    return [*cache, qkv(rms(x, last.norm_attn), last.qkv[:, heads * config.head_dim :], 0, kv_heads, by)[1]]
+    y, own = rms(x, last.norm_attn), last.qkv[:, heads * config.head_dim :]
+    return [*cache, qkv(y, own, 0, kv_heads, by, options.mesh)[1]]
 
 
 def run(
@@ -205,6 +210,7 @@ def run(
     at: jax.Array | int,
     seen: jax.Array,
     modulation: Modulation | None,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, list[Keys]]:
     """Tokens x [B, T, D] through all layers.
 
@@ -217,19 +223,20 @@ def run(
       at: see there.
       seen: bool [B, 1 or T, S], which places of the cache they see then.
       modulation: of AdaRMS, [L, 2, ...] each.
+      mesh: see `split`.
 
     Returns:
       The last layer's output, and the cache.
     """
-    cache = list(cache)
+    cache, x = list(cache), split.rows(x, mesh)
     for i, w in enumerate(layers):
         attn, ffw = w.norm_attn, w.norm_mlp
         if modulation is not None:
             attn, ffw = (Modulation(*(m[i, n] for m in modulation)) for n in (0, 1))
-        q, new = qkv(rms(x, attn), w.qkv, config.num_heads, config.num_kv_heads, by)
+        q, new = qkv(rms(x, attn), w.qkv, config.num_heads, config.num_kv_heads, by, mesh)
         written = (jax.lax.dynamic_update_slice_in_dim(c, n, at, 1) for c, n in zip(cache[i], new, strict=True))
         cache[i] = Keys(*written)
-        x = add(x, attend(q, cache[i], seen) @ w.o, attn)
+        x = add(x, product(attend(q, cache[i], seen), w.o), attn)
         x = add(x, mlp(rms(x, ffw), w), ffw)
     return x, cache
 
@@ -244,6 +251,7 @@ def step(
     time: Times,
     *,
     with_state: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, list[Keys]]:
     """One Euler step.
 
@@ -254,6 +262,7 @@ def step(
       cache: keys and values of the prefix; then come the state's and the actions'.
       time: of this step, without the axis E.
       with_state: the state's token goes through too, ahead of the actions, which it doesn't see.
+      mesh: see `split`.
 
     Returns:
       x_t of the next time, and the cache.
@@ -261,7 +270,7 @@ def step(
     x = x_t @ w.actions_in + time.bias
     if w.mix_out is not None:
         kernel, bias = w.mix_out
-        x = jax.nn.swish(x).astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)
+        x = product(jax.nn.swish(x).astype(dtype), kernel.astype(dtype)) + bias.astype(dtype)
     x = x.astype(dtype)
     start = inputs.images.shape[1] * config.vision.num_tokens + inputs.prompt.shape[1]
     actions, end = start + (w.state is not None), start + config.suffix_len
@@ -274,7 +283,7 @@ def step(
         x, at = jnp.concatenate([state[:, None].astype(dtype), x], 1), start
         seen = seen & ((place < actions) | (jnp.arange(x.shape[1])[:, None] > 0))
     by = rotation(inputs.length[:, None] + jnp.arange(at, end) - start, config.expert.head_dim)
-    x, cache = run(w.expert, config.expert, x, cache, by, at, seen, time.layers)
+    x, cache = run(w.expert, config.expert, x, cache, by, at, seen, time.layers, mesh)
     last = w.last_norm if time.last is None else time.last
     velocity = rms(x[:, -x_t.shape[1] :], last).astype(jnp.float32) @ w.actions_out + w.out_bias
     return x_t + time.dt * velocity, cache
@@ -287,16 +296,17 @@ def integrate(
     all_times: Times,
     cache: list[Keys],
     inputs: Inputs,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Euler steps from noise to actions."""
     carry = (inputs.noise, cache)
     if w.state is not None:
         first = jax.tree.map(lambda x: x[0], all_times)
         all_times = jax.tree.map(lambda x: x[1:], all_times)
-        carry = step(w, config, dtype, inputs, *carry, first, with_state=True)
+        carry = step(w, config, dtype, inputs, *carry, first, with_state=True, mesh=mesh)
 
     def body(carry: tuple, time: Times) -> tuple[tuple, None]:
-        return step(w, config, dtype, inputs, *carry, time), None
+        return step(w, config, dtype, inputs, *carry, time, mesh=mesh), None
 
     return jax.lax.scan(body, carry, all_times)[0][0]
 
@@ -307,4 +317,4 @@ def sample(
     """A chunk of actions, float32 [B, A, J]; see `Pi0.sample_actions`."""
     tokens = see(w.vision, config.vision, inputs.images, dtype, options)
     cache = read(w, config, tokens, inputs, options)
-    return integrate(w, config, dtype, all_times, cache, inputs)
+    return integrate(w, config, dtype, all_times, cache, inputs, options.mesh)

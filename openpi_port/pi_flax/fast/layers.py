@@ -13,8 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import Mesh
 
 from openpi_port.pi_flax.attention import MASKED
+from openpi_port.pi_flax.fast import split
 
 
 class Block(NamedTuple):
@@ -63,6 +65,15 @@ class Keys(NamedTuple):
 
     k: jax.Array
     v: jax.Array
+
+
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x @ w`. On a CPU by way of float32: XLA has bfloat16 kernels for that, and before JAX 0.11 for that alone."""
+
+    def wide(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, w, cpu=wide, default=jnp.matmul)
 
 
 def rotation(positions: jax.Array, head_dim: int, max_wavelength: float = 10_000.0) -> Rotation:
@@ -129,27 +140,33 @@ def attend(q: jax.Array, keys: Keys, seen: jax.Array | None, *, fused: bool = Fa
         by_token = logits.reshape(B, K, T, N // K, -1)
         logits = jnp.where(seen[:, None, :, None], by_token, MASKED).reshape(logits.shape)
     probs = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
-    return rearrange(probs @ v, "B K (T G) H -> B T (K G H)", T=T)
+    return rearrange(product(probs, v), "B K (T G) H -> B T (K G H)", T=T)
 
 
-def block(x: jax.Array, w: Block, heads: int, *, fused: bool) -> jax.Array:
-    """One layer of the vision transformer, x [B, T, D]."""
+def block(x: jax.Array, w: Block, heads: int, *, fused: bool, mesh: Mesh | None = None) -> jax.Array:
+    """One layer of the vision transformer, x [B, T, D]; see `split` for `mesh`."""
     B, T, D = x.shape
-    qkv = (layer_norm(x, w.norm_attn) @ w.qkv + w.qkv_bias).reshape(B, T, 3 * heads, D // heads)
-    q, k, v = jnp.split(qkv, 3, axis=2)
-    x = x + (attend(q, Keys(k, v), None, fused=fused) @ w.o + w.o_bias)
-    return x + (jax.nn.gelu(layer_norm(x, w.norm_mlp) @ w.up + w.up_bias, approximate=True) @ w.down + w.down_bias)
+    qkv = (product(layer_norm(x, w.norm_attn), w.qkv) + w.qkv_bias).reshape(B, T, 3 * heads, D // heads)
+    q, keys = qkv[:, :, :heads], split.whole(qkv[:, :, heads:], mesh)
+    x = x + (product(attend(q, Keys(*jnp.split(keys, 2, axis=2)), None, fused=fused), w.o) + w.o_bias)
+    hidden = jax.nn.gelu(product(layer_norm(x, w.norm_mlp), w.up) + w.up_bias, approximate=True)
+    return x + (product(hidden, w.down) + w.down_bias)
 
 
-def qkv(x: jax.Array, w: jax.Array, heads: int, kv_heads: int, by: Rotation) -> tuple[jax.Array, Keys]:
-    """Rotated queries [B, T, N, H] and the keys of a normed x [B, T, D]; `heads` may be 0."""
+def qkv(
+    x: jax.Array, w: jax.Array, heads: int, kv_heads: int, by: Rotation, mesh: Mesh | None = None
+) -> tuple[jax.Array, Keys]:
+    """Rotated queries [B, T, N, H] and the keys of a normed x [B, T, D]; `heads` may be 0; see `split` for `mesh`."""
     B, T, _ = x.shape
-    y = (x @ w).reshape(B, T, heads + 2 * kv_heads, -1)
+    y = product(x, w).reshape(B, T, heads + 2 * kv_heads, -1)
     q, k, v = jnp.split(y, [heads, heads + kv_heads], axis=2)
-    return rotate(q, by), Keys(rotate(k, by), v)
+    if mesh is None:
+        return rotate(q, by), Keys(rotate(k, by), v)
+    keys = split.whole(jnp.concatenate([rotate(k, by), v], axis=2), mesh)  # in one exchange
+    return rotate(q, by), Keys(*jnp.split(keys, 2, axis=2))
 
 
 def mlp(x: jax.Array, w: Layer) -> jax.Array:
     """GeGLU."""
-    gate, up = jnp.split(x @ w.gate_up, 2, axis=-1)
-    return (jax.nn.gelu(gate, approximate=True) * up) @ w.down
+    gate, up = jnp.split(product(x, w.gate_up), 2, axis=-1)
+    return product(jax.nn.gelu(gate, approximate=True) * up, w.down)

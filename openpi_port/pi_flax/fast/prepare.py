@@ -24,7 +24,7 @@ from openpi_port.batch import Batch
 from openpi_port.errors import UserError
 from openpi_port.grammar import Grammar
 from openpi_port.pi_flax import device as devices
-from openpi_port.pi_flax.fast import decode, flow, options, transfer
+from openpi_port.pi_flax.fast import decode, flow, options, split, transfer
 from openpi_port.pi_flax.infer import FastModel, Model
 from openpi_port.pi_flax.pi0 import Pi0
 from openpi_port.pi_flax.pi0_fast import Pi0Fast
@@ -63,13 +63,17 @@ class Prepared:
         self._plain = model
         (self._device,) = model.module.gemma.embedding[...].devices()
         self._dtype = self.module.compute.dtype
-        self._how = how = options.flow(self.module.compute, self._device) if how is None else how
+        how = options.flow(self.module.compute, self._device) if how is None else how
         with devices.precision(self.module.compute):
             self._weights = flow.weights(self.module)
+        self._how = how = how._replace(mesh=split.mesh(self._device, self._weights))
+        self._weights = split.everywhere(self._weights, how.mesh)
         config, dtype = self.config, self._dtype
         self._times: dict[int, flow.Times] = {}
         self._sample = jax.jit(
-            lambda w, times, flat, layout: flow.sample(w, config, dtype, times, transfer.unpack(flat, layout), how),
+            lambda w, times, flat, layout: flow.sample(
+                w, config, dtype, times, split.whole(transfer.unpack(flat, layout), how.mesh), how
+            ),
             static_argnums=3,
         )
         self._see = jax.jit(lambda w, images: flow.see(w.vision, config.vision, images, dtype, how))
@@ -101,7 +105,8 @@ class Prepared:
         Returns:
           "vision" and "prefix"; what is left are the steps.
         """
-        w, inputs = self._weights, devices.put(self._inputs(batch, noise), self._device)
+        inputs = split.everywhere(devices.put(self._inputs(batch, noise), self._device), self._how.mesh)
+        w = self._weights
         with devices.precision(self.module.compute):
             tokens = self._see(w, inputs.images)
         return {
@@ -117,7 +122,8 @@ class Prepared:
     def _times_of(self, num_steps: int) -> flow.Times:
         if num_steps not in self._times:
             graph, state = nnx.split(self.module)
-            self._times[num_steps] = jax.jit(lambda state: flow.times(nnx.merge(graph, state), num_steps))(state)
+            times = jax.jit(lambda state: flow.times(nnx.merge(graph, state), num_steps))(state)
+            self._times[num_steps] = split.everywhere(times, self._how.mesh)
         return self._times[num_steps]
 
 
