@@ -69,8 +69,11 @@ class Trainer:
         self._loss = self._layout.fill(loss, weights)
         how = _compile(config, self._layout.device)
         if how != "none":
+            options = {"comprehensive_padding": False}  # to rows with gaps cuBLAS doesn't add a bias as it multiplies
             for layer in (*module.vision.blocks, *module.gemma.layers):  # all of a kind share what is compiled
-                layer.forward = torch.compile(layer.forward, dynamic=False)  # FSDP's hooks stay outside
+                layer.forward = torch.compile(
+                    layer.forward, dynamic=False, options=options
+                )  # FSDP's hooks stay outside
         trained = {n: self._layout.parts[n] for n, p in self._layout.parameters.items() if p.requires_grad}
         mu, nu = ({name: torch.zeros_like(p) for name, p in trained.items()} for _ in range(2))
         average = {name: p.detach().clone() for name, p in trained.items()} if config.optimizer.ema else None
