@@ -47,7 +47,8 @@ class Gradients:
         self._parameters, self._parts, self._stays = parameters, parts, False
         self._sparse = sparse and _EMBEDDING in parameters
         model.gemma.sparse = self._sparse
-        self.together, self._sums = _together({n: p for n, p in parameters.items() if n in summed}, dtype)
+        device = next(iter(parameters.values())).device
+        self.together, self._sums = _together({n: p for n, p in parameters.items() if n in summed}, dtype, device)
         for name, total in self._sums.items():
             owner, _, leaf = name.rpartition(".")
             if leaf == "weight":
@@ -92,10 +93,9 @@ class Gradients:
                 parameter.grad.zero_()
 
 
-def _together(like: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+def _together(like: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
     """Zeros in the shapes of named tensors, as pieces of one tensor; and that tensor."""
     sizes = [-(-x.numel() // 128) * 128 for x in like.values()]  # so that all begin where reading is fastest
-    device = next((x.device for x in like.values()), None)
     whole = torch.zeros(sum(sizes), dtype=dtype, device=device)
     pieces = zip(whole.split(sizes), like.items(), strict=True)
     # As data: autograd would take a change of one for a change of all.
