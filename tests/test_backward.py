@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from openpi_port.pi_flax.attention import attention
-from openpi_port.pi_flax.fast import backward
+from openpi_port.pi_flax.fast import attend, backward
 
 
 def normals(*shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -22,16 +22,31 @@ def masked(q, k, v):
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), jnp.repeat(v, 4, 2)).reshape(*q.shape[:2], -1)
 
 
-def attend(backend):
-    def attend(q, k, v):
+def attended(backend):
+    def attended(q, k, v):
         return attention(q, k, v, jnp.broadcast_to(jnp.arange(7) < 6, (2, 5, 7)), backend)
 
-    return attend
+    return attended
 
 
 def layer_norm(x, scale, bias):
     centred = x - x.mean(-1, keepdims=True)
     return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-6) * scale + bias
+
+
+@jax.custom_vjp
+def by_products(q, k, v):
+    return masked(q, k, v)
+
+
+def by_products_backward(operands, gradient):
+    q, k, v = operands
+    out, gradient = (x.reshape(q.shape) for x in (masked(q, k, v), gradient))
+    logits = jnp.einsum("btnh,bsh->bnts", q, k[:, :6, 0])
+    return attend.gradients(*operands, jnp.full(2, 6), out, jax.nn.logsumexp(logits, -1), gradient, 1.0)
+
+
+by_products.defvjp(lambda *x: (by_products(*x), x), by_products_backward)
 
 
 @pytest.mark.parametrize(
@@ -41,8 +56,9 @@ def layer_norm(x, scale, bias):
         ("positions", backward.add_to_each, lambda x, table: x + table, [(3, 5, 16), (5, 16)]),
         ("gelu", backward.gelu, lambda x: jax.nn.gelu(x, approximate=True), [(3, 16)]),
         ("finished", backward.finished, lambda x: x, [(3, 16)]),
-        ("plain attention", attend("plain"), masked, [(2, 5, 4, 8), (2, 7, 1, 8), (2, 7, 1, 8)]),
-        ("few queries, keys padded", attend("cudnn"), masked, [(2, 5, 4, 8), (2, 7, 1, 8), (2, 7, 1, 8)]),
+        ("plain attention", attended("plain"), masked, [(2, 5, 4, 8), (2, 7, 1, 8), (2, 7, 1, 8)]),
+        ("attention by products", by_products, masked, [(2, 5, 4, 8), (2, 7, 1, 8), (2, 7, 1, 8)]),
+        ("few queries, keys padded", attended("cudnn"), masked, [(2, 5, 4, 8), (2, 7, 1, 8), (2, 7, 1, 8)]),
     ],
 )
 def test_values_and_gradients(name, found, expected, shapes):

@@ -24,6 +24,7 @@ from einops import rearrange
 from openpi_port.config import Compute
 from openpi_port.errors import UserError
 from openpi_port.masks import UNSEEN, Blocks, dense
+from openpi_port.pi_flax.fast import attend
 
 MASKED = -2.3819763e38  # big_vision's value for a forbidden logit; a fully masked row becomes uniform
 BACKENDS = ("plain", "cudnn", "splash")
@@ -131,9 +132,12 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | _Front | 
         mask = _Front(jnp.broadcast_to(jnp.arange(keys), (size, keys)), jnp.full(size, keys, jnp.int32))
     if isinstance(mask, _Front):
         k, v = (_bring(x, mask.order) for x in (k, v))
-    q, k, v = (_padded(x, x.shape[1] % 2) for x in (q, k, v))  # the kernel wants even lengths
-    fused = partial(jax.nn.dot_product_attention, q, k, v, scale=scale, implementation="cudnn")
-    if mask is None:
+    products = isinstance(mask, _Front) and attend.usable(q, k)
+    q, *kv = (_padded(x, -x.shape[1] % (8 if products else 2)) for x in (q, k, v))  # the kernels want even lengths
+    fused = partial(jax.nn.dot_product_attention, q, *kv, scale=scale, implementation="cudnn")
+    if products:
+        out = attend.attention(q, *kv, mask.length, scale)
+    elif mask is None:
         out = fused()
     elif isinstance(mask, _Front):
         out = fused(key_value_seq_lengths=mask.length)
