@@ -51,7 +51,7 @@ class Compute:
         a CPU.
       compile: how training is compiled. torch: each kind of layer once ("layers"), that and all of a pass recorded as
         one launch ("graph", of pi0 and pi0.5 that are not split), or nothing ("none"). Flax: layers as a loop ("scan")
-        or one after another ("unrolled": faster on a GPU). "auto" is "graph" on one GPU, "layers" on several or split,
+        or one after another ("unrolled": faster on a GPU). "auto" is "graph" on GPUs, "layers" where that can't be,
         and "none" on a CPU; in Flax "unrolled" where models are trained on a GPU and nothing is frozen, else "scan".
       gradients: dtype in which the gradients of `Train.microbatches` (and in torch of devices that each hold the whole
         state) are added up, where weights are used in bfloat16: that is the dtype they are computed in, so with one

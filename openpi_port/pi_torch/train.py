@@ -246,7 +246,7 @@ def _compile(config: Config, device: torch.device) -> str:
     whole = whole and not config.insulate  # which picks tokens by their values
     name = config.compute.compile
     if name == "auto":
-        return "none" if not on_gpu else "graph" if whole and devices.count() == 1 else "layers"
+        return "none" if not on_gpu else "graph" if whole else "layers"
     if name not in ("none", "layers", "graph"):
         raise UserError(f"config.compute.compile={name!r}: torch has auto, none, layers, graph")
     if name == "graph" and not (whole and on_gpu):

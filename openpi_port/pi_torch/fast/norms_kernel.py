@@ -64,7 +64,7 @@ def _gradients(
     sum_s = tl.zeros([BLOCK], tl.float32)
     sum_b = tl.zeros([BLOCK], tl.float32)
     begin = program.to(tl.int64) * each
-    for row in range(begin, tl.minimum(begin + each, rows)):
+    for row in tl.range(begin, tl.minimum(begin + each, rows), num_stages=3):  # the next rows are read meanwhile
         here = row * WIDTH + at
         v = tl.load(x + here, inside, 0.0).to(tl.float32)
         g = tl.load(gradient + here, inside, 0.0).to(tl.float32)
