@@ -18,6 +18,8 @@ from openpi_port.batch import leave_out
 from openpi_port.config import Compute, Optimizer, Train
 from openpi_port.errors import UserError
 from openpi_port.fields import build
+from openpi_port.pi_torch.fast.gradients import Gradients
+from openpi_port.pi_torch.infer import build as build_torch
 from openpi_port.pi_torch.layers import Linear
 from openpi_port.pi_torch.siglip import Block
 from openpi_port.schedule import euler_times, learning_rate
@@ -216,6 +218,15 @@ def test_gradients_that_stay_where_they_are():
     assert found[0][0] == found[1][0]
     for name, value in found[0][1].items():
         np.testing.assert_array_equal(found[1][1][name], value, err_msg=name)
+
+
+def test_sums_are_where_the_parameters_are():
+    """Also where there is nothing to add up."""
+    model = build_torch(run_config().model, Compute())  # on the meta device
+    for summed in ([], ["gemma.layers.0.experts.0.q.weight"]):
+        parameters = dict(model.named_parameters())
+        gradients = Gradients(model, parameters, summed, torch.bfloat16, 1, sparse=True)
+        assert gradients.together.device == parameters["gemma.embedding"].device
 
 
 def test_what_a_compiled_layer_keeps():
