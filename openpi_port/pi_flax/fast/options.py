@@ -25,14 +25,20 @@ def flow(compute: Compute, device: jax.Device) -> flows.Options:
     return flows.Options(fused=compute.attention == "cudnn", align=TILE)
 
 
-def training(device: jax.Device, shape: tuple[int, int]) -> dict[str, bool]:
+def training(device: jax.Device, shape: tuple[int, int]) -> dict[str, bool | int]:
     """XLA's options for a training step on a mesh of that shape (`data`, `fsdp`).
+
+    Products are cuBLAS's; Triton's were no faster. XLA merges products that read the same, at its own threshold also
+    vision's queries with keys and the prefix's queries with both, of 32 samples, and then copies them apart.
 
     Where devices hold copies of the state, the scheduler that hides latency takes all memory that is free and hides no
     more than without it: sums over devices begin where a gradient is there, and nothing waits for them until the end.
     """
-    copies = device.platform == "gpu" and shape[0] > 1 and shape[1] == 1
-    return {"xla_gpu_enable_latency_hiding_scheduler": False} if copies else {}
+    if device.platform != "gpu":
+        return {}
+    chosen = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 24}
+    copies = shape[0] > 1 and shape[1] == 1
+    return chosen | ({"xla_gpu_enable_latency_hiding_scheduler": False} if copies else {})
 
 
 def keep_programs(device: jax.Device) -> None:
