@@ -71,9 +71,7 @@ class Trainer:
         if how != "none":
             options = {"comprehensive_padding": False}  # to rows with gaps cuBLAS doesn't add a bias as it multiplies
             for layer in (*module.vision.blocks, *module.gemma.layers):  # all of a kind share what is compiled
-                layer.forward = torch.compile(
-                    layer.forward, dynamic=False, options=options
-                )  # FSDP's hooks stay outside
+                layer.forward = torch.compile(layer.forward, dynamic=False, options=options)  # inside FSDP's hooks
         trained = {n: self._layout.parts[n] for n, p in self._layout.parameters.items() if p.requires_grad}
         mu, nu = ({name: torch.zeros_like(p) for name, p in trained.items()} for _ in range(2))
         average = {name: p.detach().clone() for name, p in trained.items()} if config.optimizer.ema else None

@@ -86,11 +86,11 @@ class Gradients:
     def clear(self) -> None:
         """After a step."""
         self.together.zero_()
-        for parameter in self._autograd.values():
-            if not self._stays:
+        if not self._stays:
+            for parameter in self._autograd.values():
                 parameter.grad = None
-            elif self._parts > 1:
-                parameter.grad.zero_()
+        elif self._parts > 1:
+            torch._foreach_zero_([parameter.grad for parameter in self._autograd.values()])
 
 
 def _together(like: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
