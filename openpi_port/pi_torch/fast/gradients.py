@@ -89,7 +89,7 @@ class Gradients:
         if not self._stays:
             for parameter in self._autograd.values():
                 parameter.grad = None
-        elif self._parts > 1:
+        elif self._parts > 1 and self._autograd:
             torch._foreach_zero_([parameter.grad for parameter in self._autograd.values()])
 
 
