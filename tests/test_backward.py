@@ -1,6 +1,8 @@
-"""Flax's operations with gradients of their own: what JAX derives from the plain formulas."""
+"""What makes Flax's training fast: gradients of its own are what JAX derives from the plain formulas."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from openpi_port.pi_flax.attention import attention
-from openpi_port.pi_flax.fast import attend, backward
+from openpi_port.pi_flax.fast import attend, backward, options
 
 
 def normals(*shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -71,3 +73,13 @@ def test_values_and_gradients(name, found, expected, shapes):
 
 def gradients(function, operands, weight):
     return jax.grad(lambda *x: (function(*x) * weight).sum(), tuple(range(len(operands))))(*operands)
+
+
+def test_options_are_known_to_xla():
+    """XLA refuses a name that it doesn't know, also one for GPUs on a CPU."""
+    gpu, cpu = SimpleNamespace(platform="gpu"), jax.devices("cpu")[0]
+    for shape in ((1, 1), (2, 1), (1, 2)):
+        chosen = options.training(gpu, shape)
+        assert ("xla_gpu_enable_latency_hiding_scheduler" in chosen) == (shape == (2, 1))
+        assert jax.jit(lambda x: 2 * x, compiler_options=chosen)(1.0) == 2
+    assert options.training(cpu, (2, 1)) == {}

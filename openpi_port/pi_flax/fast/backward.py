@@ -71,7 +71,7 @@ def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Ar
 def _layer_norm_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, mean, inverse, scale, bias = saved
 
-    def read(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def read(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:  # anew, for each of the two passes
         x, gradient = (part.astype(jnp.float32) for part in jax.lax.optimization_barrier((x, gradient)))
         return (x - mean) * inverse, gradient
 
