@@ -142,19 +142,21 @@ def linear_geglu(x: Tensor, w: Tensor | GateUp, bias: Tensor | None = None) -> T
     return onednn.linear_times(x, w.up, up, onednn.linear_gelu(x, w.gate, gate))
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs: [M, N, H] by float32 (cos, sin) [M, H/2, 2], in float32; x of that dtype
-    is overwritten."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    pairs.mul_(torch.view_as_complex(turns)[:, None])
-    return torch.view_as_real(pairs).flatten(-2)
-
-
 def rotate_qkv(qkv: Tensor, turns: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries [M, N * H], rotated keys [M, H] in float32 and values [M, H] of [M, (N + 2) * H], which is
-    overwritten."""
-    turned = rotate(qkv[:, :-dim].unflatten(1, (-1, dim)), turns)
-    return turned[:, :-1].to(qkv.dtype).flatten(1), turned[:, -1], qkv[:, -dim:]
+    """Rotary embedding of neighbouring pairs, in float32.
+
+    Args:
+      qkv: [M, (N + 2) * H]; float32 is overwritten.
+      turns: float32 [M, H/2, 2], cos and sin.
+      dim: H.
+
+    Returns:
+      Rotated queries [M, N * H], rotated keys [M, H] in float32, and values [M, H].
+    """
+    x = qkv.float()
+    pairs = torch.view_as_complex(x.view(len(x), -1, dim // 2, 2))
+    pairs[:, :-1].mul_(torch.view_as_complex(turns)[:, None])
+    return x[:, : -2 * dim].to(qkv.dtype), x[:, -2 * dim : -dim], qkv[:, -dim:]
 
 
 def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor) -> Tensor:
