@@ -162,7 +162,8 @@ def read(w: Weights, config: configs.Pi0, image_tokens: jax.Array, inputs: Input
     """The prefix: what every step attends to, layer by layer, with room for the suffix."""
     x = prefix_tokens(w.embedding, image_tokens, inputs)
     cache = run_language(w.language, config.language, x, inputs.length, options)
-    room = round_up(x.shape[1] + config.suffix_len, options) - x.shape[1]
+    suffix = config.suffix_len + split.spare(config.suffix_len, options.mesh)
+    room = round_up(x.shape[1] + suffix, options) - x.shape[1]
     return [Keys(*(jnp.pad(c, ((0, 0), (0, room), (0, 0), (0, 0))) for c in keys)) for keys in cache]
 
 
@@ -281,11 +282,14 @@ def step(
         kernel, bias = w.state
         state = inputs.state @ kernel.astype(jnp.float32) + bias
         x, at = jnp.concatenate([state[:, None].astype(dtype), x], 1), start
-        seen = seen & ((place < actions) | (jnp.arange(x.shape[1])[:, None] > 0))
-    by = rotation(inputs.length[:, None] + jnp.arange(at, end) - start, config.expert.head_dim)
+    spare = split.spare(end - at, mesh)  # rows behind all others, whose keys nothing sees
+    if with_state:
+        seen = seen & ((place < actions) | (jnp.arange(end - at + spare)[:, None] > 0))
+    x = jnp.pad(x, ((0, 0), (0, spare), (0, 0)))
+    by = rotation(inputs.length[:, None] + jnp.arange(at, end + spare) - start, config.expert.head_dim)
     x, cache = run(w.expert, config.expert, x, cache, by, at, seen, time.layers, mesh)
     last = w.last_norm if time.last is None else time.last
-    velocity = rms(x[:, -x_t.shape[1] :], last).astype(jnp.float32) @ w.actions_out + w.out_bias
+    velocity = rms(x[:, actions - at : end - at], last).astype(jnp.float32) @ w.actions_out + w.out_bias
     return x_t + time.dt * velocity, cache
 
 

@@ -23,6 +23,11 @@ def mesh(device: jax.Device, weights: Any) -> Mesh | None:
     return Mesh(devices, "rows")
 
 
+def spare(rows: int, mesh: Mesh | None) -> int:
+    """How many rows are missing to as many on each device."""
+    return 0 if mesh is None else -rows % mesh.size
+
+
 def everywhere(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays with a copy on each device."""
     return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, P()))
