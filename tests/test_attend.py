@@ -8,6 +8,7 @@ import os
 import pytest
 import torch
 
+from openpi_port.masks import UNSEEN, Blocks, dense
 from openpi_port.pi_torch import attention
 from openpi_port.pi_torch.fast import attend
 
@@ -16,41 +17,45 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, S, N, H = 2, 9, 21, 3, 64
 
 
-def inputs() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Queries, keys and values; which keys are valid, not equally many; and the gradient of the output."""
+def inputs(blocks: bool) -> tuple[list[torch.Tensor], Blocks, torch.Tensor]:
+    """Queries, keys and values; who sees which keys, not equally many in both samples; and the output's gradient."""
     generator = torch.Generator().manual_seed(0)
     shapes = (B, T, N, H), (B, S, 1, H), (B, S, 1, H), (B, T, N, H)
     *qkv, gradient = (0.3 * torch.randn(shape, generator=generator) for shape in shapes)
-    valid = torch.tensor([[True] * 15 + [False] * 6, [False] * 4 + [True] * 17])
-    return [x.to(DEVICE).requires_grad_() for x in qkv], valid.to(DEVICE), gradient.to(DEVICE)
+    keys = torch.tensor(
+        [[0] * 15 + [UNSEEN] * 2 + [1, 2, 2, 2], [UNSEEN] * 4 + [0] * 13 + [1, 2, 2, 2]], dtype=torch.int32
+    )
+    queries = torch.tensor([[1] + [2] * (T - 1)] * B, dtype=torch.int32).to(DEVICE) if blocks else None
+    return [x.to(DEVICE).requires_grad_() for x in qkv], Blocks(queries, keys.to(DEVICE)), gradient.to(DEVICE)
 
 
-def test_against_plain():
-    (q, k, v), valid, gradient = inputs()
-    plain = attention._plain(q, k, v, valid[:, None]).view_as(q)
-    mask = attention._packed(valid)
-    found = attend.attention(q, k[:, :, 0], v[:, :, 0], valid, mask.order, mask.keys).view_as(q)
+@pytest.mark.parametrize("blocks", [False, True])
+def test_against_plain(blocks):
+    (q, k, v), mask, gradient = inputs(blocks)
+    plain = attention._plain(q, k, v, dense(mask)).view_as(q)
+    found = attend.attention(q, k[:, :, 0], v[:, :, 0], mask).view_as(q)
     torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
     mine, wanted = (torch.autograd.grad(x, (q, k, v), gradient) for x in (found, plain))
     for a, b in zip(mine, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert not mine[1][~valid].any() and not mine[2][~valid].any()
+    unseen = mask.keys == UNSEEN
+    assert not mine[1][unseen].any() and not mine[2][unseen].any()
 
 
 @pytest.mark.skipif(not (INTERPRETED or DEVICE == "cuda"), reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
-def test_kernel(monkeypatch):
+@pytest.mark.parametrize("blocks", [False, True])
+def test_kernels(blocks, monkeypatch):
     from openpi_port.pi_torch.fast import attend_kernel
 
     if DEVICE == "cpu":  # several tiles of rows and keys; a GPU takes them as they are
-        monkeypatch.setattr(attend_kernel, "ROWS", 16)
-        monkeypatch.setattr(attend_kernel, "KEYS", 16)
-    qkv, valid, gradient = inputs()
-    q, k, v = (x.detach() for x in qkv)
-    mask = attention._packed(valid)
-    out, sums = (
-        x.to(DEVICE)
-        for x in attend._attention(*(x.cpu() for x in (q, k[:, :, 0], v[:, :, 0], valid, *mask[:1], mask.keys)))
-    )
-    arguments = gradient, q, k[:, :, 0].contiguous(), v[:, :, 0].contiguous(), out, sums, valid
-    for found, wanted in zip(attend_kernel.weights(*arguments), attend._weights(*arguments), strict=True):
-        torch.testing.assert_close(found, wanted, atol=2e-3 if DEVICE == "cuda" else 1e-5, rtol=1e-2)
+        monkeypatch.setattr(attend_kernel, "FEW", (16, 16, 4, 2))
+        monkeypatch.setattr(attend_kernel, "WEIGHTS", (16, 16, 32, 4, 2))
+    qkv, mask, gradient = inputs(blocks)
+    q, k, v = (x.detach() for x in (qkv[0], *(x[:, :, 0] for x in qkv[1:])))
+    close = {"atol": 2e-3 if DEVICE == "cuda" else 1e-5, "rtol": 1e-2}
+    wanted = [x.to(DEVICE) for x in attend._attention(*(x if x is None else x.cpu() for x in (q, k, v, *mask)))]
+    for mine, theirs in zip(attend_kernel.forward(q, k, v, *mask), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, **close)
+    arguments = gradient, q, k, v, *wanted, *mask
+    for mine, theirs in zip(attend_kernel.weights(*arguments), attend._weights(*arguments), strict=True):
+        torch.testing.assert_close(mine, theirs, **close)

@@ -4,9 +4,9 @@ B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim.
 
 - "plain": einsum; the logits exist in float32. The reference.
 - "sdpa": the fused kernels behind `F.scaled_dot_product_attention`. Where all queries see the same keys, those keys are
-  packed for the flash kernel, which is twice as fast without a mask; training has a backward pass of its own there
-  (`fast/attend.py`). Else the G query heads that share keys are laid one after another along the queries, so that no
-  keys are repeated.
+  packed for the flash kernel, which is twice as fast without a mask. Else the G query heads that share keys are laid
+  one after another along the queries, so that no keys are repeated. Training has kernels of its own for heads that all
+  share their keys (`fast/attend.py`).
 - "flex": FlexAttention, compiled. Its block mask comes from the blocks of the mask, tile by tile; nothing of size
   [B, T, S] is made. On NVIDIA GPUs only.
 
@@ -61,12 +61,13 @@ def resolve(compute: Compute, device: torch.device) -> Compute:
 
 def prepare(mask: Tensor | Blocks, backend: str) -> Any:
     """What a backend needs of a mask, made once for all layers; `attention` takes it."""
-    if backend == "sdpa" and isinstance(mask, Blocks) and mask.queries is None and _has_flash(mask.keys.device):
-        return _packed(mask.keys < UNSEEN)
     if backend == "flex" and isinstance(mask, Blocks):
         return _block_mask(mask)
+    if backend == "sdpa" and isinstance(mask, Blocks) and _has_flash(mask.keys.device):
+        small = Blocks(*(None if x is None else x.int().contiguous() for x in mask))
+        return _Seen(small, _packed(mask.keys < UNSEEN) if mask.queries is None else _some_key(dense(mask)))
     mask = dense(mask) if isinstance(mask, Blocks) else mask
-    return mask | ~mask.any(-1, keepdim=True) if backend != "plain" else mask  # no row without a key
+    return mask if backend == "plain" else _some_key(mask)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, backend: str = "plain") -> Tensor:
@@ -83,9 +84,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, backend: str = "plain"
     """
     if backend == "flex" and not isinstance(mask, Tensor):
         return _flex(q, k, v, mask)
-    if isinstance(mask, _Packed):
+    if isinstance(mask, _Seen):
         if attend.usable(q, k):
-            return attend.attention(q, k[:, :, 0], v[:, :, 0], mask.valid.view(k.shape[:2]), mask.order, mask.keys)
+            return attend.attention(q, k[:, :, 0], v[:, :, 0], mask.blocks)
+        mask = mask.other
+    if isinstance(mask, _Packed):
         return _flash(q, k, v, mask)
     return _plain(q, k, v, mask) if backend == "plain" else _sdpa(q, k, v, mask)
 
@@ -126,6 +129,18 @@ class _Packed(NamedTuple):
     place: Tensor
     valid: Tensor
     keys: Tensor
+
+
+class _Seen(NamedTuple):
+    """A mask in two forms: int32 blocks for `fast/attend.py`, and what the other kernels take."""
+
+    blocks: Blocks
+    other: _Packed | Tensor
+
+
+def _some_key(mask: Tensor) -> Tensor:
+    """A mask in which rows without a key see all, because kernels differ in what they make of such rows."""
+    return mask | ~mask.any(-1, keepdim=True)
 
 
 def _packed(valid: Tensor) -> _Packed:
