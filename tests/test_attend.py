@@ -48,8 +48,8 @@ def test_kernels(blocks, monkeypatch):
     from openpi_port.pi_torch.fast import attend_kernel
 
     if DEVICE == "cpu":  # several tiles of rows and keys; a GPU takes them as they are
-        monkeypatch.setattr(attend_kernel, "FEW", (16, 16, 4, 2))
-        monkeypatch.setattr(attend_kernel, "WEIGHTS", (16, 16, 32, 4, 2))
+        monkeypatch.setattr(attend_kernel, "FORWARD", (16, 16, 4, 2))
+        monkeypatch.setattr(attend_kernel, "FEW", (16, 16, 32, 4, 2))
     qkv, mask, gradient = inputs(blocks)
     q, k, v = (x.detach() for x in (qkv[0], *(x[:, :, 0] for x in qkv[1:])))
     close = {"atol": 2e-3 if DEVICE == "cuda" else 1e-5, "rtol": 1e-2}

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 # Of a tile: rows, keys, warps, stages; the fastest of those tried on an H200.
-MANY, FEW = (128, 64, 8, 2), (64, 64, 4, 2)
-# The same, and how much of H is read at a time.
-WEIGHTS = (128, 128, 64, 8, 3)
+FORWARD = (128, 64, 8, 2)
+# Rows, keys, how much of H is read at a time, warps, stages; and the same for few rows.
+MANY, FEW = (128, 128, 64, 8, 3), (64, 64, 64, 4, 3)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, queries: Tensor | None, keys: Tenso
     size, length, heads, dim = q.shape
     rows = length * heads
     out, sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    tile, part, warps, stages = MANY if rows > 1024 else FEW
+    tile, part, warps, stages = FORWARD
     _forward[(triton.cdiv(rows, tile), size)](
         q, k, v, keys if queries is None else queries, keys, out, sums, rows, k.shape[1], length,
         BLOCKS=queries is not None, N=heads, H=dim, ROWS=tile, KEYS=part, num_warps=warps, num_stages=stages,
@@ -39,7 +39,7 @@ def weights(
     _products[(triton.cdiv(size * rows, 16),)](gradient, out, around, size * rows, H=dim, BLOCK=16, num_warps=4)
     stride = triton.cdiv(count, 8) * 8  # so that every row begins where cuBLAS reads fast
     p, dp = (q.new_empty(size, rows, stride) for _ in range(2))
-    tile, part, depth, warps, stages = WEIGHTS
+    tile, part, depth, warps, stages = MANY if rows > 1024 else FEW
     _weights[(triton.cdiv(rows, tile), triton.cdiv(count, part), size)](
         gradient, q, k, v, sums, around, keys if queries is None else queries, keys, p, dp, rows, count, length, stride,
         BLOCKS=queries is not None, N=heads, H=dim, ROWS=tile, KEYS=part, PART=min(depth, dim),
