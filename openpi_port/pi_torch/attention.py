@@ -63,11 +63,17 @@ def prepare(mask: Tensor | Blocks, backend: str) -> Any:
     """What a backend needs of a mask, made once for all layers; `attention` takes it."""
     if backend == "flex" and isinstance(mask, Blocks):
         return _block_mask(mask)
-    if backend == "sdpa" and isinstance(mask, Blocks) and _has_flash(mask.keys.device):
-        small = Blocks(*(None if x is None else x.int().contiguous() for x in mask))
-        return _Seen(small, _packed(mask.keys < UNSEEN) if mask.queries is None else _some_key(dense(mask)))
-    mask = dense(mask) if isinstance(mask, Blocks) else mask
-    return mask if backend == "plain" else _some_key(mask)
+    seen = dense(mask) if isinstance(mask, Blocks) else mask
+    if backend == "plain":
+        return seen
+    seen = seen | ~seen.any(-1, keepdim=True)  # no row without a key
+    if not isinstance(mask, Blocks):
+        return seen
+    if mask.queries is None and _has_flash(mask.keys.device):
+        seen = _packed(mask.keys < UNSEEN)
+    if not (torch.is_grad_enabled() and attend.fits(mask.keys.device)):
+        return seen
+    return _Trained(Blocks(*(None if x is None else x.int().contiguous() for x in mask)), seen)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, backend: str = "plain") -> Tensor:
@@ -84,10 +90,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, backend: str = "plain"
     """
     if backend == "flex" and not isinstance(mask, Tensor):
         return _flex(q, k, v, mask)
-    if isinstance(mask, _Seen):
+    if isinstance(mask, _Trained):
         if attend.usable(q, k):
             return attend.attention(q, k[:, :, 0], v[:, :, 0], mask.blocks)
-        mask = mask.other
+        mask = mask.seen
     if isinstance(mask, _Packed):
         return _flash(q, k, v, mask)
     return _plain(q, k, v, mask) if backend == "plain" else _sdpa(q, k, v, mask)
@@ -131,16 +137,11 @@ class _Packed(NamedTuple):
     keys: Tensor
 
 
-class _Seen(NamedTuple):
-    """A mask in two forms: int32 blocks for `fast/attend.py`, and what the other kernels take."""
+class _Trained(NamedTuple):
+    """A mask in training: int32 blocks for `fast/attend.py`, and what the kernels take for heads that it doesn't."""
 
     blocks: Blocks
-    other: _Packed | Tensor
-
-
-def _some_key(mask: Tensor) -> Tensor:
-    """A mask in which rows without a key see all, because kernels differ in what they make of such rows."""
-    return mask | ~mask.any(-1, keepdim=True)
+    seen: _Packed | Tensor
 
 
 def _packed(valid: Tensor) -> _Packed:

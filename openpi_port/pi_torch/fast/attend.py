@@ -4,7 +4,8 @@ B batch, T queries, S keys, N heads, H head dim; all heads share one head of key
 
 Flash attention's backward pass with heads of 256 reaches a quarter of what an H100 can. Because the heads share keys,
 all T N queries of a sample are the rows of one matrix, and three of the five products are plain ones of matrices. The
-other two are made together in one kernel, which writes the probabilities and their gradients [T N, S] in bfloat16.
+other two are made together in one kernel, which writes the probabilities and their gradients [T N, S] in bfloat16. The
+forward pass is a kernel too: it looks at blocks of tokens instead of a mask of [T, S].
 """
 
 from __future__ import annotations
@@ -17,12 +18,19 @@ from torch import Tensor
 
 from openpi_port.masks import Blocks, dense
 
-_TRITON = importlib.util.find_spec("triton") is not None  # found here, because usable is compiled
+SHARED = 200 * 1024  # bytes of a processor's memory that the kernels' tiles take
+
+
+def fits(device: torch.device) -> bool:
+    """Whether a GPU has Triton, and room for the kernels' tiles: an H100 has, smaller ones don't."""
+    if importlib.util.find_spec("triton") is None or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= SHARED
 
 
 def usable(q: Tensor, k: Tensor) -> bool:
-    """Whether `attention` takes q [B, T, N, H] and k [B, S, K, H]: bfloat16 to be trained, on a GPU with Triton."""
-    wanted = _TRITON and q.is_cuda and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.requires_grad
+    """Whether `attention` takes q [B, T, N, H] and k [B, S, K, H]: bfloat16 to be trained."""
+    wanted = q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.requires_grad
     return wanted and k.shape[2] == 1 and q.shape[3] in (64, 128, 256)
 
 
