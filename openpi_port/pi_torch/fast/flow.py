@@ -98,11 +98,13 @@ class Language:
         self.dtype = getattr(torch, module.compute.dtype)
         self.turns = turns
         self.embedding = module.gemma.embedding
-        self.vision = onednn.lay_out_vision(pack.pack_vision(module.vision))
+        self.vision = pack.pack_vision(module.vision)
         self.heads, self.patch_size = config.vision.num_heads, config.vision.patch_size
-        blocks = pack.pack_blocks(module.gemma, 0)
-        self.last = onednn.lay_out(blocks[-1].qkv[-2 * config.language.head_dim :])  # of its queries nothing comes
-        self.blocks = [onednn.lay_out_block(block) for block in blocks]
+        self.blocks = blocks = pack.pack_blocks(module.gemma, 0)
+        self.last = blocks[-1].qkv[-2 * config.language.head_dim :]  # nothing comes of its queries
+        if onednn.takes(module, self.dtype):
+            self.vision, self.last = onednn.lay_out_vision(self.vision), onednn.lay_out(self.last)
+            self.blocks = [onednn.lay_out_block(block) for block in blocks]
         self.norms = pack.pack_norms(module.gemma)
         self.scale = pack.embedding_scale(config.language.width, self.dtype)
         self._mlps = [float8.pack(*of) for of in zip(blocks, self.norms[1::2], strict=True)] if eight else None
@@ -186,10 +188,12 @@ class Flow:
         dim, device = config.language.head_dim, module.gemma.embedding.device
         turns = pack.turns(config.prefix_len + config.suffix_len, dim, device)
         self.language = Language(module, turns, eight=eight)
-        self.blocks: list[Block] = [onednn.lay_out_block(block) for block in pack.pack_blocks(module.gemma, 1)]
+        self.blocks: list[Block] = pack.pack_blocks(module.gemma, 1)
         self.entry = pack.pack_entry(module)
-        if self.entry.w is not None:
-            self.entry = self.entry._replace(w=onednn.lay_out(self.entry.w))
+        if onednn.takes(module, self.language.dtype):
+            self.blocks = [onednn.lay_out_block(block) for block in self.blocks]
+            if self.entry.w is not None:
+                self.entry = self.entry._replace(w=onednn.lay_out(self.entry.w))
         self.out = module.action_out_proj.weight.to(self.language.dtype)
         self._steps: dict[int, list[Step]] = {}
 

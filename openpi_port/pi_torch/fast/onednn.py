@@ -1,7 +1,7 @@
 """Products with weights on a CPU by oneDNN: weights laid out once, and what follows a product in the same pass.
 
 A weight that was laid out has its shape and dtype, but no strides; only the functions here take it. They take plain
-weights too (a GPU's, or a CPU's where oneDNN is not or lacks the dtype) and then compute the same in plain torch.
+weights too (a GPU's, a large model's, or a CPU's that has no oneDNN) and then compute the same in plain torch.
 
 A call takes 13 microseconds more than one of MKL. It pays for `mini` too: both cores take part, bfloat16 goes at twice
 the rate where the CPU has it (AVX512-BF16, AMX), and gelu, factors and residuals cost next to nothing.
@@ -17,15 +17,20 @@ from torch import Tensor
 
 from openpi_port.pi_torch.fast.pack import Block, GateUp, Vision
 
+MOST = 2**30  # bytes of a model's weights, which lie there twice then
 _OPS = torch.ops.mkldnn  # what torch's own compiler calls for products on a CPU
 
 
+def takes(module: torch.nn.Module, dtype: torch.dtype) -> bool:
+    """Whether a module's weights are to be laid out, for products in this dtype."""
+    size = sum(p.numel() for p in module.parameters()) * dtype.itemsize
+    if next(module.parameters()).device.type != "cpu" or size > MOST or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or _OPS._is_mkldnn_bf16_supported()
+
+
 def lay_out(w: Tensor) -> Tensor:
-    """A weight [F, D] as oneDNN reads it fastest; as it is where oneDNN has no part in it."""
-    if w.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return w
-    if w.dtype == torch.bfloat16 and not _OPS._is_mkldnn_bf16_supported():
-        return w
+    """A weight [F, D] as oneDNN reads it fastest."""
     return _OPS._reorder_linear_weight(w.contiguous(), None)
 
 
@@ -38,8 +43,7 @@ def lay_out_vision(vision: Vision) -> Vision:
 
 def lay_out_block(block: Block) -> Block:
     """The weights of a layer, laid out; gate and up apart, since they are multiplied as up is computed."""
-    gate, up = (lay_out(half) for half in block.gate_up.chunk(2))
-    gate_up = GateUp(gate, up) if gate.is_mkldnn else block.gate_up
+    gate_up = GateUp(*(lay_out(half) for half in block.gate_up.chunk(2)))
     return Block(lay_out(block.qkv), lay_out(block.o), gate_up, lay_out(block.down))
 
 
