@@ -13,6 +13,7 @@ from frameworks import NAMES, Framework, golden_reference
 from test_sharding import environment
 from torch.nn import functional as F
 
+from openpi_port import backends
 from openpi_port.config import Compute
 from openpi_port.pi_torch.fast import onednn
 
@@ -62,6 +63,17 @@ def test_rows_over_two_devices():
         text=True,
     )
     assert not done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "devices"),
+    [({}, "2"), ({"JAX_NUM_CPU_DEVICES": "3"}, "3"), ({"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}, None)],
+)
+def test_the_environment_decides(before, devices, monkeypatch):
+    monkeypatch.setattr(backends.os, "environ", before)
+    monkeypatch.setattr(backends.os, "cpu_count", lambda: 16)
+    backends.share_cores()
+    assert before.get("JAX_NUM_CPU_DEVICES") == devices
 
 
 def check_rows() -> None:
