@@ -44,7 +44,7 @@ def test_state():
     ("config", "measured"),
     [
         (base("torch", "dots"), 106.3),
-        (base("torch", "dots", 4, "bfloat16"), 73.2),
+        (base("torch", "dots", 4, "bfloat16"), 71.6),
         (base("flax", "dots"), 107.9),
         (base("flax", "dots", 4, "bfloat16"), 72.8),
     ],
