@@ -57,6 +57,7 @@ def attention(
       UserError: the device doesn't have the backend.
     """
     compute = attentions.resolve(compute, device)
+    torch.compiler.reset()  # shapes that are compiled count, and beyond eight a function is compiled no more
     shapes = [(size, queries, heads[0], heads[2]), *[(size, keys, heads[1], heads[2])] * 2]
     arrays = [torch.randn(s, device=device).to(getattr(torch, compute.dtype)).requires_grad_(backward) for s in shapes]
     valid = (torch.arange(keys, device=device) < keys - keys // 8).expand(size, keys)
