@@ -221,7 +221,7 @@ def test_the_command(tmp_path):
     out = tmp_path / "page.html"
     done = run(f"--out={out}", "--config=pi0_aloha:debug", "--samples=1", "--config.data.cache_gb=0.0")
     assert done.returncode == 0, done.stderr
-    assert "1 samples" in done.stdout and out.read_text().startswith("<!doctype html>")
+    assert "1 sample," in done.stdout and out.read_text().startswith("<!doctype html>")
     done = run(f"--out={out}")
     assert (
         done.returncode == 2 and done.stderr.startswith("error: give one of --config") and done.stderr.count("\n") == 1

@@ -198,18 +198,21 @@ class _Ahead:
         gc.collect()
 
     def _read(self) -> None:
+        self._fill()
+        if self._closed.is_set():  # in this thread, or by one that does the same
+            self._end_workers()
+
+    def _fill(self) -> None:
+        """Reads until the end or `close`; holds no batch of the workers' afterwards."""
         try:
             for batch in self._iterators[0]:
                 # Arrays from workers lie in shared memory that is unmapped with them; the framework may still be
                 # copying to the device then, so it gets memory of its own.
                 if not self._put(_map_leaves(np.array, batch)):
-                    break
-            else:
-                self._put(StopIteration())
+                    return
+            self._put(StopIteration())
         except BaseException as error:
             self._put(error)
-        if self._closed.is_set():  # in this thread, or by one that does the same
-            self._end_workers()
 
     def _put(self, item: Batch | BaseException) -> bool:
         """Waits for room in the queue; False if nobody wants the item any more."""
