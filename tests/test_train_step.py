@@ -191,7 +191,10 @@ def test_sums_of_parts_are_the_whole(gradients):
         metrics = [t.update(batch) for batch in batches(config, 2)]
         found.append(([float(m[key]) for m in metrics for key in ("loss", "grad_norm")], t.train_state()))
     (losses, whole), (others, sums) = found
-    np.testing.assert_allclose(others, losses, rtol=5e-3)
+    # First, sums of the same numbers, rounded apart: 2^-9 over the root of how many there are. Then of weights that are
+    # rounded on either side of a step between two bfloat16 numbers, 2^-8 at most.
+    np.testing.assert_allclose(others[:2], losses[:2], rtol=1e-4)
+    np.testing.assert_allclose(others[2:], losses[2:], rtol=2**-8)
     for name in whole:
         if name.startswith("mu/") and not name.endswith("k.bias"):  # whose gradient is rounding
             difference = np.linalg.norm(sums[name] - whole[name])

@@ -191,6 +191,8 @@ class _Ahead:
             self._end_workers()
 
     def _end_workers(self) -> None:
+        if not self._iterators:
+            return
         while self._iterators:
             self._iterators.pop().close()
         # grain's iterators refer to one another, close themselves once more when they are collected, and complain if
