@@ -9,6 +9,7 @@ used in float32, and their gradients are averaged together once the others are d
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import warnings
@@ -37,7 +38,7 @@ PATIENCE = datetime.timedelta(hours=2)  # with one another; what one process fet
 
 
 def join() -> tuple[int, int]:
-    """Joins the processes of a run, if its surroundings say that there are several.
+    """Joins the processes of a run, if its surroundings say that there are several; however it ends, it leaves them.
 
     That is so under `torchrun`, which sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
@@ -65,6 +66,7 @@ def join() -> tuple[int, int]:
             # With a fixed port, torchrun's next attempt finds the store with the addresses of the one that failed.
             store = dist.PrefixStore(f"attempt {env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+            atexit.register(dist.destroy_process_group)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"the processes of the run don't find each other: {' '.join(str(error).split())}") from None
     return dist.get_rank(), dist.get_world_size()
