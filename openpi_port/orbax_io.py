@@ -7,6 +7,7 @@ memory can be converted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,11 +30,15 @@ class Stored:
 
     def __init__(self, owner: Arrays, path: str) -> None:
         self._owner, self._path = owner, path
-        array = owner.open(path)
-        self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype.numpy_dtype)
+        self._array = owner.open(path)
+        self.shape, self.dtype = tuple(self._array.shape), np.dtype(self._array.dtype.numpy_dtype)
+        # Where several layers are in one chunk, it is to be decoded once for all of them.
+        self._chunks_are_shared = self._array.ndim > 1 and self._array.chunk_layout.read_chunk.shape[0] > 1
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        return self._owner.open(self._path)[index].read().result()
+        array = self._owner.cached(self._path) if self._chunks_are_shared else self._array
+        with self._owner.named(self._path):
+            return array[index].read().result()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[()], dtype)
@@ -52,6 +57,7 @@ class Arrays(Mapping[str, Stored]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._context = ts.Context()  # shared, so that the store is opened once
+        self._ocdbt = (self.path / MANIFEST).exists()
         self._last: tuple[str, ts.TensorStore] | None = None
         try:
             tree = json.loads((self.path / TREE).read_text())["tree_metadata"]
@@ -62,26 +68,28 @@ class Arrays(Mapping[str, Stored]):
             raise UserError(f"{self.path / TREE}: not readable as orbax metadata ({e})") from None
         self._stored = {"/".join(map(str, p)): Stored(self, ".".join(map(str, p))) for p in paths}
 
-    def open(self, path: str) -> ts.TensorStore:
-        """The tensorstore of one leaf; keeps the last one open, because its decoded chunk serves the next slices."""
+    def open(self, path: str, context: ts.Context | None = None) -> ts.TensorStore:
+        """The tensorstore of one leaf; what it reads is forgotten, unless a context keeps it."""
+        base = self.path.absolute().as_uri()
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"} if self._ocdbt else f"{base}/{path}/"
+        spec = {"driver": "zarr", "kvstore": kvstore}
+        with self.named(path):
+            return ts.open(spec, open=True, context=context or self._context).result()
+
+    def cached(self, path: str) -> ts.TensorStore:
+        """The same, keeping the chunk that was decoded last; of one leaf at a time, the last that was asked for."""
         if self._last is None or self._last[0] != path:
             self._last = None  # frees the cache before the next one fills
-            try:
-                self._last = (path, self._open(path))
-            except ValueError as e:
-                raise UserError(f"{self.path}: can't read {path}: {str(e).splitlines()[0][:300]}") from None
+            self._last = (path, self.open(path, ts.Context({"cache_pool": {"total_bytes_limit": CHUNK_CACHE}})))
         return self._last[1]
 
-    def _open(self, path: str) -> ts.TensorStore:
-        base = self.path.absolute().as_uri()
-        ocdbt = (self.path / MANIFEST).exists()
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"} if ocdbt else f"{base}/{path}/"
-        array = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, context=self._context).result()
-        shared_chunks = array.ndim > 1 and array.chunk_layout.read_chunk.shape[0] > 1
-        if shared_chunks:  # several layers in one chunk: decode it once
-            context = ts.Context({"cache_pool": {"total_bytes_limit": CHUNK_CACHE}})
-            array = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, context=context).result()
-        return array
+    @contextlib.contextmanager
+    def named(self, path: str) -> Iterator[None]:
+        """Says which leaf can't be read, instead of tensorstore's several lines."""
+        try:
+            yield
+        except ValueError as e:
+            raise UserError(f"{self.path}: can't read {path}: {str(e).splitlines()[0][:300]}") from None
 
     def __getitem__(self, name: str) -> Stored:
         return self._stored[name]

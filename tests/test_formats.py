@@ -175,6 +175,16 @@ def test_damage_is_named_in_one_line(tmp_path, golden, change, words):
     assert "\n" not in str(error.value)
 
 
+def test_damage_in_orbax_names_the_array(tmp_path, golden):
+    shutil.copytree(golden / "openpi/pi0/params", tmp_path / "params")
+    file = max((tmp_path / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2] + bytes(2000) + data[len(data) // 2 + 2000 :])
+    with pytest.raises(UserError, match=r"params: can't read params\.PaliGemma") as error:
+        dict(formats.open_checkpoint(tmp_path).canonical())
+    assert "\n" not in str(error.value)
+
+
 def test_a_wrong_directory_gets_a_hint(golden, tmp_path):
     with pytest.raises(UserError, match=r"did you mean .*openpi/pi0"):
         formats.open_checkpoint(golden / "openpi")

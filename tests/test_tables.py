@@ -25,11 +25,11 @@ assert pi_flax and pi_torch
 
 
 @st.composite
-def models(draw: st.DrawFn):
+def models(draw: st.DrawFn, most_layers: int = 3):
     """Small models of all three kinds, with any number of kv heads and heads * head_dim != width."""
     kv_heads = draw(st.sampled_from([1, 2, 3]))
     heads = kv_heads * draw(st.sampled_from([1, 2]))
-    depth, head_dim = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4]))
+    depth, head_dim = draw(st.integers(1, most_layers)), draw(st.sampled_from([2, 4]))
 
     def gemma() -> config_lib.Gemma:
         width, mlp = draw(st.sampled_from([4, 6, 10])), draw(st.sampled_from([3, 8]))
