@@ -109,8 +109,11 @@ def inference(setting: Setting) -> Iterator[Figure]:
     # A step is the difference of chunks with one and with all: a call of its own takes longer than the step.
     first = timed(partial(call, *arguments[:1], *_one(arguments)), setting.repeat + 1, "one step")[1:]
     yield report.times(f"inference/chunk of one {last}", first, whole - (repeats - 1) * each.seconds(setting.rates))
-    step = (float(np.median(taken)) - float(np.median(first))) / (repeats - 1)
-    yield Figure(f"inference/{last}", 1e3 * step, "ms", floor=1e3 * each.seconds(setting.rates))
+    step = report.difference(f"inference/{last}", taken, first, repeats - 1, each.seconds(setting.rates))
+    if step is not None:
+        yield step
+    else:
+        print(f"  inference/{last}: not measured: calls differ by more than {repeats - 1} of it take", flush=True)
 
 
 def realtime(setting: Setting) -> Iterator[Figure]:

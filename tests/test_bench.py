@@ -58,21 +58,44 @@ def test_the_larger_time_is_the_floor():
     assert (2 * work + bench_floor.Work(0, 3e11)).seconds(RATES) == pytest.approx(0.102)
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Calls are made, but time is what this says: that of a chunk is 1 s longer than of anything else."""
+
+    def timed(call, repeat, what):
+        call()
+        return [2.0 if what == "a chunk" else 1.0] * repeat
+
+    monkeypatch.setattr(bench_parts, "timed", timed)
+
+
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
-def test_inference(config, backend, fast):
+def test_inference(config, backend, fast, clock):
     figures = list(bench_parts.inference(setting(dataclasses.replace(config, backend=backend), fast=fast)))
     parts = ["vision", "prefix"] * fast + ["chunk of one step", "step"]
     assert [f.name for f in figures] == [f"inference/{n}" for n in ("ready", "chunk", *parts)]
     assert all(f.floor > 0 for f in figures[1:])
+    assert figures[-1].value == pytest.approx(1e3 / 9)
 
 
 @pytest.mark.parametrize("backend", NAMES)
-def test_tokens(config, backend, monkeypatch):
+def test_tokens(config, backend, clock, monkeypatch):
     monkeypatch.setattr(bench_parts, "TOKENS", 3)
     config = dataclasses.replace(config, backend=backend, model=FAST)
     names = [f.name for f in bench_parts.inference(setting(config))]
     assert names[2:] == [f"inference/{n}" for n in ("vision", "prefix", "chunk of one token", "token")]
+
+
+def test_a_step_that_noise_hides_is_not_measured(config, monkeypatch, capsys):
+    """Where chunks of one step take as long as those of ten, no time of a step follows, let alone a negative one."""
+    monkeypatch.setattr(bench_parts, "timed", lambda call, repeat, what: [1.0 if what == "a chunk" else 1.1] * repeat)
+    found = bench_parts.inference(setting(dataclasses.replace(config, backend="torch"), fast=False))
+    assert [f.name for f in found][1:] == ["inference/chunk", "inference/chunk of one step"]
+    assert "inference/step: not measured" in capsys.readouterr().out
+    noisy, calm = [1.0, 1.0, 3.0, 3.0], [1.5, 1.5, 1.5, 1.5]
+    assert bench_report.difference("x", noisy, calm, 9) is None
+    assert bench_report.difference("x", [3.0] * 4, calm, 3).value == pytest.approx(500)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float32", 1e-5), ("bfloat16", 0.05)])
