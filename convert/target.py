@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from openpi_port.checkpoint import FORMAT, NORM_STATS, TRAIN_STATE
 from openpi_port.errors import UserError
 from openpi_port.fields import to_dict
 from openpi_port.normalize import save_norm_stats
+from openpi_port.whole import directory, refuse_existing
 
 SIDES = {"flax": OURS, "torch": "torch", "openpi": "openpi", "openpi-torch": "hf", "lerobot": "hf"}
 PARAMS = {"flax": "params", "torch": "model.safetensors"}
@@ -43,8 +43,7 @@ def write(source: Source, path: str | Path, to: str, progress: Progress = lambda
       UserError: tensors that don't fit, something at `path` already, or a full disk.
     """
     path = Path(path)
-    if path.exists():
-        raise UserError(f"{path}: already there; name another directory or remove it")
+    refuse_existing(path)
     if to == "openpi":
         lora.refuse_scaled(source.model)
     weights = source.to(SIDES[to])
@@ -62,33 +61,23 @@ def num_bytes(weights: Translated) -> int:
 
 @contextlib.contextmanager
 def _whole(path: Path, needed: int) -> Iterator[Path]:
-    """A directory beside `path` that takes its name when the block ends well, and vanishes when it doesn't."""
+    """As `whole.directory`, where there is room for so many bytes."""
     parent = path.absolute().parent
     if not parent.is_dir():
         raise UserError(f"{path}: its parent {parent} is no directory")
-    for left_over in parent.glob(f".{path.name}.partial-*"):  # of a conversion that was killed
-        with contextlib.suppress(ProcessLookupError, PermissionError, ValueError):
-            os.kill(int(left_over.name.rpartition("-")[2]), 0)
-            continue
-        shutil.rmtree(left_over, ignore_errors=True)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(f"{parent}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; make room or go elsewhere")
-    part = parent / f".{path.name}.partial-{os.getpid()}"
-    part.mkdir()
     try:
-        yield part
-        if path.exists():
-            raise UserError(f"{path}: appeared while the conversion ran; nothing was changed")
-        part.rename(path)
+        with directory(path) as part:
+            free = shutil.disk_usage(parent).free
+            if free < needed:
+                sizes = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
+                raise UserError(f"{parent}: {sizes}; make room or go elsewhere")
+            yield part
     except (OSError, ValueError) as e:
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e):
             raise UserError(
                 f"{path}: the disk is full ({needed / 1e9:.1f} GB needed); nothing is left behind"
             ) from None
         raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 class _Under(Mapping[str, Any]):

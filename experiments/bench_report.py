@@ -51,10 +51,17 @@ def times(name: str, seconds: Sequence[float], floor: float | None = None) -> Fi
 def difference(
     name: str, longer: Sequence[float], shorter: Sequence[float], count: int, floor: float | None = None
 ) -> Figure | None:
-    """A figure in milliseconds of what `longer` calls do `count` times more often than `shorter` ones; floor in seconds.
+    """A figure in milliseconds of what `longer` calls do `count` times more often than `shorter` ones.
 
-    None where that can't be told from noise: where nine tenths of the longer calls don't take longer than nine tenths
-    of the shorter ones.
+    Args:
+      name: of the figure.
+      longer, shorter: seconds of each call.
+      count: at least 1.
+      floor: seconds.
+
+    Returns:
+      None where noise hides it: where nine tenths of the longer calls don't take longer than nine tenths of the shorter
+      ones.
     """
     if np.quantile(longer, 0.1) <= np.quantile(shorter, 0.9):
         return None

@@ -26,6 +26,7 @@ from experiments.flags import run
 from openpi_port.data import lerobot_writer
 from openpi_port.errors import UserError
 from openpi_port.sim import aloha, aloha_tasks, demonstrate, gl
+from openpi_port.whole import refuse_existing
 
 TASK = flags.DEFINE_list("task", "transfer_cube", f"tasks, taken in turn: {', '.join(aloha.TASKS)}")
 EPISODES = flags.DEFINE_integer("episodes", 200, "successful demonstrations to write", lower_bound=1)
@@ -118,7 +119,7 @@ def main() -> int:
     if OUT.value is None:
         raise UserError("--out= names no directory for the data set")
     out = Path(OUT.value)
-    lerobot_writer.refuse_existing(out)
+    refuse_existing(out)
     for task in TASK.value:
         aloha.find_task(task)
     workers = WORKERS.value or min(os.cpu_count() or 1, 8)

@@ -26,8 +26,9 @@ from openpi_port.data.stats import compute
 from openpi_port.errors import UserError
 from openpi_port.tokenizers import paligemma
 from openpi_port.tokenizers.fast import FastTokenizer
+from openpi_port.whole import directory, refuse_existing
 
-OUT = flags.DEFINE_string("out", "fast_tokenizer", "directory for the tokenizer and its report")
+OUT = flags.DEFINE_string("out", "fast_tokenizer", "directory for the tokenizer and its report; must not exist yet")
 SCALE = flags.DEFINE_float("scale", 10.0, "of the tokenizer that is kept; the report compares others with it", 0.001)
 VOCAB = flags.DEFINE_integer("vocab_size", 1024, "action tokens", 1)
 LIMIT = flags.DEFINE_integer("limit", 250, "tokens that prompt, state and actions may take together", 1)
@@ -39,6 +40,7 @@ SCALES = (2.0, 5.0, 10.0, 20.0, 50.0)
 def main() -> None:
     """Fits, measures, writes."""
     train = config()
+    refuse_existing(out := Path(OUT.value))
     data = dataclasses.replace(train.data, norm="quantile")
     training, validation = open_datasets(data, horizon=train.model.action_horizon)
     before = transforms.before_normalize(data, images=False)
@@ -61,11 +63,12 @@ def main() -> None:
     if kept is None:
         raise UserError(f"--vocab_size={VOCAB.value} is too small for --scale={SCALE.value:g}")
 
-    out = Path(OUT.value)
-    kept.tokenizer.save(out)
     where = "training episodes (there are no others)" if validation is None else "validation episodes"
     page = fast_report.page(data.repo_id, where, fit_on.actions, measure_on.actions, results, kept, LIMIT.value)
-    (out / "report.html").write_text(page, encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with directory(out) as part:
+        kept.tokenizer.save(part)
+        (part / "report.html").write_text(page, encoding="utf-8")
     print(kept)
     print(fast_report.recommendation(results, LIMIT.value))
     print(f"saved {out} and {out / 'report.html'}")

@@ -146,7 +146,7 @@ def test_nothing_is_overwritten(golden, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/precious").touch()
     assert command.main([str(golden / "openpi/pi0"), str(tmp_path / "out"), "--to=torch"]) == 2
-    assert "already there" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "out/precious").exists()
     assert command.main([str(golden / "openpi/pi0"), str(tmp_path / "no/out"), "--to=torch"]) == 2
     assert "no directory" in capsys.readouterr().err

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import commands
 import numpy as np
 import scipy.fft
@@ -11,8 +9,6 @@ import scipy.fft
 from experiments import fast_report
 from openpi_port.normalize import Stats
 from openpi_port.tokenizers.fast import FastTokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def results():
@@ -57,3 +53,7 @@ def test_the_program(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "recommended: scale" in done.stdout and "<table>" in (out / "report.html").read_text()
     assert FastTokenizer.open(out).time_horizon == 50
+    before = (out / "report.html").stat()
+    again = commands.run("experiments.fit_fast", *arguments, MPLCONFIGDIR=str(tmp_path))
+    assert again.returncode == 2 and "exists already and is not overwritten" in again.stderr
+    assert (out / "report.html").stat() == before

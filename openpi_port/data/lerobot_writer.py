@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from openpi_port.errors import UserError
+from openpi_port.whole import refuse_existing
 
 VERSION = "v3.0"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
@@ -334,12 +335,6 @@ class LeRobotWriter:
             stats[key] = _stats(values)
             stats[key] |= {name: np.quantile(values, q, axis=0).tolist() for name, q in QUANTILES.items()}
         return stats
-
-
-def refuse_existing(root: Path) -> None:
-    """Raises UserError where something is in the way of a new data set."""
-    if root.exists() or root.is_symlink():
-        raise UserError(f"{root} exists already and is not overwritten: remove it or choose another")
 
 
 def _stats(values: np.ndarray) -> dict[str, list]:

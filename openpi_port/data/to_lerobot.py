@@ -17,8 +17,9 @@ from openpi_port.check_sample import split_keys
 from openpi_port.config import Data
 from openpi_port.data.datasets import Metadata, find
 from openpi_port.data.frames import Frames
-from openpi_port.data.lerobot_writer import Description, LeRobotWriter, refuse_existing
+from openpi_port.data.lerobot_writer import Description, LeRobotWriter
 from openpi_port.errors import UserError
+from openpi_port.whole import refuse_existing
 
 
 def convert(

@@ -1,0 +1,55 @@
+"""Directories that are there whole or not at all: written beside their place under another name, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from openpi_port.errors import UserError
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises UserError where something is in the way of a new directory."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists already and is not overwritten: remove it or choose another")
+
+
+@contextlib.contextmanager
+def directory(path: Path) -> Iterator[Path]:
+    """Makes a directory that takes its name when the block ends well, and vanishes when it doesn't.
+
+    Args:
+      path: the name, in a directory that exists.
+
+    Yields:
+      The directory under its temporary name.
+
+    Raises:
+      UserError: something has that name, before the block or at its end.
+    """
+    refuse_existing(path)
+    parent = path.absolute().parent
+    for left_over in filter(_abandoned, parent.glob(f".{path.name}.partial-*")):
+        shutil.rmtree(left_over, ignore_errors=True)
+    part = parent / f".{path.name}.partial-{os.getpid()}"
+    part.mkdir()
+    try:
+        yield part
+        refuse_existing(path)
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _abandoned(part: Path) -> bool:
+    """Whether the process whose number the name ends with is gone, killed."""
+    try:
+        os.kill(int(part.name.rpartition("-")[2]), 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, ValueError):  # another user's, or another program's
+        return False
+    return False
