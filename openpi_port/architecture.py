@@ -44,8 +44,6 @@ class Lora:
     targets: tuple[Literal["attn", "mlp"], ...] = ("attn", "mlp")
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or not self.targets:
-            raise UserError(f"config: lora.rank={self.rank}, lora.targets={self.targets}: adapts nothing; use no lora")
         object.__setattr__(self, "targets", tuple(sorted(set(self.targets))))
         object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
 
@@ -168,6 +166,8 @@ def _check_sizes(model: Pi0 | Pi0Fast) -> None:
         check(where, gemma, COUNT, "width", "depth", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
         if gemma.num_heads % gemma.num_kv_heads:
             raise UserError(f"{where}: num_heads={gemma.num_heads} is no multiple of num_kv_heads={gemma.num_kv_heads}")
+        if (lora := gemma.lora) is not None and (lora.rank < 1 or not lora.targets):
+            raise UserError(f"{where}: lora.rank={lora.rank}, lora.targets={lora.targets}: adapts nothing; use no lora")
         if gemma.head_dim % 2:
             raise UserError(f"{where}.head_dim={gemma.head_dim}: must be even, since rotary embedding turns pairs")
 

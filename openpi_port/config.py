@@ -143,9 +143,6 @@ class Data:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cameras", {k: v for k, v in self.cameras.items() if v})
-        check("config.data", self, SHARE, "validation")
-        check("config.data", self, FROM_ZERO, "state_noise", "cache_gb", "num_workers")
-        check("config.data", self, POSITIVE, "weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,6 +276,11 @@ class Train:
                 "config.insulate=True is for pi0.5 (model.state_in='prompt'): its language model must see the state to "
                 "write the actions"
             )
+        for name, data in self.datasets.items():  # which don't know what a run calls them
+            where = f"config.mixture.{name}" if name else "config.data"
+            check(where, data, SHARE, "validation")
+            check(where, data, FROM_ZERO, "state_noise", "cache_gb", "num_workers")
+            check(where, data, POSITIVE, "weight")
         for name, data in self.mixture.items():
             if not re.fullmatch(r"[\w-][\w.-]*", name):
                 raise UserError(f"config.mixture.{name}: names a directory of statistics; use letters, digits and _.-")

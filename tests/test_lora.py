@@ -366,8 +366,9 @@ def test_configs_and_counts():
     }
     assert total - base == sum(rank_sum.values())
     assert sum(rank_sum.values()) < trained < base / 5  # the vision tower and projections too
-    with pytest.raises(UserError, match="adapts nothing"):
-        Lora(0, 1.0)
+    nothing = dataclasses.replace(TINY.expert, lora=Lora(0, 1.0))
+    with pytest.raises(UserError, match=r"^config.model.expert: lora.rank=0, .*adapts nothing"):
+        dataclasses.replace(TINY, expert=nothing)
     with pytest.raises(UserError, match=r"lora\.rnk: no such field"):
         build(Gemma, {**to_dict(TINY.language), "lora": {"rnk": 1}}, "config.model.language")
 

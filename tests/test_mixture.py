@@ -249,7 +249,8 @@ def test_a_run_is_continued_with_its_own_mixture(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"weight": 0.0}, r"config.data.weight=0.0: a number above 0"),
+        ({"weight": 0.0}, r"^config.mixture.toy.weight=0.0: a number above 0"),
+        ({"validation": 1.0}, r"^config.mixture.toy.validation=1.0: from 0 to below 1"),
         ({"num_workers": 2}, r"config.mixture.toy.num_workers: set config.data.num_workers, for all"),
         ({"cache_gb": 1.0}, r"config.mixture.toy.cache_gb: set config.data.cache_gb"),
     ],
