@@ -252,43 +252,9 @@ class Train:
         check("config", self, COUNT, "batch_size", "microbatches", "draws", "num_steps", "max_action_tokens")
         check("config", self, COUNT, "log_every", "save_every", "keep_every", "eval_every", "eval_batches")
         check("config", self, FROM_ZERO, "seed", "flow_weight")
-        for pattern in self.frozen:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                known = ", ".join(FROZEN)
-                raise UserError(
-                    f"config.frozen: {pattern!r} is no regular expression ({error}), nor one of {known}"
-                ) from None
-        if isinstance(self.model, Pi0Fast) and self.draws != 1:
-            raise UserError(f"config.draws={self.draws}: pi0-FAST draws neither noise nor time; leave it at 1")
-        if not 0 <= self.max_delay < self.model.action_horizon:
-            raise UserError(
-                f"config.max_delay={self.max_delay}: from 0 to {self.model.action_horizon - 1}, so that of a chunk's "
-                f"{self.model.action_horizon} actions one at least is to learn"
-            )
-        if isinstance(self.model, Pi0Fast) and self.max_delay:
-            raise UserError(f"config.max_delay={self.max_delay}: pi0-FAST has no flow times; leave it at 0")
-        if self.batch_size % self.microbatches:
-            raise UserError(f"config.microbatches={self.microbatches} doesn't divide batch_size={self.batch_size}")
-        if self.insulate and getattr(self.model, "state_in", None) != "prompt":
-            raise UserError(
-                "config.insulate=True is for pi0.5 (model.state_in='prompt'): its language model must see the state to "
-                "write the actions"
-            )
-        for name, data in self.datasets.items():  # which don't know what a run calls them
-            where = f"config.mixture.{name}" if name else "config.data"
-            check(where, data, SHARE, "validation")
-            check(where, data, FROM_ZERO, "state_noise", "cache_gb", "num_workers")
-            check(where, data, POSITIVE, "weight")
-        for name, data in self.mixture.items():
-            if not re.fullmatch(r"[\w-][\w.-]*", name):
-                raise UserError(f"config.mixture.{name}: names a directory of statistics; use letters, digits and _.-")
-            for field in dataclasses.fields(Data):
-                if field.name in ("cache_gb", "num_workers") and getattr(data, field.name) != field.default:
-                    raise UserError(
-                        f"config.mixture.{name}.{field.name}: set config.data.{field.name}, for all data sets"
-                    )
+        _check_frozen(self)
+        _check_mechanisms(self)
+        _check_data_sets(self)
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -305,3 +271,50 @@ class Train:
     def datasets(self) -> Mapping[str, Data]:
         """All data sets by name; that of the deployed robot comes first and is called ""."""
         return {"": self.data, **self.mixture}
+
+
+def _check_frozen(run: Train) -> None:
+    """Raises UserError where a pattern is none."""
+    for pattern in run.frozen:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            known = ", ".join(FROZEN)
+            raise UserError(
+                f"config.frozen: {pattern!r} is no regular expression ({error}), nor one of {known}"
+            ) from None
+
+
+def _check_mechanisms(run: Train) -> None:
+    """Raises UserError where settings of the training contradict the model or each other."""
+    if isinstance(run.model, Pi0Fast) and run.draws != 1:
+        raise UserError(f"config.draws={run.draws}: pi0-FAST draws neither noise nor time; leave it at 1")
+    if not 0 <= run.max_delay < run.model.action_horizon:
+        raise UserError(
+            f"config.max_delay={run.max_delay}: from 0 to {run.model.action_horizon - 1}, so that of a chunk's "
+            f"{run.model.action_horizon} actions one at least is to learn"
+        )
+    if isinstance(run.model, Pi0Fast) and run.max_delay:
+        raise UserError(f"config.max_delay={run.max_delay}: pi0-FAST has no flow times; leave it at 0")
+    if run.batch_size % run.microbatches:
+        raise UserError(f"config.microbatches={run.microbatches} doesn't divide batch_size={run.batch_size}")
+    if run.insulate and getattr(run.model, "state_in", None) != "prompt":
+        raise UserError(
+            "config.insulate=True is for pi0.5 (model.state_in='prompt'): its language model must see the state to "
+            "write the actions"
+        )
+
+
+def _check_data_sets(run: Train) -> None:
+    """Raises UserError where a data set can't be named, or a number of it can't be."""
+    for name, data in run.mixture.items():
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise UserError(f"config.mixture.{name}: names a directory of statistics; use letters, digits and _.-")
+        for field in dataclasses.fields(Data):
+            if field.name in ("cache_gb", "num_workers") and getattr(data, field.name) != field.default:
+                raise UserError(f"config.mixture.{name}.{field.name}: set config.data.{field.name}, for all data sets")
+    for name, data in run.datasets.items():  # which don't know what a run calls them
+        where = f"config.mixture.{name}" if name else "config.data"
+        check(where, data, SHARE, "validation")
+        check(where, data, FROM_ZERO, "state_noise", "cache_gb", "num_workers")
+        check(where, data, POSITIVE, "weight")
