@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from openpi_port.pi_flax.attention import attention
 from openpi_port.pi_flax.fast import attend, backward, options
+from openpi_port.pi_flax.fast.copies import add_up
 
 
 def normals(*shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -83,3 +85,16 @@ def test_options_are_known_to_xla():
         assert ("xla_gpu_enable_latency_hiding_scheduler" in chosen) == (shape == (2, 1))
         assert jax.jit(lambda x: 2 * x, compiler_options=chosen)(1.0) == 2
     assert options.training(cpu, (2, 1)) == {}
+
+
+def test_devices_add_up_after_the_backward_pass():
+    """No sum over devices begins before the last gradient is there; that the sums are right: tests/test_sharding.py."""
+
+    def summed(trained, frozen, batch, counted):
+        return jax.grad(lambda w: ((batch @ w[0] + frozen) @ w[1]).sum() / counted)(trained)
+
+    w, b = np.ones((3, 3), np.float32), np.ones((4, 3), np.float32)
+    function = jax.jit(add_up(summed, AbstractMesh((2, 1), ("data", "fsdp"))))
+    text = function.trace((w, w), w[0], b, 4.0).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count('all_reduce"(') == 2
+    assert text.rindex("dot_general") < text.index("optimization_barrier") < text.index('all_reduce"(')

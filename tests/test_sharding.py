@@ -94,9 +94,13 @@ def _try_two(backend: str, directory: Path, meshes_: list[str], devices: int) ->
     return "\n".join(outputs), re.search(r"time(d )?out|deadline", "\n".join(outputs), re.IGNORECASE) is not None
 
 
-# 2 JAX processes with 4 devices each, of which each holds a quarter of the state; 2 torch processes.
+# 2 JAX processes with 4 devices each, of which four share the state, or each has a copy; 2 torch processes.
 @pytest.mark.parametrize(
-    ("backend", "wanted"), [("flax", ["data=2,fsdp=4"]), ("torch", ["data=2,fsdp=1,microbatches=2", "data=1,fsdp=2"])]
+    ("backend", "wanted"),
+    [
+        ("flax", ["data=2,fsdp=4", "data=8,fsdp=1"]),
+        ("torch", ["data=2,fsdp=1,microbatches=2", "data=1,fsdp=2"]),
+    ],
 )
 def test_the_curve_of_one_device(tmp_path, backend, wanted):
     losses, trainer = train(backend, Mesh(data=1))

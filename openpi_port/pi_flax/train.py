@@ -28,6 +28,7 @@ from openpi_port.pi_flax import attention, insulated
 from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax.fast import options
 from openpi_port.pi_flax.fast.apart import layers, together
+from openpi_port.pi_flax.fast.copies import add_up
 from openpi_port.pi_flax.infer import build
 from openpi_port.pi_flax.layers import lowered
 from openpi_port.pi_flax.pi0_fast import Pi0Fast
@@ -152,21 +153,28 @@ class Trainer:
     def _gradients(self, state: State, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
         """The losses and the gradient of their mean, float32, part by part of the batch."""
         trained, frozen = (_as_used(part, self._compute) for part in (state.trained, state.frozen))
-        tokens = batch["tokenized_prompt"]
+        summed, parts, tokens = self._summed, self.config.microbatches, batch["tokenized_prompt"]
+        if self._layout.shape[0] > 1 and self._layout.shape[1] == 1:  # devices hold copies of the state
+            summed, parts = add_up(summed, self._layout.whole.mesh), parts * self._layout.shape[0]
+        counted = {"num_counted": self._counts(batch).sum() / parts} if "action_is_pad" in batch else {}
         if only_rows := self._reads_only_rows():
             trained, batch = _with_rows(trained, batch)
-        losses, grads = self._summed(trained, frozen, batch)
+        losses, grads = summed(trained, frozen, batch, counted)
         if only_rows:
             grads = _scattered(grads, tokens, state.trained, self._layout.whole)
-        count = self.config.microbatches
-        return losses, jax.tree.map(lambda g: g.astype(jnp.float32) / count, together(grads))
+        return jax.tree.map(lambda x: x.astype(jnp.float32) / parts, (losses, grads))
 
-    def _summed(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> tuple[tuple, nnx.State]:
-        """The mean losses, and the sum of the parts' gradients."""
+    def _summed(
+        self, trained: nnx.State, frozen: nnx.State, batch: Batch, counted: Batch
+    ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
+        """Sums over the parts of one device's samples: of their losses, and of their gradients.
+
+        `counted` says how many actions count in a part, on average over all of them.
+        """
         gradients, count = jax.value_and_grad(self._loss, has_aux=True), self.config.microbatches
         if count == 1:
-            return gradients(trained, frozen, batch)
-        counted = {} if "action_is_pad" not in batch else {"num_counted": self._counts(batch).sum() / count}
+            losses, grads = gradients(trained, frozen, batch | counted)
+            return losses, together(grads)
 
         def add(sums: nnx.State, part: Batch) -> tuple[nnx.State, tuple]:
             losses, grads = gradients(trained, frozen, part | counted)
@@ -177,7 +185,7 @@ class Trainer:
         dtype = self.config.compute.gradients
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype if p.dtype == jnp.bfloat16 else p.dtype), trained)
         sums, losses = jax.lax.scan(add, zeros, parts)
-        return jax.tree.map(lambda x: x.mean(0), losses), sums
+        return jax.tree.map(lambda x: x.sum(0), losses), together(sums)
 
     def _reads_only_rows(self) -> bool:
         """Whether the loss reads of the embedding, which is trained, the prompt's rows alone and writes no tokens."""
