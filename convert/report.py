@@ -34,7 +34,7 @@ def table(source: Source, to: str) -> str:
     count = num_elements(side_shapes(source.entries, OURS))
     if to == "lerobot" and (notes := lerobot.inexpressible(source)):
         lines.append(f"LeRobot has no way to say, so do it around the policy there: {'; '.join(notes)}")
-    if source.format in ("paligemma", "big_vision"):
+    if not source.is_policy:
         lines.append("no action expert: gemma/*/experts/1, gemma/norms/1 and all action projections start fresh")
     elif source.norm_stats is None:
         assets = [name.split("/")[1] for name in source.files if name.startswith("assets/")]

@@ -63,6 +63,11 @@ class Source:
     files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     @property
+    def is_policy(self) -> bool:
+        """Whether it knows actions; PaliGemma, which a policy can start from, doesn't."""
+        return self.format not in ("paligemma", "big_vision")
+
+    @property
     def entries(self) -> list[Entry]:
         """The table for this model; for a vision-language model alone, only what it has."""
         return tables.entries(self.model)
@@ -88,14 +93,14 @@ class Source:
         unused = {name: _Rounded(tensor, np.dtype(dtype)) for name, tensor in self.unused.items()}
         return dataclasses.replace(self, tensors=tensors, unused=unused, train_state={})
 
-    def start_of(self, model: Any) -> tuple[Translated, list[str]]:
+    def start_of(self, model: Any) -> Translated:
         """What a vision-language model gives to a policy that is to be trained.
 
         Args:
-          model: `config.Pi0`, with the same vision tower and language model.
+          model: `config.Pi0` or `Pi0Fast`, with the same vision tower and language model.
 
         Returns:
-          Canonical weights of the part that is here, and the names of those that are absent and start fresh.
+          Canonical weights of the part that is here; the policy's others start fresh.
 
         Raises:
           UserError: the parts differ in size.
@@ -104,8 +109,7 @@ class Source:
         entries = tables.paligemma_entries(dataclasses.replace(model, language=language))
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         check(shapes, side_shapes(entries, self.side), str(self.path))
-        here = Translated(entries, self.tensors, self.side, OURS)
-        return here, [name for name in side_shapes(tables.entries(model), OURS) if name not in here]
+        return Translated(entries, self.tensors, self.side, OURS)
 
     def canonical(self) -> Translated:
         """The tensors under our Flax names."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from convert import layout, tables
+from convert.source import Source
 from openpi_port import base, checkpoint, init
 from openpi_port.backends import Backend
 from openpi_port.config import Pi0Fast, Train
@@ -59,15 +60,28 @@ def point(run: Path, config: Train, *, resume: bool) -> Point:
 def weights(config: Train) -> Mapping[str, np.ndarray]:
     """Canonical weights that a run begins with: fresh ones, or those of `config.init`.
 
-    These must be of the same architecture; adapters that are absent there start fresh.
+    A policy must be of the same architecture, and adapters that are absent there start fresh; of PaliGemma come vision
+    tower and language model, and all else starts fresh.
     """
     from convert import formats
 
+    fresh = init.Fresh(config.model, config.seed)
     if config.init is None:
-        return init.Fresh(config.model, config.seed)
+        return fresh
     source = formats.open_checkpoint(config.init)
+    if source.is_policy:
+        _check_model(config, source)
+    found = source.canonical() if source.is_policy else source.start_of(config.model)
+    absent = {name: fresh[name] for name in fresh if name not in found}
+    return ChainMap(absent, found) if absent else found
+
+
+def _check_model(config: Train, source: Source) -> None:
+    """Raises UserError where a policy is of another model than the run, but for adapters that only the run has."""
     theirs, ours = to_dict(source.model), to_dict(config.model)
-    added = [part for part in ("language", "expert") if _add_lora(theirs.get(part), ours.get(part))]
+    for part in ("language", "expert"):
+        if theirs.get(part) and ours.get(part) and theirs[part]["lora"] is None:
+            theirs[part]["lora"] = ours[part]["lora"]
     for field in ("vision", "language", "expert", "vocab_size", "action_dim", "state_in", "time_in"):
         if field == "action_dim" and "expert" not in ours:
             continue  # no weight of pi0-FAST depends on it
@@ -78,11 +92,6 @@ def weights(config: Train) -> Mapping[str, np.ndarray]:
             )
     if isinstance(config.model, Pi0Fast):
         _check_habits(config, source.model, source.settings.get("data", {}))
-    found = source.canonical()
-    if not added:
-        return found
-    fresh = init.Fresh(config.model, config.seed)
-    return ChainMap({name: fresh[name] for name in fresh if name not in found}, found)
 
 
 def _check_habits(config: Train, theirs: Pi0Fast, data: Mapping[str, Any]) -> None:
@@ -94,14 +103,6 @@ def _check_habits(config: Train, theirs: Pi0Fast, data: Mapping[str, Any]) -> No
     }
     if differ := " ".join(f"--config.{name}={has}" for name, (has, wants) in learned.items() if has != wants):
         raise UserError(f"--config.init={config.init} has learned otherwise: add {differ}")
-
-
-def _add_lora(theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> bool:
-    """Gives a described expert without adapters those of the config; whether there was anything to give."""
-    if not theirs or not ours or theirs["lora"] is not None or ours["lora"] is None:
-        return False
-    theirs["lora"] = ours["lora"]
-    return True
 
 
 def _continued(path: Path, config: Train) -> Point:
