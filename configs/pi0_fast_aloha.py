@@ -4,7 +4,7 @@
 one that was fitted to this data set, which ships as `fast_transfer_cube`:
 
     python -m experiments.fit_fast --config=pi0_fast_aloha:mini --scale=20 --vocab_size=1024 \\
-        --out=openpi_port/assets/tokenizers/fast_transfer_cube
+        --out=fast_transfer_cube
 
 It rounds finely (0.0024 rad RMS on the joints; the cube's grasp forgives about 0.02) and its chunks last half a second,
 as long as evaluation plays one: 39 tokens on average. `--config.fast_tokenizer=` takes another: a directory, or a
