@@ -215,19 +215,21 @@ def _activations(config: Train) -> tuple[int, int]:
     prefix, suffix = model.prefix_len, 0 if isinstance(model, Pi0Fast) else model.suffix_len
     read = prefix + (config.max_action_tokens if config.insulate else 0)  # by the language model
     tokens = len(model.cameras) * model.vision.num_tokens
-    # Passes through layers: their sizes, tokens of a sample, keys that each sees.
+    plain = config.compute.attention == "plain" or config.compute.dtype == "float32"
+    # Passes through layers: their sizes, tokens of a sample, keys to which each has a logit in memory.
     language = model.language
     if isinstance(model, Pi0) and not config.insulate:  # of its last layer only keys and values are computed
         language = dataclasses.replace(language, depth=language.depth - 1)
-    passes = [(model.vision, tokens, model.vision.num_tokens), (language, read, read)]
+    passes = [(model.vision, tokens, plain * model.vision.num_tokens), (language, read, plain * read)]
     if isinstance(model, Pi0):
-        passes.append((model.expert, config.draws * suffix, prefix + suffix))
-    kept = sum(layers.depth * count * _kept(layers, keys, config) for layers, count, keys in passes)
-    return size * kept, size * max(count * _workspace(layers, keys, config) for layers, count, keys in passes)
+        products = plain or config.backend == "flax"  # which has no kernel for so few queries
+        passes.append((model.expert, config.draws * suffix, products * (prefix + suffix)))
+    kept = sum(layers.depth * count * _kept(layers, logits, config) for layers, count, logits in passes)
+    return size * kept, size * max(count * _workspace(layers, config) for layers, count, _ in passes)
 
 
-def _kept(layers: Siglip | Gemma, keys: int, config: Train) -> int:
-    """Numbers per token that a layer leaves for the backward pass."""
+def _kept(layers: Siglip | Gemma, logits: int, config: Train) -> int:
+    """Numbers per token that a layer leaves for the backward pass, with so many logits per head."""
     width, mlp, remat = layers.width, layers.mlp_dim, config.compute.remat
     if remat == "full":
         return width
@@ -240,13 +242,12 @@ def _kept(layers: Siglip | Gemma, keys: int, config: Train) -> int:
     if remat == "dots":
         eager = config.backend == "torch" and config.compute.compile == "none"
         return products + (width if eager else 0)  # which doesn't know that the last isn't needed
-    plain = config.compute.attention == "plain" or config.compute.dtype == "float32"
-    return products + 4 * width + 2 * mlp + (3 * layers.num_heads * keys if plain else 0)
+    return products + 4 * width + 2 * mlp + 3 * layers.num_heads * logits
 
 
-def _workspace(layers: Siglip | Gemma, keys: int, config: Train) -> int:
+def _workspace(layers: Siglip | Gemma, config: Train) -> int:
     """Numbers per token that the backward pass of one layer needs at a time."""
     if unrolled(config):
         again = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat="dots"))
-        return 3 * layers.mlp_dim + (_kept(layers, keys, again) if config.compute.remat == "full" else 0)
+        return 3 * layers.mlp_dim + (_kept(layers, 0, again) if config.compute.remat == "full" else 0)
     return 8 * layers.width + 5 * layers.mlp_dim

@@ -80,6 +80,8 @@ def _seconds(program: Callable[..., Any], *args: jax.Array, calls: int = 10) -> 
     times = []
     for _ in range(3):
         begin = time.perf_counter()
-        jax.block_until_ready([program(*args) for _ in range(calls)][-1])
+        for _ in range(calls):
+            last = program(*args)  # alone kept: ten results would be the most memory that a small run takes
+        jax.block_until_ready(last)
         times.append((time.perf_counter() - begin) / calls)
     return float(np.median(times))

@@ -28,16 +28,15 @@ def flow(compute: Compute, device: jax.Device) -> flows.Options:
 def training(device: jax.Device, shape: tuple[int, int]) -> dict[str, bool | int]:
     """XLA's options for a training step on a mesh of that shape (`data`, `fsdp`).
 
-    Products are cuBLAS's; Triton's were no faster. XLA merges products that read the same, at its own threshold also
-    vision's queries with keys and the prefix's queries with both, of 32 samples, and then copies them apart.
+    Products are cuBLAS's; Triton's were no faster. None that read the same are merged: XLA would copy the results apart
+    and, where a batch goes through in parts, add them to the sums in passes over memory.
 
-    Where devices hold copies of the state, the scheduler that hides latency takes all memory that is free. Off, a run
-    takes what is planned: sums over devices still begin where a gradient is there, but less of them is hidden (4 % of a
-    step on two H200).
+    Where devices hold copies of the state, the scheduler that hides latency takes all memory that is free, to hide a
+    sum that takes 2 % of a step (two H200). Off, a run takes what is planned.
     """
     if device.platform != "gpu":
         return {}
-    chosen = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 24}
+    chosen = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
     copies = shape[0] > 1 and shape[1] == 1
     return chosen | ({"xla_gpu_enable_latency_hiding_scheduler": False} if copies else {})
 
