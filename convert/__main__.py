@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
 from convert import arguments, formats, report, target
-from openpi_port.errors import UserError, near
+from openpi_port.errors import UserError, guarded, near
+from openpi_port.whole import refuse_existing
 
 DTYPES = ("bfloat16", "float32")
 EPILOG = """SRC is a directory, an .npz or .safetensors file, or a URL (hf://user/name, gs://bucket/path); what it is,
@@ -18,15 +20,7 @@ its tensors show. --model.FIELD=VALUE states what weights don't say: --model.vis
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    try:
-        _run(argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return guarded(lambda: _run(argv), "interrupted; nothing was written")
 
 
 def _run(argv: list[str] | None) -> None:
@@ -44,6 +38,8 @@ def _run(argv: list[str] | None) -> None:
     if args.to not in target.SIDES:
         raise UserError(f"--to={args.to}: {near(args.to, target.SIDES)}")
     overrides = arguments.overrides(rest, "python -m convert")
+    if args.dst is not None:  # now, not after a long table
+        refuse_existing(Path(args.dst))
 
     source = formats.open_checkpoint(args.src, merge_lora=args.merge_lora, asset=args.asset, **overrides)
     if args.dtype is not None:
@@ -58,7 +54,7 @@ def _run(argv: list[str] | None) -> None:
     total = target.num_bytes(source.to(target.SIDES[args.to]))
     with tqdm(total=total, unit="B", unit_scale=True, disable=args.quiet or None) as bar:
         target.write(source, args.dst, args.to, bar.update)
-    print(f"{args.dst}: {args.to} checkpoint, {report.size(total)}")
+    print(f"{args.dst}: {args.to} checkpoint, {target.size(total)}")
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from convert import arguments, formats, parity_batch, parity_rows, tables
 from convert.parity_rows import STAGES, TOLERANCE, Row, compare_gradients, compare_traces, first_beyond
 from convert.source import Source
-from openpi_port import loading
+from openpi_port import loading, whole
 from openpi_port.backends import NAMES, Backend
 from openpi_port.config import Dtype, Pi0, Pi0Fast
-from openpi_port.errors import UserError, near
+from openpi_port.errors import UserError, guarded, near
 from openpi_port.fields import to_dict
 
 PARTS = ("forward", "sampling", "gradients")
@@ -129,17 +129,7 @@ class Report:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    try:
-        return _run(argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:  # the page's directory, as a rule
-        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return guarded(lambda: _run(argv), "interrupted; nothing was written")
 
 
 def _run(argv: list[str] | None) -> int:
@@ -183,7 +173,7 @@ def _run(argv: list[str] | None) -> int:
     if page is not None:
         from convert import parity_page
 
-        page.write_text(parity_page.page(report), encoding="utf-8")
+        whole.write_text(page, parity_page.page(report))
         print(f"{page}: the same with pictures")
     return 0 if report.first is None else 1
 

@@ -84,9 +84,11 @@ def errors(report: Report) -> Figure:
     ax.set_yscale("log")
     ax.set_ylim(floor / 2, 1e-2 if report.first is None and report.dtype == "float32" else 1e3)
     ax.set_ylabel("relative error")
-    every = max(1, len(ticks) // 40)
-    shown = list(ticks.items())[::every]
-    ax.set_xticks([i for _, i in shown], [name for name, _ in shown], rotation=90, fontsize=7)
+    shown: dict[int, str] = {}
+    for name, i in ticks.items():  # where the label before leaves room
+        if not shown or i - max(shown) >= len(rows) / 90:
+            shown[i] = name
+    ax.set_xticks(list(shown), list(shown.values()), rotation=90, fontsize=7)
     ax.margins(x=0.01)
     ax.grid(axis="y", lw=0.3)
     ax.legend(ncols=len(STAGES), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)

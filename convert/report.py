@@ -7,7 +7,7 @@ import re
 from convert import lerobot
 from convert.layout import OURS, Entry, Spot, num_elements, side_shapes
 from convert.source import Source
-from convert.target import SIDES, num_bytes
+from convert.target import SIDES, num_bytes, size
 
 
 def table(source: Source, to: str) -> str:
@@ -46,11 +46,6 @@ def table(source: Source, to: str) -> str:
         f"beside them: {', '.join(carried) or 'nothing'}"
     )
     return "\n".join(lines)
-
-
-def size(count: int) -> str:
-    """Bytes, for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _beside(source: Source) -> dict[str, bool]:

@@ -59,6 +59,11 @@ def num_bytes(weights: Translated) -> int:
     return sum(int(np.prod(s, dtype=np.int64)) * weights.dtypes[n].itemsize for n, s in weights.shapes.items())
 
 
+def size(count: int) -> str:
+    """Bytes, for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
 @contextlib.contextmanager
 def _whole(path: Path, needed: int) -> Iterator[Path]:
     """As `whole.directory`, where there is room for so many bytes."""
@@ -69,14 +74,11 @@ def _whole(path: Path, needed: int) -> Iterator[Path]:
         with directory(path) as part:
             free = shutil.disk_usage(parent).free
             if free < needed:
-                sizes = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"
-                raise UserError(f"{parent}: {sizes}; make room or go elsewhere")
+                raise UserError(f"{parent}: {size(needed)} needed, {size(free)} free; make room or go elsewhere")
             yield part
     except (OSError, ValueError) as e:
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(e):
-            raise UserError(
-                f"{path}: the disk is full ({needed / 1e9:.1f} GB needed); nothing is left behind"
-            ) from None
+            raise UserError(f"{path}: the disk is full ({size(needed)} needed); nothing is left behind") from None
         raise
 
 

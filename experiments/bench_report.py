@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from openpi_port import whole
 from openpi_port.errors import UserError
 
 FORMAT = 1
@@ -78,11 +78,8 @@ def table(figures: Sequence[Figure]) -> str:
 
 def write(path: str | Path, about: Mapping[str, Any], figures: Sequence[Figure]) -> None:
     """Writes all as JSON, whole or not at all."""
-    path = Path(path)
     content = {"format": FORMAT, "about": dict(about), "figures": [dataclasses.asdict(f) for f in figures]}
-    half = path.with_name(path.name + ".part")
-    half.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(half, path)
+    whole.write_text(Path(path), json.dumps(content, indent=1) + "\n")
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], list[Figure]]:

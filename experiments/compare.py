@@ -22,7 +22,7 @@ import numpy as np
 
 from convert.arguments import Parser
 from experiments.eval_report import RESULTS, TRAJECTORIES
-from openpi_port.errors import UserError
+from openpi_port.errors import UserError, guarded
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (needs the backend first)
@@ -92,8 +92,11 @@ def compare(a: Path, b: Path) -> list[Seed]:
 
 def parts(a: Path, b: Path) -> list[str]:
     """What to compare: the directories themselves, or those of their tasks after --env=aloha_instructions."""
-    tasks = sorted(path.parent.name for path in a.glob(f"*/{RESULTS}") if (b / path.parent.name / RESULTS).exists())
-    return tasks if tasks and not (a / RESULTS).exists() else [""]
+    if (a / RESULTS).exists():
+        return [""]
+    tasks = sorted(path.parent.name for path in a.glob(f"*/{RESULTS}"))
+    both = [task for task in tasks if (b / task / RESULTS).exists()]
+    return both or tasks or [""]
 
 
 def report(seeds: list[Seed], tolerance: float) -> str:
@@ -130,6 +133,8 @@ def plot(path: Path, seeds: list[Seed], tolerance: float, names: tuple[str, str]
         axis.plot(steps[: s.touch + 1], error[: s.touch + 1], color="0.4", lw=0.8)
         axis.plot(steps[s.touch :], error[s.touch :], color="C0" if all(s.success) else "C3", lw=0.8)
     axis.axhline(tolerance, color="k", ls="--", lw=0.8)
+    place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+    axis.annotate(f"tolerance {tolerance:g}", (0.995, tolerance), fontsize=8, **place)
     axis.axvline(0, color="k", lw=0.8)
     axis.set(yscale="log", xlabel="control steps since the cube is touched", ylabel="largest difference (rad)")
     axis.set_title(f"{names[0]} against {names[1]}: {len(seeds)} seeds (red: not both succeed)", fontsize=10)
@@ -145,7 +150,7 @@ def _results(directory: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); is {directory} the --out of an evaluation?") from None
+        raise UserError(f"{path}: cannot be read ({_why(error)}); is {directory} the --out of an evaluation?") from None
 
 
 def _trajectory(directory: Path, seed: int) -> dict[str, np.ndarray]:
@@ -154,7 +159,11 @@ def _trajectory(directory: Path, seed: int) -> dict[str, np.ndarray]:
         with np.load(path) as arrays:
             return dict(arrays)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); was it evaluated with --trajectories?") from None
+        raise UserError(f"{path}: cannot be read ({_why(error)}); was it evaluated with --trajectories?") from None
+
+
+def _why(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,7 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("b", metavar="B", type=Path)
     parser.add_argument("--tolerance", type=float, default=1e-3, help="rad, or share of a gripper's opening")
     parser.add_argument("--out", type=Path, help="a picture of the differences over time")
-    try:
+
+    def run() -> None:
         args = parser.parse_args(argv)
         for part in parts(args.a, args.b):
             a, b = args.a / part, args.b / part
@@ -174,10 +184,8 @@ def main(argv: list[str] | None = None) -> int:
                 path = args.out.with_stem("_".join([args.out.stem, *Path(part).parts]))
                 plot(path, seeds, args.tolerance, (str(a), str(b)))
                 print(path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return guarded(run)
 
 
 if __name__ == "__main__":

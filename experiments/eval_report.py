@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from openpi_port import whole
 from openpi_port.sim import latency, pictures, rollout, simulation, wilson
 
 RESULTS, TRAJECTORIES = "results.json", "trajectories"
@@ -99,7 +100,7 @@ def write(
 ) -> None:
     """results.json, the video, plots of the first episodes, and every trajectory where that is wanted."""
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / RESULTS, results)
+    whole.write_text(out / RESULTS, json.dumps(results, indent=1) + "\n")
     task = simulation.about(results["task"])
     _write_video(out, pictures.rows([e for e in episodes if e.frames is not None]), [], task.fps, gif)
     for episode in episodes[:plots]:
@@ -147,16 +148,13 @@ def instructions(played: Mapping[str, Sequence[rollout.Episode]], out: Path, *, 
     both = sum(all(ends[seed] == task for task, ends in zip(played, by_seed, strict=True)) for seed in seeds)
     low, high = wilson.interval(both, len(seeds))
     print(f"the instruction alone decided on {both} of {len(seeds)} seeds ({low:.1%} to {high:.1%})")
-    _write_json(out / "instructions.json", {"tasks": rows, "seeds": len(seeds), "decided": both})
+    about = {"tasks": rows, "seeds": len(seeds), "decided": both}
+    whole.write_text(out / "instructions.json", json.dumps(about, indent=1) + "\n")
     shown = [  # with borders that say whether the episode was right
         [dataclasses.replace(e, success=e.end == task) for e in episodes if e.frames is not None][:5]
         for task, episodes in played.items()
     ]
     _write_video(out, shown, list(told.values()), simulation.about(next(iter(played))).fps, gif)
-
-
-def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_video(

@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from openpi_port import memory, meshes
 from openpi_port.backends import Backend
 from openpi_port.config import SIZES, Train
-from openpi_port.errors import UserError, near
+from openpi_port.errors import UserError, guarded, near
 from openpi_port.fields import build
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -40,32 +39,23 @@ def run(main: Callable[[], int | None]) -> None:
     User errors, and files' troubles, are one line and exit status 2; a Ctrl-C that the program doesn't take is 130.
     """
 
-    def guarded(argv: Sequence[str]) -> int | None:
+    def without_arguments(argv: Sequence[str]) -> int | None:
         if len(argv) > 1:
             raise UserError(f"{argv[1]!r}: no such argument; flags start with --")
         return main()
 
     logging.set_verbosity(logging.WARNING)  # the frameworks' notes about absent devices are no news
-    try:
-        app.run(guarded, flags_parser=_parse)
-    except UserError as error:
-        _end(str(error))
-    except OSError as error:  # a directory that can't be written, a full disk
-        if error.filename is None:
-            raise
-        _end(f"{error.filename}: {error.strerror}")
-    except KeyboardInterrupt:
-        _end("interrupted", 130)
-
-
-def _end(message: str, status: int = 2) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
+    sys.exit(guarded(lambda: app.run(without_arguments, flags_parser=_parse)))
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
+    for module in (__name__, "experiments.policy_flags"):  # so that --help shows their flags too
+        for flag in flags.FLAGS.flags_by_module_dict().get(module, ()):
+            flags.FLAGS.register_key_flag_for_module(argv[0], flag)
     try:
         return flags.FLAGS(_resolve(list(argv)))
+    except SystemExit:  # --help, which is no failure
+        sys.exit(0)
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import flags as absl_flags
 
 from experiments import flags, inspect_page, inspect_subject, policy_flags
+from openpi_port import whole
 from openpi_port.errors import UserError
 
 OUT = absl_flags.DEFINE_string("out", "inspect.html", "the page")
@@ -27,8 +28,7 @@ def main() -> None:
     begin = time.perf_counter()
     samples, findings = inspect_subject.look(subject := _subject(), SAMPLES.value)
     path = Path(OUT.value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(inspect_page.page(subject, samples, findings), encoding="utf-8")
+    whole.write_text(path, inspect_page.page(subject, samples, findings))
     for finding in findings:
         print(f"{'suspicious' if finding.level == 'bad' else 'note'}: {finding.text}")
     print(f"{path}: {len(samples)} sample{'s' * (len(samples) != 1)}, {time.perf_counter() - begin:.1f} s")

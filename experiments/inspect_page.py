@@ -41,7 +41,8 @@ p.about { color: #55555f; max-width: 60rem }
 .dot { display: inline-block; width: .75em; height: .75em; border-radius: 50%; margin-right: .4em }
 tr.bad { background: #fde7e5 } td svg { vertical-align: middle } .frozen { color: #8a8a95 }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, 152px); gap: .6rem .35rem }
-.panels div div { font: 10.5px ui-monospace, monospace; padding-left: 14px; white-space: nowrap }
+.panels div div { font: 10.5px ui-monospace, monospace; padding-left: 14px;
+  white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
 .panels text { font-size: 9px; fill: #55555f }
 pre { font-size: 12px; background: #f6f6f9; padding: .8rem; overflow: auto }
 """
@@ -141,7 +142,7 @@ def _tokens(subject: Subject, first: Sample, samples: Sequence[Sample]) -> list[
     rows = [
         (
             Html(f"{_dot(pictures.colour(block, tokens))}{escape(block.name)}"),
-            f"{block.start}–{block.stop - 1}",
+            _range(np.arange(block.start, block.stop)),
             str(block.stop - block.start),
             str(int(tokens.valid[block.place].sum())),
             _range(tokens.positions[block.place][tokens.valid[block.place]]),
@@ -176,7 +177,8 @@ def _dot(colour: str) -> str:
 
 
 def _range(numbers: np.ndarray) -> str:
-    return f"{numbers.min()}–{numbers.max()}" if len(numbers) else "none"
+    ends = dict.fromkeys(str(end) for end in (numbers.min(), numbers.max())) if len(numbers) else ["none"]
+    return "–".join(ends)
 
 
 def _seen_by(block: Block, sample: Sample) -> str:
@@ -237,8 +239,9 @@ def _of(subject: Subject, part: Part) -> str:
 
 def _statistics(subject: Subject, part: Part) -> list[str]:
     tiny = {(t.key, t.dim): str(t) for t in normalize.tiny_ranges(part.stats, part.data.norm)}
+    origin = part.stats_from[0].upper() + part.stats_from[1:]
     out = [
-        f"<p class='about'>{_of(subject, part)}{escape(part.stats_from)}. The bar is q01 to q99 within the dimension's "
+        f"<p class='about'>{_of(subject, part)}{escape(origin)}. The bar is q01 to q99 within the dimension's "
         f"own minimum and maximum, with the mean and its standard deviation below.</p>"
     ]
     for key, stats in part.stats.items():

@@ -139,7 +139,7 @@ def _panel(
                 parts.append(f"<polyline points='{points}' fill='none' stroke='{shade}' stroke-width='1.4'{dash}/>")
         if dots:
             parts.append(f"<circle cx='{x(-1):.1f}' cy='{y(dots[i]):.1f}' r='2.4' fill='{shade}'/>")
-    title = f"<div>{escape(name)}</div>"
+    title = f"<div title='{escape(name)}'>{escape(name)}</div>"
     return f"<div>{title}<svg width='{width_}' height='{height}'>{''.join(parts)}</svg></div>"
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
+from openpi_port import whole
+
 
 class Metrics:
     """Appends to the files of a run; a resumed run drops what was logged after the step it goes on from.
@@ -25,9 +27,7 @@ class Metrics:
         path = run / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start_step]
-        rewritten = path.with_name(f".{path.name}.tmp")
-        rewritten.write_text("".join(f"{line}\n" for line in kept))
-        rewritten.replace(path)
+        whole.write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
 

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import dimensions
-from openpi_port import Policy
+from openpi_port import Policy, whole
 from openpi_port.check_sample import split_keys
 from openpi_port.data.datasets import open_datasets
 from openpi_port.errors import UserError
@@ -82,5 +82,5 @@ def report(errors: np.ndarray, out: Path, name: str, dims: list[str]) -> None:
     print(f"{'all':24} {mae.mean():10.4g} {np.sqrt((rmse**2).mean()):10.4g}")
     numbers = {"dataset": name, "samples": len(errors), "mae": mae.tolist(), "rmse": rmse.tolist()}
     numbers["mae_by_step"] = by_step.tolist()
-    (out / "open_loop.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    whole.write_text(out / "open_loop.json", json.dumps(numbers, indent=1) + "\n")
     print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")

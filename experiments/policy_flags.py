@@ -27,18 +27,28 @@ FLOAT8 = flags.DEFINE_bool("float8", False, "as --fast, with products in float8:
 NUM_STEPS = flags.DEFINE_integer("num_steps", 10, "Euler steps per chunk", 1)
 
 
+def checkpoint() -> str:
+    """What --checkpoint= names.
+
+    Raises:
+      UserError: nothing.
+    """
+    if CHECKPOINT.value is None:
+        raise UserError("--checkpoint= names no policy: give a directory, gs://... or hf://user/name")
+    return CHECKPOINT.value
+
+
 def policy() -> Policy:
     """The policy that the command line asks for.
 
     Raises:
       UserError: see `Policy.from_pretrained`.
     """
-    if CHECKPOINT.value is None:
-        raise UserError("--checkpoint= names no policy: give a directory, gs://... or hf://user/name")
+    path = checkpoint()
     if FAST.value:
         share_cores()
     opened = Policy.from_pretrained(
-        CHECKPOINT.value,
+        path,
         BACKEND.value,
         device=DEVICE.value,
         dtype=DTYPE.value,
@@ -49,7 +59,7 @@ def policy() -> Policy:
         opened.optimize(float8=FLOAT8.value)
     about = opened.metadata
     print(
-        f"{CHECKPOINT.value}: {about['robot']}, chunks of {about['action_horizon']} actions, {BACKEND.value}",
+        f"{path}: {about['robot']}, chunks of {about['action_horizon']} actions, {BACKEND.value}",
         flush=True,
     )
     return opened

@@ -15,7 +15,7 @@ import signal
 from absl import flags as absl_flags
 
 from experiments import flags, policy_flags
-from openpi_port.serving.server import Options, Server
+from openpi_port.serving.server import Options, Server, require_port
 
 HOST = absl_flags.DEFINE_string("host", "0.0.0.0", "address to listen on; 127.0.0.1 for this machine alone")
 PORT = absl_flags.DEFINE_integer("port", 8000, "port; 0 takes a free one", 0, 65535)
@@ -31,6 +31,8 @@ API_KEY = "OPENPI_PORT_API_KEY"  # in the environment: a command line can be rea
 
 def main() -> None:
     """Opens, warms up, serves."""
+    policy_flags.checkpoint()
+    require_port(HOST.value, PORT.value)  # now, not when the model is ready
     policy = policy_flags.policy()
     options = Options(
         host=HOST.value,

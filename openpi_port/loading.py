@@ -125,7 +125,7 @@ def _data(source: Source, robot: str | None, given: Mapping[str, Any] | None, pr
     if missing:
         raise UserError(
             f"{source.path}: the checkpoint does not say what robot it is for ({' and '.join(missing)} unknown): give "
-            f"robot= (a module of openpi_port.robots), or data={{'robot': ..., 'cameras': {{...}}}}"
+            f"robot= (one of {', '.join(robots.names())}), or data={{'robot': ..., 'cameras': {{...}}}}"
         )
     return build(Data, fields, "data")
 

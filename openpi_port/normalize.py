@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from openpi_port import whole
 from openpi_port.errors import UserError, near
 from openpi_port.running_stats import RunningStats, Stats
 
@@ -167,10 +168,7 @@ def save_norm_stats(path: str | os.PathLike, stats: NormStats) -> None:
         key: {f: None if getattr(s, f) is None else np.asarray(getattr(s, f)).tolist() for f in FIELDS}
         for key, s in stats.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({TOP_KEY: tree}, indent=2), encoding="utf-8")
-    os.replace(part, path)
+    whole.write_text(path, json.dumps({TOP_KEY: tree}, indent=2))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -155,7 +155,7 @@ class Repack:
         out: Sample = {"image": {}}
         for camera, key in self.cameras.items():
             if key not in sample:
-                have = ", ".join(sorted(k for k, v in sample.items() if np.ndim(v) == 3)) or "no images"
+                have = ", ".join(sorted(k for k, v in sample.items() if np.ndim(v) == 3)) or "no image"
                 raise UserError(f"{where}: no camera {key!r} (config.data.cameras.{camera}); there is {have}")
             out["image"][camera] = as_uint8_image(sample[key], f"{where}: {key}")
         out["state"] = read_numbers(sample, self.state, where)

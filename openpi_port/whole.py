@@ -1,4 +1,4 @@
-"""Directories that are there whole or not at all: written beside their place under another name, then renamed."""
+"""Files and directories that are there whole or not at all: written beside their place, then renamed into it."""
 
 from __future__ import annotations
 
@@ -42,6 +42,17 @@ def directory(path: Path) -> Iterator[Path]:
         part.rename(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, in place of one that is there; a failure leaves that one as it is. Makes its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _abandoned(part: Path) -> bool:

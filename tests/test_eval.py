@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -250,6 +251,8 @@ def test_two_evaluations_seed_by_seed(tmp_path, capsys):
     assert "both succeed on 1" in capsys.readouterr().out and (tmp_path / "c_lift.png").exists()
     other = saved(tmp_path / "other", [0], [early], replan=10)
     assert compare.main([str(a), str(other)]) == 2 and "replan" in capsys.readouterr().err
+    assert compare.main([str(tmp_path / "many/x"), str(tmp_path / "none")]) == 2
+    assert re.search(r"none/\w+/results.json: cannot be read \(No such file or directory\)", capsys.readouterr().err)
     (b / "trajectories/seed_0001.npz").unlink()
     assert compare.main([str(a), str(b)]) == 2 and "--trajectories" in capsys.readouterr().err
 

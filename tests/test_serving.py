@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -318,6 +319,19 @@ def test_the_command_without_a_checkpoint_is_one_line():
     done = commands.run("experiments.serve")
     assert done.returncode == 2
     assert done.stderr.startswith("error: --checkpoint=") and done.stderr.count("\n") == 1
+
+
+def test_the_command_looks_at_the_port_before_it_opens_a_model():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = commands.run("experiments.serve", "--checkpoint=none", "--host=127.0.0.1", f"--port={port}")
+    assert done.returncode == 2 and re.match(rf"error: can't listen on 127.0.0.1:{port} .*--port=", done.stderr)
+
+
+def test_help_names_the_flags_that_programs_share():
+    done = commands.run("experiments.serve", "--help")
+    assert done.returncode == 0
+    assert all(f"--{flag}:" in done.stdout for flag in ("port", "checkpoint", "backend"))
 
 
 def test_no_reply_is_lost_or_crossed_among_faults():

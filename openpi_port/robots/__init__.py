@@ -20,7 +20,11 @@ def load(name: str) -> ModuleType:
     Raises:
       UserError: there is none; the message has the nearest names.
     """
-    known = {module.name for module in pkgutil.iter_modules(__path__)}
-    if name not in known:
-        raise UserError(f"config.data.robot={name!r}: no such robot; {near(name, known)}")
+    if name not in names():
+        raise UserError(f"config.data.robot={name!r}: no such robot; {near(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def names() -> list[str]:
+    """All that there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))

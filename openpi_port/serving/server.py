@@ -16,6 +16,7 @@ import dataclasses
 import hmac
 import http
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -102,9 +103,7 @@ class Server:
             )  # fmt: skip
         except OSError as error:
             await self._batcher.close()
-            raise UserError(
-                f"can't listen on {options.host}:{options.port} ({error.strerror}); --port= takes another one"
-            ) from None
+            raise _cannot_listen(options.host, options.port, error) from None
         return self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -238,3 +237,18 @@ def background(policy: Policy, options: Options) -> Iterator[str]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
+
+
+def require_port(host: str, port: int) -> None:
+    """Raises UserError where `Server.start` couldn't listen: before a model is loaded that takes a minute."""
+    try:
+        for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(address)
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from None
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> UserError:
+    return UserError(f"can't listen on {host}:{port} ({error.strerror}); --port= takes another one")
