@@ -53,8 +53,8 @@ class Compute:
         one launch ("graph", of pi0 and pi0.5 that are not split), or nothing ("none"). Flax: layers as a loop ("scan")
         or one after another ("unrolled": faster on a GPU). "auto" is "graph" on GPUs, "layers" where that can't be,
         and "none" on a CPU; in Flax "unrolled" where models are trained on a GPU and nothing is frozen, else "scan".
-      gradients: dtype in which the gradients of `Train.microbatches` (and in torch of devices that each hold the whole
-        state) are added up, where weights are used in bfloat16: that is the dtype they are computed in, so with one
+      gradients: dtype in which the gradients of `Train.microbatches` (and of devices that each hold the whole state)
+        are added up, where weights are used in bfloat16: that is the dtype they are computed in, so with one
         part there is no difference. "auto" is "float32", but "bfloat16" where `remat` is "auto" and that avoids further
         parts, and over devices, where it halves what is sent.
     """

@@ -82,7 +82,8 @@ def plan(config: Train, shape: tuple[int, int] = (1, 1)) -> Plan:
     rounded = sum(n for name, n in trained.items() if _LAYERS.search(name))
     if config.compute.dtype == "float32" or (config.backend == "torch" and shape[1] > 1):
         rounded = 0
-    whole, added = num_trained - rounded, config.microbatches > 1 or _over_devices(config, shape)
+    one = config.backend == "torch" and meshes.copied(shape)  # tensor of all, which is there from the beginning
+    whole, added = num_trained - rounded, config.microbatches > 1 or one
     if isinstance(config.model, Pi0) and not config.insulate and (config.backend == "flax" or shape[1] == 1):
         whole -= trained.get("gemma/embedding", 0)  # only rows that are looked up have a gradient
     sums = 4 if added and config.compute.gradients == "float32" else 2
@@ -143,7 +144,7 @@ def settle(config: Train, shape: tuple[int, int], room: int) -> Train:
     """
     if config.compute.remat != "auto":
         compute = config.compute
-        alone = "bfloat16" if _over_devices(config, shape) else "float32"
+        alone = "bfloat16" if meshes.copied(shape) else "float32"
         gradients = alone if compute.gradients == "auto" else compute.gradients
         return dataclasses.replace(config, compute=dataclasses.replace(compute, gradients=gradients))
     for way in (ways := _ways(config, shape)):
@@ -167,7 +168,7 @@ def _ways(config: Train, shape: tuple[int, int]) -> list[Train]:
         auto = config.compute.gradients == "auto"
         if not auto:
             sums = [config.compute.gradients]
-        elif _over_devices(config, shape):
+        elif meshes.copied(shape):
             sums = ["bfloat16"]
         else:
             sums = ["float32", "bfloat16"] if count > 1 else ["float32"]
@@ -197,11 +198,6 @@ def unrolled(config: Train) -> bool:
     """
     how = config.compute.compile
     return config.backend == "flax" and (how == "unrolled" or (how == "auto" and not config.frozen))
-
-
-def _over_devices(config: Train, shape: tuple[int, int]) -> bool:
-    """Whether gradients are added up over devices that each hold the whole state, as torch does."""
-    return config.backend == "torch" and shape[0] > 1 and shape[1] == 1
 
 
 # What is cast before layers use it; norms compute in float32.

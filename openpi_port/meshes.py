@@ -36,6 +36,11 @@ def shape(mesh: Mesh, num_devices: int, num_processes: int, batch_size: int) -> 
     return data, mesh.fsdp
 
 
+def copied(shape: tuple[int, int]) -> bool:
+    """Whether several devices hold the whole state each, and add up gradients."""
+    return shape[0] > 1 and shape[1] == 1
+
+
 def axis(shape: tuple[int, ...], count: int, min_size: int) -> int | None:
     """Which axis of a parameter is split among `count` devices: the largest that divides evenly.
 

@@ -87,14 +87,17 @@ def test_options_are_known_to_xla():
     assert options.training(cpu, (2, 1)) == {}
 
 
-def test_devices_add_up_after_the_backward_pass():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_devices_add_up_after_the_backward_pass(dtype):
     """No sum over devices begins before the last gradient is there; that the sums are right: tests/test_sharding.py."""
 
     def summed(trained, frozen, batch, counted):
         return jax.grad(lambda w: ((batch @ w[0] + frozen) @ w[1]).sum() / counted)(trained)
 
-    w, b = np.ones((3, 3), np.float32), np.ones((4, 3), np.float32)
-    function = jax.jit(add_up(summed, AbstractMesh((2, 1), ("data", "fsdp"))))
-    text = function.trace((w, w), w[0], b, 4.0).lower(lowering_platforms=("cuda",)).as_text()
+    w, b = jnp.ones((3, 3), jnp.bfloat16), np.ones((4, 3), np.float32)
+    function = jax.jit(add_up(summed, AbstractMesh((2, 1), ("data", "fsdp")), dtype))
+    lowered = function.trace((w, w), w[0], b, 4.0).lower(lowering_platforms=("cuda",))
+    text = lowered.as_text()
+    assert {str(x.dtype) for x in lowered.out_info} == {dtype}
     assert text.count('all_reduce"(') == 2
     assert text.rindex("dot_general") < text.index("optimization_barrier") < text.index('all_reduce"(')

@@ -154,8 +154,9 @@ class Trainer:
         """The losses and the gradient of their mean, float32, part by part of the batch."""
         trained, frozen = (_as_used(part, self._compute) for part in (state.trained, state.frozen))
         summed, parts, tokens = self._summed, self.config.microbatches, batch["tokenized_prompt"]
-        if self._layout.shape[0] > 1 and self._layout.shape[1] == 1:  # devices hold copies of the state
-            summed, parts = add_up(summed, self._layout.whole.mesh), parts * self._layout.shape[0]
+        if meshes.copied(self._layout.shape):
+            summed = add_up(summed, self._layout.whole.mesh, self.config.compute.gradients)
+            parts *= self._layout.shape[0]
         counted = {"num_counted": self._counts(batch).sum() / parts} if "action_is_pad" in batch else {}
         if only_rows := self._reads_only_rows():
             trained, batch = _with_rows(trained, batch)

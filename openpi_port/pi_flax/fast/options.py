@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from openpi_port import meshes
 from openpi_port.config import Compute
 from openpi_port.pi_flax.fast import flow as flows
 
@@ -37,8 +38,7 @@ def training(device: jax.Device, shape: tuple[int, int]) -> dict[str, bool | int
     if device.platform != "gpu":
         return {}
     chosen = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-    copies = shape[0] > 1 and shape[1] == 1
-    return chosen | ({"xla_gpu_enable_latency_hiding_scheduler": False} if copies else {})
+    return chosen | ({"xla_gpu_enable_latency_hiding_scheduler": False} if meshes.copied(shape) else {})
 
 
 def keep_programs(device: jax.Device) -> None:
