@@ -1,4 +1,4 @@
-"""pi0.5 on LIBERO, as openpi fine-tunes it: 10 actions a chunk, two cameras, quantile statistics.
+"""pi0.5 on LIBERO, as openpi fine-tunes it: 10 actions a chunk, two cameras, quantile statistics, no state.
 
 The data set comes from the Hugging Face hub; `--config.data.repo_id=` takes a local copy.
 """
@@ -23,7 +23,7 @@ def get_config(size: str = "base") -> ConfigDict:
         repo_id="physical-intelligence/libero", robot="libero", cameras=cameras, state="state", actions="actions",
         norm="quantile",
     )  # fmt: skip
-    model = dataclasses.replace(config.model, action_horizon=10)
+    model = dataclasses.replace(config.model, action_horizon=10, state_in="none")
     if size == "base":
         optimizer = Optimizer(peak_lr=5e-5, end_lr=5e-5, warmup_steps=10_000, decay_steps=1_000_000, ema=0.999)
         config = dataclasses.replace(config, optimizer=optimizer, batch_size=256)

@@ -7,6 +7,7 @@ lerobot.py      LeRobot's directories            remote.py       gs://, hf:// an
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def open_checkpoint(
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     source = _open(path, asset, overrides)
+    if left := source.settings.get("assumed"):
+        left = [field for field in left if field not in overrides]
+        source = dataclasses.replace(source, settings={**source.settings, "assumed": left})
     return lora.merge(source) if merge_lora else lora.check(source)
 
 

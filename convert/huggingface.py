@@ -10,6 +10,7 @@ by name:
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,11 +95,11 @@ def open_openpi_torch(
     path: Path, tensors: Mapping[str, Any], asset: str | None, overrides: Mapping[str, Any]
 ) -> Source:
     """openpi-PyTorch: `model.safetensors`, `config.json` with action_dim and action_horizon, maybe `assets/`."""
-    stated = settings.read(path)
-    own = settings.read_json(path / "config.json")
-    fields = {**stated.model, **{k: own[k] for k in ("action_horizon",) if k in own}}
+    stated, own = settings.read(path), settings.read_json(path / "config.json")
+    horizon = {settings.HORIZON: own[settings.HORIZON]} if settings.HORIZON in own else {}
+    stated = dataclasses.replace(stated, model={**stated.model, **horizon})
     theirs, rules, unused = untie(tensors, path)
-    model = infer.config(shapes(theirs), "hf", fields, overrides)
+    model = infer.config(shapes(theirs), "hf", stated.model, overrides)
     # openpi's converter puts them one level up.
     folder = path if (path / "assets").is_dir() else path.parent
     asset_id, stats = openpi.read_assets(folder, asset)

@@ -48,6 +48,8 @@ def config(shapes: Shapes, side: str, described: Mapping[str, Any], overrides: M
     hints = {part: {**_nested(described.get(part)), **_nested(overrides.get(part))} for part in PARTS if part in known}
     fields = read(shapes, hints)
     stated = {k: v for k, v in {**described, **overrides}.items() if k in known and k not in PARTS}
+    if fields.get("state_in") == "prompt" and stated.get("state_in") == "none":  # the same weights
+        fields["state_in"] = "none"
     for key in stated.keys() & fields.keys():
         if stated[key] != fields[key]:
             raise UserError(f"{key}={stated[key]!r} contradicts the weights, which say {fields[key]!r}")
@@ -57,9 +59,9 @@ def config(shapes: Shapes, side: str, described: Mapping[str, Any], overrides: M
         if adapters is not None:
             fields[part] = dataclasses.replace(fields[part], lora=adapters)
         _agree(part, fields[part], hint)
-    if fields.get("state_in") == "prompt":
+    if fields.get("state_in") in ("prompt", "none"):
         fields["max_token_len"] = 200  # openpi's default for pi0.5
-    found = {"suffix": "pi0", "prompt": "pi05"}.get(fields.get("state_in"), "pi0_fast")
+    found = {"suffix": "pi0", "prompt": "pi05", "none": "pi05"}.get(fields.get("state_in"), "pi0_fast")
     if kind is not None and kind != found:
         raise UserError(f"model={kind!r} contradicts the weights, which are those of {found!r}")
     return build(cls, {**fields, **stated}, "model")

@@ -180,6 +180,8 @@ def inexpressible(source: Source) -> list[str]:
         notes.append("actions as differences to the state")
     if tokenizer.get("spec", "paligemma") != "paligemma":
         notes.append(f"the tokenizer {tokenizer['spec']!r} (its processors name PaliGemma's)")
+    if getattr(source.model, "state_in", None) == "none":
+        notes.append("prompts without the state")
     return notes
 
 

@@ -34,6 +34,9 @@ def table(source: Source, to: str) -> str:
     count = num_elements(side_shapes(source.entries, OURS))
     if to == "lerobot" and (notes := lerobot.inexpressible(source)):
         lines.append(f"LeRobot has no way to say, so do it around the policy there: {'; '.join(notes)}")
+    for field in source.settings.get("assumed", ()):
+        value = getattr(source.model, field)
+        lines.append(f"{field}={value} is assumed, nothing says so: --model.{field}= states it (docs/checkpoints.md)")
     if not source.is_policy:
         lines.append("no action expert: gemma/*/experts/1, gemma/norms/1 and all action projections start fresh")
     elif source.norm_stats is None:

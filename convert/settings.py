@@ -17,6 +17,7 @@ from openpi_port.checkpoint import FAST_TOKENIZER, POLICY, TOKENIZER
 from openpi_port.errors import UserError
 
 UNUSED = "unused.safetensors"
+HORIZON = "action_horizon"
 LEROBOT = "lerobot"  # the folder in which LeRobot's own files travel through other formats
 PALIGEMMA_TOKENIZER = {"spec": "paligemma", "sha256": ""}  # of every published policy; the file is not ours to ship
 # openpi's names for the parts of a model, in files that describe sizes.
@@ -66,10 +67,19 @@ def without_base(stated: Stated) -> Stated:
 
 
 def of_openpi(stated: Stated, model: Any) -> dict[str, Any]:
-    """The policy's settings where openpi wrote the checkpoint: its habits, and nothing about the robot."""
+    """The policy's settings where openpi wrote the checkpoint: its habits, and nothing about the robot.
+
+    "assumed" names the fields of the model that neither files nor weights say and a policy can't do without.
+    """
+    if stated.policy:
+        return dict(stated.policy)
     zscore = getattr(model, "state_in", None) == "suffix"
-    habits = {"data": {"norm": "zscore" if zscore else "quantile"}, "semantics": "openpi"}
-    return dict(stated.policy) or {**habits, "tokenizer": PALIGEMMA_TOKENIZER}
+    return {
+        "data": {"norm": "zscore" if zscore else "quantile"},
+        "semantics": "openpi",
+        "tokenizer": PALIGEMMA_TOKENIZER,
+        "assumed": [field for field in (HORIZON,) if field not in stated.model],
+    }
 
 
 def sizes(tree: Mapping[str, Any]) -> dict[str, Any]:

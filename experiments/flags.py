@@ -134,6 +134,7 @@ def _join(argv: list[str], i: int, arg: str) -> list[str]:
         if i + 1 == len(argv):
             raise UserError("--config needs a name: one of configs/")
         return [f"--config={argv[i + 1]}"]
+    arg = re.sub(r"^--?model\.", "--model=", arg)  # fields of a checkpoint's model, see policy_flags
     return ["-" + arg if re.match(r"-config[.=]", arg) else arg]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from absl import flags
 
+from convert import arguments
 from openpi_port import Policy
 from openpi_port.backends import share_cores
 from openpi_port.errors import UserError
@@ -19,6 +20,9 @@ ROBOT = flags.DEFINE_string("robot", None, "a file of openpi_port/robots; for ch
 DATA = flags.DEFINE_string("data", None, 'JSON of config.Data\'s fields that are to differ: {"cameras": {...}}')
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "paligemma, small or a path, for checkpoints that bring none")
 PROMPT = flags.DEFINE_string("prompt", None, "instruction for observations that bring none")
+MODEL = flags.DEFINE_multi_string(
+    "model", [], "--model.FIELD=VALUE: of the model, what neither weights nor files say (action_horizon, state_in)"
+)
 ASSET = flags.DEFINE_string(
     "asset", None, "which of several data sets: their statistics in openpi's assets/, their robot in a mixture of ours"
 )
@@ -67,8 +71,9 @@ def policy() -> Policy:
 
 def parts() -> dict[str, Any]:
     """What decides everything but the model's computation; arguments of `openpi_port.loading.open_parts`."""
+    fields = arguments.overrides([f"--model.{field}" for field in MODEL.value], "this program")
     given = {"robot": ROBOT.value, "data": data(), "tokenizer": TOKENIZER.value, "default_prompt": PROMPT.value}
-    return given if ASSET.value is None else {**given, "asset": ASSET.value}
+    return {**fields, **given, **({} if ASSET.value is None else {"asset": ASSET.value})}
 
 
 def data() -> dict[str, Any] | None:

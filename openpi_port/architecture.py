@@ -75,7 +75,8 @@ class Pi0:
     """A flow-matching policy: pi0 (`suffix`, `mlp`) and pi0.5 (`prompt`, `adarms`) differ in two mechanisms.
 
     Attributes:
-      state_in: the robot's state enters as a token of the suffix, or as text in the prompt.
+      state_in: the robot's state enters as a token of the suffix, as text in the prompt, or not at all (openpi's
+        `discrete_state_input=False`; the weights of "prompt" and "none" have the same names).
       time_in: the flow time is mixed into the action tokens by an MLP, or modulates the expert's norms (AdaRMS).
       cameras: names of the images in the batch, in the order of their tokens.
       size: the named size that this is, for people.
@@ -88,7 +89,7 @@ class Pi0:
     action_dim: int = 32
     action_horizon: int = 50
     max_token_len: int = 48
-    state_in: Literal["suffix", "prompt"] = "suffix"
+    state_in: Literal["suffix", "prompt", "none"] = "suffix"
     time_in: Literal["mlp", "adarms"] = "mlp"
     cameras: tuple[str, ...] = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     size: str = dataclasses.field(default="custom", compare=False)

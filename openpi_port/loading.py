@@ -99,6 +99,12 @@ def open_parts(
     source = formats.open_checkpoint(os.fspath(path), **overrides)
     if not isinstance(source.model, Pi0 | Pi0Fast):
         raise UserError(f"{path}: a {type(source.model).__name__} is no policy; those are pi0, pi0.5 and pi0-FAST")
+    if assumed := source.settings.get("assumed"):
+        field = assumed[0]
+        raise UserError(
+            f"{path}: the checkpoint does not say its {field}: give {field}= (--model.{field}=); docs/checkpoints.md "
+            f"has those of openpi's published ones"
+        )
     if source.norm_stats is None:
         raise UserError(
             f"{path}: no statistics of state and actions; put norm_stats.json into the directory, or choose one "

@@ -79,6 +79,8 @@ def weights(config: Train) -> Mapping[str, np.ndarray]:
 def _check_model(config: Train, source: Source) -> None:
     """Raises UserError where a policy is of another model than the run, but for adapters that only the run has."""
     theirs, ours = to_dict(source.model), to_dict(config.model)
+    if "suffix" not in (theirs.get("state_in"), ours.get("state_in")):  # in the prompt or not: the same weights
+        theirs["state_in"] = ours.get("state_in")
     for part in ("language", "expert"):
         if theirs.get(part) and ours.get(part) and theirs[part]["lora"] is None:
             theirs[part]["lora"] = ours[part]["lora"]

@@ -24,14 +24,14 @@ class TokenizePrompt:
     Attributes:
       tokenizer: makes them.
       max_len: T.
-      state_in: "prompt" writes the normalised state into the text.
+      state_in: "prompt" writes the normalised state into the text; otherwise that is the instruction alone.
       style: see `config.Data.prompt_style`.
       padded_dim: how far "lerobot-0.4" pads the state.
     """
 
     tokenizer: PromptTokenizer
     max_len: int
-    state_in: Literal["suffix", "prompt"]
+    state_in: Literal["suffix", "prompt", "none"]
     style: Literal["openpi", "lerobot-0.4", "lerobot-0.6"] = "openpi"
     padded_dim: int = 0
 
