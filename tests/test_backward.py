@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from openpi_port.pi_flax.attention import attention
 from openpi_port.pi_flax.fast import attend, backward, options
@@ -95,8 +95,8 @@ def test_devices_add_up_after_the_backward_pass(dtype):
         return jax.grad(lambda w: ((batch @ w[0] + frozen) @ w[1]).sum() / counted)(trained)
 
     w, b = jnp.ones((3, 3), jnp.bfloat16), np.ones((4, 3), np.float32)
-    function = jax.jit(add_up(summed, AbstractMesh((2, 1), ("data", "fsdp")), dtype))
-    lowered = function.trace((w, w), w[0], b, 4.0).lower(lowering_platforms=("cuda",))
+    mesh = AbstractMesh((2, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    lowered = jax.jit(add_up(summed, mesh, dtype)).trace((w, w), w[0], b, 4.0).lower(lowering_platforms=("cuda",))
     text = lowered.as_text()
     assert {str(x.dtype) for x in lowered.out_info} == {dtype}
     assert text.count('all_reduce"(') == 2
