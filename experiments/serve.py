@@ -1,7 +1,8 @@
 """Serves a policy to robots over a websocket, in openpi-client's format.
 
     python -m experiments.serve --checkpoint=checkpoints/pi0_aloha_mini/300
-    python -m experiments.serve --checkpoint=gs://openpi-assets/checkpoints/pi05_droid --robot=droid --port=8001
+    python -m experiments.serve --checkpoint=gs://openpi-assets/checkpoints/pi05_droid --robot=droid \\
+        --model.action_horizon=15 --port=8001
 
 Ctrl-C or SIGTERM answers the requests under way and ends. docs/deploy.md tells the rest.
 """
