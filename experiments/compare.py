@@ -25,7 +25,7 @@ from experiments.eval_report import RESULTS, TRAJECTORIES
 from openpi_port.errors import UserError, guarded
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (needs the backend first)
+from matplotlib import pyplot as plt
 
 SAME = ("env", "prompt", "replan", "max_steps", "after_success")  # settings without which a comparison means nothing
 FLOOR = 1e-9

@@ -20,7 +20,7 @@ from openpi_port.config import Data
 from openpi_port.data.datasets import find
 from openpi_port.data.frame_cache import FrameCache
 from openpi_port.data.loader import Part, train_batches
-from openpi_port.errors import UserError
+from openpi_port.errors import guarded
 from openpi_port.transforms import FillCameras, PadDims, Repack, Resize
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -35,13 +35,11 @@ class Speed:
       cold: the first time that frames are needed; videos are decoded.
       warm: frames come from the cache.
       uncached: without a frame cache, every frame decoded every time.
-      cores: that the measurement ran on.
     """
 
     cold: float
     warm: float
     uncached: float
-    cores: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,7 @@ def measure(data: Data, samples: int = 480) -> Speed:
         cold = _rate(data, cache, samples)
         warm = _rate(data, cache, samples)
         uncached = _rate(data, None, samples // 4)
-    return Speed(cold / cores, warm / cores, uncached / cores, cores)
+    return Speed(cold / cores, warm / cores, uncached / cores)
 
 
 def _rate(data: Data, cache: FrameCache | None, samples: int, batch_size: int = 16) -> float:
@@ -113,7 +111,7 @@ def _one_core() -> Iterator[int]:
 
 
 def main() -> None:
-    """Prints one line."""
+    """Measures what the command line names and prints one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repo_id", default="aloha_sim_transfer_cube")
     parser.add_argument("--camera", default="", help="key of an image; the first by default")
@@ -121,15 +119,11 @@ def main() -> None:
     parser.add_argument("--actions", default="action")
     parser.add_argument("--samples", type=int, default=480)
     arguments = parser.parse_args()
-    try:
-        data = Data(
-            repo_id=arguments.repo_id, robot="lerobot", cameras={"": arguments.camera}, state=arguments.state,
-            actions=arguments.actions, prompt="",
-        )  # fmt: skip
-        speed = measure(data, arguments.samples)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    data = Data(
+        repo_id=arguments.repo_id, robot="lerobot", cameras={"": arguments.camera}, state=arguments.state,
+        actions=arguments.actions, prompt="",
+    )  # fmt: skip
+    speed = measure(data, arguments.samples)
     print(
         f"{arguments.repo_id}: {speed.warm:.0f} samples/s per core with warm frame cache, {speed.cold:.0f} cold, "
         f"{speed.uncached:.0f} without cache (3 cameras, {SIZE} px, augmentation on)"
@@ -137,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

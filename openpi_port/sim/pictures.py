@@ -19,7 +19,7 @@ from openpi_port.sim.rollout import Episode
 from openpi_port.sim.simulation import About
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (needs the backend first)
+from matplotlib import pyplot as plt
 
 BORDER, TITLE = 3, 22  # pixels
 FRAMES_EVERY = 2  # control steps per video frame

@@ -7,6 +7,7 @@ bound by memory alone.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -104,7 +105,7 @@ def _plain(
         copy.copy_(weight)
 
 
-def _fused():  # noqa: ANN202
+def _fused() -> Callable[..., None] | None:
     """The kernel, where Triton is installed."""
     if importlib.util.find_spec("triton") is None:
         return None
