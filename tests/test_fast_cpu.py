@@ -11,11 +11,12 @@ import torch
 from conftest import ROOT
 from frameworks import NAMES, Framework, golden_reference
 from test_sharding import environment
+from torch._inductor import cpp_builder, exc
 from torch.nn import functional as F
 
 from openpi_port import backends
 from openpi_port.config import Compute
-from openpi_port.pi_torch.fast import onednn
+from openpi_port.pi_torch.fast import compiled, onednn
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -50,6 +51,73 @@ def test_products(dtype):
     for way, want in ways.items():
         for weight in (w, laid_out):
             torch.testing.assert_close(way(weight).float(), want, **near)
+
+
+@pytest.mark.parametrize("name", ["pi0", "pi05"])
+def test_what_is_compiled(name, golden, monkeypatch, tmp_path):
+    """The functions that are compiled, traced but not compiled: other prompts, cameras and weights than traced with."""
+    reference, framework = golden_reference(golden / "openpi" / name), Framework("torch")
+    traced = {}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "NARROW", 0)
+    monkeypatch.setattr(compiled, "_compile", lambda exported, path: traced.update({path.stem: exported.module()}))
+    monkeypatch.setattr(compiled, "_open", lambda path: lambda tensors: traced[path.stem](*tensors))
+    one = {
+        key: {c: a[:1] for c, a in value.items()} if isinstance(value, dict) else value[:1]
+        for key, value in reference.batch.items()
+    }
+    others = {key: 0.9 * value for key, value in reference.weights.items()}
+    for weights, present, prompt in (
+        (reference.weights, (1, 1, 0), 20),
+        (others, (0, 1, 0), 3),
+        (others, (0, 0, 0), 1),
+    ):
+        mask = np.arange(one["tokenized_prompt"].shape[1]) < prompt
+        cameras = dict(zip(reference.config.cameras, np.array(present, bool)[:, None], strict=True))
+        batch = {**one, "image_mask": cameras, "tokenized_prompt_mask": mask[None]}
+        plain = framework.load(reference.config, weights)
+        want = plain.sample_actions(batch, batch["noise"], 2)
+        fast = framework.backend.fast.optimize(plain)
+        np.testing.assert_allclose(fast.sample_actions(batch, batch["noise"], 2), want, atol=1e-4, rtol=0)
+        assert isinstance(fast._one, compiled.Compiled)
+    assert len(list(tmp_path.rglob("*"))) == 3  # openpi_port/torch/one place
+    b = reference.batch  # two samples, which no program takes
+    got = framework.backend.fast.optimize(framework.load(reference.config, reference.weights))
+    np.testing.assert_allclose(
+        got.sample_actions(b, b["noise"]), reference.outputs["sample_actions_10"], atol=1e-4, rtol=0
+    )
+
+
+def test_a_program(tmp_path):
+    """From the compiler, with a size that is open, and an argument that it writes."""
+    linear, path = torch.nn.Linear(8, 8), tmp_path / "program.pt2"
+    if not compiled.has_compiler():
+        pytest.skip("no C++ compiler here")
+
+    def function(w, x, kept):
+        kept[1:].copy_(F.linear(x, w))
+        return (kept, None)
+
+    rows = torch.export.Dim("M", min=2, max=100)
+    w, x, kept = linear.weight.detach(), torch.ones(5, 8), torch.zeros(6, 8)
+    opened = {id(x): {0: rows}, id(kept): {0: rows + 1}}
+    compiled._compile(compiled._export(function, (w, x, kept), opened), path)
+    x, kept = torch.randn(7, 8), torch.zeros(8, 8)
+    (got,) = compiled._open(path)([w, x, kept])
+    torch.testing.assert_close(got[1:], F.linear(x, w))
+    torch.testing.assert_close(kept, got)
+
+
+def test_no_compiler(monkeypatch, capsys, golden):
+    def raise_():
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(compiled, "NARROW", 0)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", raise_)
+    reference = golden_reference(golden / "openpi" / "pi0")
+    model = Framework("torch").load(reference.config, reference.weights)
+    assert not compiled.pays(model.module)
+    assert "no C++ compiler" in capsys.readouterr().err
 
 
 def test_rows_over_two_devices():

@@ -88,21 +88,22 @@ class Language:
       module: whose weights.
       turns: cos and sin of all positions in the prefix, from `pack.turns`.
       eight: MLPs in float8.
+      traced: for a CPU, to be compiled: weights are not laid out, and no value is looked at before the steps.
 
     Attributes:
       writing: blocks and norms for generated tokens; see `run`.
     """
 
-    def __init__(self, module: Pi0 | Pi0Fast, turns: Tensor, *, eight: bool) -> None:
+    def __init__(self, module: Pi0 | Pi0Fast, turns: Tensor, *, eight: bool, traced: bool = False) -> None:
         config = module.config
         self.dtype = getattr(torch, module.compute.dtype)
-        self.turns = turns
+        self.turns, self._traced = turns, traced
         self.embedding = module.gemma.embedding
         self.vision = pack.pack_vision(module.vision)
         self.heads, self.patch_size = config.vision.num_heads, config.vision.patch_size
         self.blocks = blocks = pack.pack_blocks(module.gemma, 0)
         self.last = blocks[-1].qkv[-2 * config.language.head_dim :]  # nothing comes of its queries
-        if onednn.takes(module, self.dtype):
+        if not traced and onednn.takes(module, self.dtype):
             self.vision, self.last = onednn.lay_out_vision(self.vision), onednn.lay_out(self.last)
             self.blocks = [onednn.lay_out_block(block) for block in blocks]
         self.norms = pack.pack_norms(module.gemma)
@@ -156,7 +157,7 @@ class Language:
         shape = (len(self.blocks), size, prefix + extra, dim)
         k, v = (torch.zeros(shape, dtype=x.dtype, device=x.device) for _ in range(2))
         turns = self.turns[:prefix].repeat(size, 1, 1)
-        seen = ops.see(length, None, 0, prefix, 1, x)
+        seen = ops.see(length, None, 0, prefix, 1, x, look=not self._traced)
         x = x.flatten(0, 1)
         for i, block in enumerate(self.blocks):
             y = ops.rms_norm(x, self.norms[2 * i].scale)
@@ -179,18 +180,21 @@ class Flow:
 
     Args:
       module: whose weights.
-      eight: see `Language`.
+      eight, traced: see `Language`.
     """
 
-    def __init__(self, module: Pi0, *, eight: bool) -> None:
+    def __init__(self, module: Pi0, *, eight: bool, traced: bool = False) -> None:
         config = self.config = module.config
-        self.module, self.heads = module, config.language.num_heads
+        self.module, self.heads, self._traced = module, config.language.num_heads, traced
         dim, device = config.language.head_dim, module.gemma.embedding.device
         turns = pack.turns(config.prefix_len + config.suffix_len, dim, device)
-        self.language = Language(module, turns, eight=eight)
+        self.language = Language(module, turns, eight=eight, traced=traced)
         self.blocks: list[Block] = pack.pack_blocks(module.gemma, 1)
         self.entry = pack.pack_entry(module)
-        if onednn.takes(module, self.language.dtype):
+        self.state = None
+        if config.state_in == "suffix":
+            self.state = module.state_proj.weight.float(), module.state_proj.bias.float()
+        if not traced and onednn.takes(module, self.language.dtype):
             self.blocks = [onednn.lay_out_block(block) for block in self.blocks]
             if self.entry.w is not None:
                 self.entry = self.entry._replace(w=onednn.lay_out(self.entry.w))
@@ -219,9 +223,9 @@ class Flow:
             base = self.entry.b.expand(size, suffix, -1)
         if self.config.state_in == "suffix":
             extra = torch.where(number == 0, 1, extra)  # the state doesn't see the actions
-            token = self.module.state_proj(state)[:, None].to(x.dtype)
+            token = F.linear(state, *self.state)[:, None].to(x.dtype)
             base = torch.cat([token, base[:, 1:]], 1)
-        seen = ops.see(length, extra, suffix, prefix + suffix, self.heads, x)
+        seen = ops.see(length, extra, suffix, prefix + suffix, self.heads, x, look=not self._traced)
         turns = self.language.turns[length[:, None] + number].flatten(0, 1)
         return Past(k, v, seen, turns, None if base is None else base.flatten(0, 1).contiguous())
 

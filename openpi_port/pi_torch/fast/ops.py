@@ -74,16 +74,21 @@ def _eps(device: torch.device) -> Tensor:
     return torch.tensor(EPS, device=device)
 
 
-def see(past: Tensor, extra: Tensor | None, most: int, keys: int, heads: int, like: Tensor) -> Seen:
-    """Makes a mask of S keys once for all layers, for activations `like`; see `Seen`."""
+def see(
+    past: Tensor, extra: Tensor | None, most: int, keys: int, heads: int, like: Tensor, *, look: bool = True
+) -> Seen:
+    """Makes a mask of S keys once for all layers, for activations `like`; see `Seen`.
+
+    On a CPU it may look whether there is anything to mask, unless what calls it is to be compiled.
+    """
     if on_gpu(like):
         return Seen(past, extra, most, None)
     key, visible, place = torch.arange(keys, device=past.device), past[:, None], None
     if extra is not None:
-        first = visible + torch.arange(len(past), device=past.device)[:, None] * keys
+        first = visible if len(past) == 1 else visible + torch.arange(len(past), device=past.device)[:, None] * keys
         place = (first + key[: len(extra)]).flatten()
         visible = visible + extra.repeat_interleave(heads)
-    if past.device.type == "cpu":  # no graph is recorded there, so values may be looked at
+    if look and past.device.type == "cpu":  # no graph is recorded there, so values may be looked at
         keys = int(visible.max())
         if bool((visible == keys).all()):
             return Seen(past, extra, most, None, place, keys)
@@ -119,6 +124,8 @@ def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
 
         return kernels.rms_norm(x, scale)
     x32 = x.float()
+    if torch.compiler.is_compiling():  # one loop, so not in the fewest operations
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + EPS) * scale).to(x.dtype)
     norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
     norm = torch.addcmul(_eps(x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
     return (x32 * norm).mul_(scale).to(x.dtype)
@@ -154,7 +161,12 @@ def rotate_qkv(qkv: Tensor, turns: Tensor, dim: int) -> tuple[Tensor, Tensor, Te
       Rotated queries [M, N * H], rotated keys [M, H] in float32, and values [M, H].
     """
     x = qkv.float()
-    pairs = torch.view_as_complex(x.view(len(x), -1, dim // 2, 2))
+    if torch.compiler.is_compiling():  # has no loops of complex numbers
+        a, b = x[:, :-dim].view(x.shape[0], -1, dim // 2, 2).unbind(-1)
+        cos, sin = turns[:, None].unbind(-1)
+        y = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).view(x.shape[0], -1)
+        return y[:, :-dim].to(qkv.dtype), y[:, -dim:], qkv[:, -dim:]
+    pairs = torch.view_as_complex(x.view(x.shape[0], -1, dim // 2, 2))
     pairs[:, :-1].mul_(torch.view_as_complex(turns)[:, None])
     return x[:, : -2 * dim].to(qkv.dtype), x[:, -2 * dim : -dim], qkv[:, -dim:]
 
@@ -176,7 +188,7 @@ def split_qkv(qkv: Tensor, turns: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return kernels.split_qkv(qkv, turns, k, v)
     q, keys, values = rotate_qkv(qkv, turns, k.shape[2])
     for cache, new in ((k, keys), (v, values)):
-        cache[:, : len(new) // len(cache)] = new.unflatten(0, (len(cache), -1))
+        cache[:, : new.shape[0] // len(cache)] = new.unflatten(0, (len(cache), -1))
     return q
 
 

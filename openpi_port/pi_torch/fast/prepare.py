@@ -15,7 +15,8 @@ from openpi_port.batch import Batch
 from openpi_port.errors import UserError
 from openpi_port.grammar import Grammar
 from openpi_port.pi_torch import device as devices
-from openpi_port.pi_torch.fast import pack
+from openpi_port.pi_torch.fast import compiled, pack
+from openpi_port.pi_torch.fast.compiled import Compiled
 from openpi_port.pi_torch.fast.decode import Decoder
 from openpi_port.pi_torch.fast.decode import Inputs as DecodeInputs
 from openpi_port.pi_torch.fast.flow import Flow, Inputs, Language
@@ -67,7 +68,9 @@ class Prepared:
         self.recordings = Recordings(self._device)
         model.recordings.clear()
         with torch.no_grad(), devices.precision(self.module.compute):
-            self._flow = Flow(self.module, eight=float8)
+            compiles = not float8 and compiled.pays(self.module)
+            self._flow = Flow(self.module, eight=float8, traced=compiles)
+            self._one = Compiled(self._flow) if compiles else self._flow  # for one sample
 
     def loss(self, batch: Batch, noise: np.ndarray, time: np.ndarray) -> np.ndarray:
         """The plain model's."""
@@ -88,7 +91,8 @@ class Prepared:
         batch = batches.trim(batches.select(batch, batches.OBSERVATION), self.config)
         with devices.precision(self.module.compute):
             arrays = [*_observe(batch, self.config), *(np.asarray(a, np.float32) for a in (batch["state"], noise))]
-            call = lambda *inputs: self._flow.sample_actions(Inputs(*inputs), num_steps)  # noqa: E731
+            flow = self._one if len(noise) == 1 else self._flow
+            call = lambda *inputs: flow.sample_actions(Inputs(*inputs), num_steps)  # noqa: E731
             return self.recordings.run(num_steps, call, arrays)
 
     @torch.inference_mode()
@@ -96,7 +100,7 @@ class Prepared:
         """Calls that run "vision" or "prefix" alone on the device and wait for its end; the rest are steps."""
         batch = batches.trim(batches.select(batch, batches.OBSERVATION), self.config)
         arrays = [*_observe(batch, self.config), *(np.asarray(a, np.float32) for a in (batch["state"], noise))]
-        flow, inputs = self._flow, Inputs(*devices.put(tuple(arrays), self._device))
+        flow, inputs = self._one if len(noise) == 1 else self._flow, Inputs(*devices.put(tuple(arrays), self._device))
         with devices.precision(self.module.compute):
             tokens = flow.prefix(inputs)
             calls = {
