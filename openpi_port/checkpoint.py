@@ -258,7 +258,8 @@ def _sync(directory: Path) -> None:
 def describe_difference(saved: Train, wanted: Train) -> str | None:
     """The first field in which a run cannot be continued because it would be another run; None if there is none."""
     free = {"num_steps", "out", "log_every", "save_every", "keep_every", "eval_every", "eval_batches", "init"}
-    free |= {"backend", "compute.remat", "compute.gradients", "microbatches", "mesh.data", "mesh.fsdp", "mesh.min_size"}
+    free |= {"backend", "microbatches", "mesh.data", "mesh.fsdp", "mesh.min_size"}
+    free |= {f"compute.{field}" for field in ("remat", "attention", "compile", "gradients")}
     of_data = ("repo_id", "root", "cache_gb", "num_workers", "norm_stats")
     places = ("data", *(f"mixture.{name}" for name in wanted.mixture))
     free |= {f"{place}.{field}" for place in places for field in of_data}

@@ -246,6 +246,16 @@ def test_any_lerobot_dataset(shared, tmp_path, name, episodes):
     assert np.isfinite(logged(run(config))).all()
 
 
+def test_a_run_goes_on_however_it_is_computed(tmp_path):
+    """What only says how changes nothing of a run; the dtype does."""
+    config = config_for(tmp_path)
+    how = dataclasses.replace(config.compute, attention="sdpa", compile="none", remat="full", gradients="bfloat16")
+    elsewhere = dataclasses.replace(config, compute=how, backend="torch", microbatches=2)
+    assert checkpoint.describe_difference(config, elsewhere) is None
+    rounded = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
+    assert checkpoint.describe_difference(config, rounded) == "config.compute.dtype is 'bfloat16', was 'float32'"
+
+
 def test_checkpoint_of_another_model(golden, tmp_path):
     config = config_for(tmp_path, init=str(golden / "openpi" / "pi0"))
     with pytest.raises(UserError, match="is of another model: vision is"):
