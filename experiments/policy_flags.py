@@ -78,12 +78,21 @@ def parts() -> dict[str, Any]:
 
 def data() -> dict[str, Any] | None:
     """What --data says."""
-    if DATA.value is None:
+    return json_object(DATA)
+
+
+def json_object(flag: flags.FlagHolder[str | None]) -> dict[str, Any] | None:
+    """The JSON that a flag holds; None where it isn't given.
+
+    Raises:
+      UserError: no JSON, or no object.
+    """
+    if flag.value is None:
         return None
     try:
-        fields = json.loads(DATA.value)
+        fields = json.loads(flag.value)
     except ValueError as error:
-        raise UserError(f"--data={DATA.value}: no JSON ({error})") from None
+        raise UserError(f"--{flag.name}={flag.value}: no JSON ({error})") from None
     if not isinstance(fields, dict):
-        raise UserError(f"--data={DATA.value}: expected a JSON object")
+        raise UserError(f"--{flag.name}={flag.value}: expected a JSON object")
     return fields

@@ -25,6 +25,7 @@ WAIT_MS = absl_flags.DEFINE_float("wait_ms", 2.0, "how long a request may wait f
 MAX_MESSAGE_MB = absl_flags.DEFINE_integer("max_message_mb", 32, "largest request", 1)
 MAX_CLIENTS = absl_flags.DEFINE_integer("max_clients", 64, "connections at once", 1)
 TIMEOUT_S = absl_flags.DEFINE_float("timeout_s", 30.0, "for one answer", 0.001)
+METADATA = absl_flags.DEFINE_string("metadata", None, "JSON to tell clients beside what the policy says of itself")
 REALTIME = absl_flags.DEFINE_bool("realtime", False, "warm up for robots that send the previous chunk along, too")
 
 API_KEY = "OPENPI_PORT_API_KEY"  # in the environment: a command line can be read by everybody
@@ -33,8 +34,10 @@ API_KEY = "OPENPI_PORT_API_KEY"  # in the environment: a command line can be rea
 def main() -> None:
     """Opens, warms up, serves."""
     policy_flags.checkpoint()
+    more = policy_flags.json_object(METADATA) or {}
     require_port(HOST.value, PORT.value)  # now, not when the model is ready
     policy = policy_flags.policy()
+    policy.metadata.update(more)
     options = Options(
         host=HOST.value,
         port=PORT.value,

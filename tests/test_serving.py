@@ -300,13 +300,14 @@ def test_no_server_is_one_line(url):
 def test_the_command_serves_and_ends_on_sigterm(tmp_path):
     path = make_checkpoint(tmp_path / "20")
     command = [sys.executable, "-m", "experiments.serve", f"--checkpoint={path}", "--backend=torch", "--port=0"]
-    command += ["--host=127.0.0.1", "--max_batch=1", "--device=cpu"]
+    command += ["--host=127.0.0.1", "--max_batch=1", "--device=cpu", '--metadata={"reset_pose": [0, -1.5]}']
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OPENPI_PORT_API_KEY": "k"}
     )
     try:
         line = next(line for line in process.stdout if line.startswith("serving on "))
         with Client(line.split()[2].rstrip(","), api_key="k") as client:
+            assert client.metadata["reset_pose"] == [0, -1.5] and client.metadata["action_horizon"] == HORIZON
             assert client.infer(observation_of(0))["actions"].shape == (HORIZON, 14)
             process.send_signal(signal.SIGTERM)
             assert process.wait(15) == 0
