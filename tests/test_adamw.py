@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 
@@ -21,7 +22,7 @@ def slots(device: str = "cpu") -> list[adamw.Slot]:
     for shape in ((70, 33), (5,)):
         weight, mu, nu = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
         copy = weight.bfloat16() if len(shape) == 2 else None
-        made.append(adamw.Slot(weight, 0.1 * mu, nu.square() * 0.01, weight.clone(), copy))
+        made.append(adamw.slot(weight, 0.1 * mu, nu.square() * 0.01, weight.clone(), copy, by_rows=False))
     return made
 
 
@@ -67,6 +68,30 @@ def test_a_gradient_of_few_rows():
         torch.testing.assert_close(x, y)
 
 
+def embedding(device: str = "cpu") -> adamw.Slot:
+    """A parameter of which rows 17, 30 and 40 have had gradients: one has moments, one an average of its own."""
+    weight, *_ = slots(device)[0]
+    found = adamw.slot(weight, *(torch.zeros_like(weight) for _ in range(2)), weight.clone(), None, by_rows=True)
+    found.mu[17, 4] = found.nu[30, 32] = 0.1
+    found.average[40, 0] += 0.5
+    found.find_idle()
+    return found
+
+
+def test_rows_without_a_gradient_are_left_alone_where_decay_is_rounded_away():
+    slot, (grad, _) = embedding(), some_rows()
+    assert {*torch.nonzero(~slot.idle).flatten().tolist()} == {17, 30, 40}
+    before = slot.weight.clone()
+    for decay, idle in ((1e-10, 70 - 6), (0.1, 0)):
+        config = dataclasses.replace(CONFIG, weight_decay=decay)
+        still = slot.idle.clone().logical_and_(grad.where < 0)
+        adamw.step([slot], [grad], torch.tensor(0.5), 3, 2.5e-5, config)  # the plain way, which knows no idle rows
+        assert slot.idle.sum() == idle
+        assert torch.equal(slot.weight[still], before[still]) == (idle > 0)
+        assert torch.equal(slot.average[still], slot.weight[still]) == (idle > 0)
+        assert not slot.mu[still].any() and not slot.nu[still].any()
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")),
     reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
@@ -83,3 +108,14 @@ def test_kernel():
         for name, a, b in zip(slot._fields, slot, other, strict=True):
             if a is not None:
                 torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-2 if name == "copy" else 1e-5)
+    plain, fused = embedding(device), embedding(device)
+    grad = some_rows(device)[0]
+    fused.idle.logical_and_(grad.where < 0)
+    arguments = (grad, torch.tensor(0.5, device=device), 0.4, 0.3, 2.5e-5, dataclasses.replace(CONFIG, weight_decay=0))
+    adamw._plain(plain, *arguments)
+    adamw_kernel.step(fused, *arguments)
+    for a, b in zip(plain[:4], fused[:4], strict=True):
+        torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-5)
+    fused.nu[5] = 7  # which would be changed if it were read
+    adamw_kernel.step(fused, *arguments)
+    assert fused.idle[5] and (fused.nu[5] == 7).all()

@@ -18,6 +18,8 @@ from openpi_port.batch import leave_out
 from openpi_port.config import Compute, Optimizer, Train
 from openpi_port.errors import UserError
 from openpi_port.fields import build
+from openpi_port.pi_torch import device as devices
+from openpi_port.pi_torch.fast import products
 from openpi_port.pi_torch.fast.gradients import Gradients
 from openpi_port.pi_torch.infer import build as build_torch
 from openpi_port.pi_torch.layers import Linear
@@ -180,6 +182,38 @@ def test_a_product_adds_its_gradient_to_the_sum(dtype):
         torch.testing.assert_close(mine, theirs, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("summed", [(), (0, 1, 2), (1,)])
+def test_several_products_of_one_input_are_one(summed):
+    """Outputs and gradients of each by itself, also where weights have sums, and one is frozen."""
+    generator = torch.Generator().manual_seed(0)
+    linears = [Linear(8, size, bias=True) for size in (6, 2, 3)]
+    x = torch.randn(2, 3, 8, generator=generator, requires_grad=True)
+    linears[2].weight.requires_grad_(False)
+    leaves = [x, *(p for linear in linears for p in linear.parameters() if p.requires_grad)]
+    wanted = [linear(x) for linear in linears]
+    gradients = [torch.randn(y.shape, generator=generator) for y in wanted]
+    expected = torch.autograd.grad(wanted, leaves, gradients)
+    for i in summed:
+        linears[i].total = torch.ones_like(linears[i].weight)
+    found = products.several(x, linears)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    for leaf, mine, theirs in zip(
+        leaves, torch.autograd.grad(found, leaves, gradients, allow_unused=True), expected, strict=True
+    ):
+        owner = next((linear for linear in linears if linear.weight is leaf and linear.total is not None), None)
+        torch.testing.assert_close(mine if owner is None else owner.total - 1, theirs)
+        assert owner is None or mine is None
+
+
+def test_products_beside_bfloat16_may_be_coarser_than_float32():
+    before = torch.get_float32_matmul_precision()
+    for dtype, wanted in (("float32", "highest"), ("bfloat16", "high")):
+        with devices.precision(Compute(dtype=dtype)):
+            assert torch.get_float32_matmul_precision() == wanted
+    assert torch.get_float32_matmul_precision() == before
+
+
 @pytest.mark.parametrize("gradients", ["float32", "bfloat16"])
 def test_sums_of_parts_are_the_whole(gradients):
     """torch's products add up the gradients of weights in bfloat16; of a batch in one part there is nothing to add."""
@@ -277,6 +311,24 @@ def test_restored_equals_never_stopped(name):
         np.testing.assert_array_equal(second.weights()[path], value, err_msg=path)
     for path, value in straight.train_state().items():
         np.testing.assert_array_equal(second.train_state()[path], value, err_msg=path)
+
+
+def test_rows_that_no_prompt_has_read_are_known_after_a_restart():
+    """torch's optimizer leaves them alone."""
+    config = run_config()
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=1e-10))
+    data, found = batches(config, 2), []
+    first = Framework("torch").trainer(config)
+    for batch in data:
+        first.update(batch)
+    second = Framework("torch").backend.train.Trainer(config, first.weights(), "cpu")
+    second.restore(2, first.train_state())
+    for trainer in (first, second):
+        (idle,) = (slot.idle for slot in trainer._slots if slot.idle is not None)
+        found.append(torch.nonzero(~idle).flatten().tolist())
+    given = {int(i) for batch in data for i in batch["tokenized_prompt"].flatten()}
+    read = {int(i) for batch in data for i in batch["tokenized_prompt"][batch["tokenized_prompt_mask"]]}
+    assert found == [sorted(given), sorted(read)] and len(given) < config.model.vocab_size
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -53,7 +53,7 @@ class Expert(nn.Module):
     def qkv(self, x: Tensor, where: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled, rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
         q, k, v = (self._heads(y) for y in products.several(x, (self.q, self.k, self.v)))
-        return rope(q, where) * self.head_dim**-0.5, rope(k, where), v
+        return rope(q * self.head_dim**-0.5, where), rope(k, where), v
 
     def keys_values(self, x: Tensor, where: Angles) -> KVCache:
         """Rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""

@@ -127,7 +127,7 @@ def rope(x: Tensor, where: Angles) -> Tensor:
     """
     sin, cos = where
     x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    return torch.cat([(x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype)], dim=-1)
 
 
 def kept(x: Tensor) -> Tensor:
@@ -161,10 +161,11 @@ def _keeps_nothing(context: Any, operation: Any, *args: Any, **kwargs: Any) -> C
 
 
 def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Matrix products and attention."""
+    """Matrix products and attention; and what attention reads, which heads are put together for at last."""
     name = str(operation)
     product = name.startswith(("aten.mm.", "aten.addmm.", "aten.bmm.")) or "attention" in name
-    return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
+    heads = name.startswith("aten.cat.") and args[0][0].ndim == 4
+    return CheckpointPolicy.MUST_SAVE if product or heads else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def lowered(module: nn.Module, compute: Compute) -> nn.Module:

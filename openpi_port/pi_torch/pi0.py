@@ -158,9 +158,11 @@ class Pi0(nn.Module):
         t = time.reshape(size, draws, -1, 1)
         actions = batch["actions"][:, None]
         x_t = t * noise + (1 - t) * actions  # [B, R, A, J]
-        prefix = Tokens(*(x.repeat_interleave(draws, dim=0) for x in prefix))
-        cache = KVCache(*(x.repeat_interleave(draws, dim=1) for x in cache))
-        state = batch["state"].repeat_interleave(draws, dim=0)
+        state = batch["state"]
+        if draws > 1:
+            prefix = Tokens(*(x.repeat_interleave(draws, dim=0) for x in prefix))
+            cache = KVCache(*(x.repeat_interleave(draws, dim=1) for x in cache))
+            state = state.repeat_interleave(draws, dim=0)
         v_t = self.denoise(prefix, cache, state, x_t.flatten(0, 1), time.flatten(0, 1))
         return (v_t.reshape(x_t.shape) - (noise - actions)).square().mean((1, 3))
 

@@ -77,7 +77,6 @@ class Trainer:
         average = {name: p.detach().clone() for name, p in trained.items()} if config.optimizer.ema else None
         self._state = State(trained, mu, nu, average)
         copies = self._layout.copies
-        self._slots = [adamw.Slot(p, mu[n], nu[n], average and average[n], copies.get(n)) for n, p in trained.items()]
         parts, sent = config.microbatches, devices.count() > 1 and not split
         stream = torch.cuda.Stream(self._layout.device) if how == "graph" else None
         with torch.cuda.stream(stream):  # where gradients are added up
@@ -89,6 +88,10 @@ class Trainer:
                 parts,
                 sparse=isinstance(config.model, configs.Pi0) and not (split or config.insulate),
             )
+        self._slots = [
+            adamw.slot(p, mu[n], nu[n], average and average[n], copies.get(n), by_rows=n == self._gradients.by_rows)
+            for n, p in trained.items()
+        ]
         self._replayed = Replayed(self._backward, self._gradients.stay, stream) if how == "graph" else None
         self._shares = parts * (devices.count() if sent else 1)
 
@@ -138,6 +141,8 @@ class Trainer:
             if raw:  # what was deployed, and so loaded, is the average
                 self._state.average[name].copy_(parameter.detach())
                 parameter.data.copy_(raw[0])
+        for slot in self._slots:
+            slot.find_idle()
         self._round()
         self.step = step
 

@@ -1,7 +1,7 @@
 """AdamW, clipping, the moving average and the rounded copy of the weights in one pass over memory.
 
 Per trained parameter that is 36 bytes read or written instead of the 58 that separate passes take, and this pass is
-bound by memory alone.
+bound by memory alone. Of an embedding, rows that no prompt has ever read are left out.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class Slot(NamedTuple):
       mu, nu: Adam's moments.
       average: the moving average, or None.
       copy: what the model computes with, in a lower dtype, or None where that is `weight` itself.
+      idle: bool [rows], for a gradient that comes as `Rows`, else None: which rows don't change, because they have
+        never had a gradient: their moments are zero, and their average is the weight itself.
     """
 
     weight: Tensor
@@ -32,6 +34,24 @@ class Slot(NamedTuple):
     nu: Tensor
     average: Tensor | None
     copy: Tensor | None
+    idle: Tensor | None
+
+    def find_idle(self) -> None:
+        """Brings `idle` up to date with the other tensors, which have changed otherwise than by steps."""
+        if self.idle is None:
+            return
+        still = (self.mu == 0).logical_and_(self.nu == 0)
+        if self.average is not None:
+            still &= self.average == self.weight
+        torch.all(still, 1, out=self.idle)
+
+
+def slot(weight: Tensor, mu: Tensor, nu: Tensor, average: Tensor | None, copy: Tensor | None, *, by_rows: bool) -> Slot:
+    """What belongs to one parameter; `by_rows` says that its gradients are `Rows`."""
+    idle = torch.empty(len(weight), dtype=torch.bool, device=weight.device) if by_rows else None
+    found = Slot(weight, mu, nu, average, copy, idle)
+    found.find_idle()
+    return found
 
 
 class Rows(NamedTuple):
@@ -82,7 +102,10 @@ def step(
     """
     first, second = 1 - config.b1**count, 1 - config.b2**count  # Adam's correction of moments that began at zero
     fused = _fused() if scale.is_cuda else None
+    decays = rate * config.weight_decay >= 2**-25  # less changes no float32
     for slot, grad in zip(slots, grads, strict=True):
+        if slot.idle is not None:
+            slot.idle.zero_() if decays else slot.idle.logical_and_(grad.where < 0)
         tensors = (*slot, *(grad if isinstance(grad, Rows) else (grad,)))
         if fused is not None and all(x is None or x.is_contiguous() for x in tensors):
             fused(slot, grad, scale, first, second, rate, config)
@@ -93,7 +116,7 @@ def step(
 def _plain(
     slot: Slot, grad: Tensor | Rows, scale: Tensor, first: float, second: float, rate: float, config: Optimizer
 ) -> None:
-    weight, mu, nu, average, copy = slot
+    weight, mu, nu, average, copy, _ = slot
     grad = (grad.dense() if isinstance(grad, Rows) else grad).float() * scale
     mu.lerp_(grad, 1 - config.b1)
     nu.mul_(config.b2).addcmul_(grad, grad, value=1 - config.b2)

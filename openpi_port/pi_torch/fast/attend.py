@@ -21,6 +21,7 @@ from openpi_port.masks import Blocks, dense
 SHARED = 200 * 1024  # bytes of a processor's memory that the kernels' tiles take
 
 
+@torch.compiler.assume_constant_result
 def fits(device: torch.device) -> bool:
     """Whether a GPU has Triton, and room for the kernels' tiles: an H100 has, smaller ones don't."""
     if importlib.util.find_spec("triton") is None or device.type != "cuda":

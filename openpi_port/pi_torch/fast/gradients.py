@@ -32,6 +32,7 @@ class Gradients:
 
     Attributes:
       together: the sums as one tensor, empty if there are none.
+      by_rows: the name of the parameter whose gradient is `adamw.Rows`, if there is one.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class Gradients:
         sparse: bool,
     ) -> None:
         self._parameters, self._parts, self._stays = parameters, parts, False
-        self._sparse = sparse and _EMBEDDING in parameters
-        model.gemma.sparse = self._sparse
+        self.by_rows = _EMBEDDING if sparse and _EMBEDDING in parameters else None
+        model.gemma.sparse = self.by_rows is not None
         device = next(iter(parameters.values())).device
         self.together, self._sums = _together({n: p for n, p in parameters.items() if n in summed}, dtype, device)
         for name, total in self._sums.items():
@@ -55,7 +56,7 @@ class Gradients:
                 model.get_submodule(owner).total = total
             else:
                 parameters[name].register_post_accumulate_grad_hook(partial(_add_up, total))
-        elsewhere = {*self._sums, *([_EMBEDDING] if self._sparse else [])}
+        elsewhere = {*self._sums, self.by_rows}
         self._autograd = {name: p for name, p in parameters.items() if name not in elsewhere}  # adds these up
 
     def stay(self) -> None:
@@ -66,9 +67,9 @@ class Gradients:
 
     def take_rows(self) -> tuple[Tensor, ...]:
         """After a pass, of an embedding that is only looked up: which rows, int [N], and their gradients [N, D]."""
-        if not self._sparse:
+        if self.by_rows is None:
             return ()
-        embedding = self._parameters[_EMBEDDING]
+        embedding = self._parameters[self.by_rows]
         rows, embedding.grad = embedding.grad, None
         return rows._indices()[0], rows._values()
 
@@ -78,9 +79,9 @@ class Gradients:
         for name, parameter in self._autograd.items():
             # What the loss doesn't reach still decays, as in optax.
             found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        if self._sparse:
+        if self.by_rows is not None:
             indices, values = (_of_all_devices(torch.cat(x)) for x in zip(*rows, strict=True))
-            found[_EMBEDDING] = adamw.rows(indices, values, len(self._parameters[_EMBEDDING]))
+            found[self.by_rows] = adamw.rows(indices, values, len(self._parameters[self.by_rows]))
         return {name: found[name] for name in self._parameters}
 
     def clear(self) -> None:

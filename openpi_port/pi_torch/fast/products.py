@@ -14,19 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SMALL = 2**23  # numbers in weights that are laid side by side for a product: copying them takes less than it gains
+
 
 def several(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """What linear maps make of x: together in training, one after another with adapters or in a model that is used.
 
     Args:
       x: [..., D].
-      linears: `layers.Linear`, or with adapters.
+      linears: `layers.Linear`, all with a bias or none, or with adapters.
     """
     if any(not linear.training or hasattr(linear, "lora_a") for linear in linears):
         return tuple(linear(x) for linear in linears)
+    if sum(linear.weight.numel() for linear in linears) < SMALL:
+        return joined(x, linears).split([len(linear.weight) for linear in linears], -1)
+    return products(x, *_tensors(x, linears))
+
+
+def joined(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
+    """What `layers.Linear` of x, all with a bias or none, make of it in training, side by side: one product."""
+    tensors = _tensors(x, linears)
+    return _Joined.apply(x, len(linears), *(tensor for group in tensors for tensor in group))
+
+
+def _tensors(x: Tensor, linears: Sequence[nn.Module]) -> tuple[list, list, list]:
+    """The weights and biases in the dtype of x, and the weights' sums."""
     weights = [linear.weight.to(x.dtype) for linear in linears]
     biases = [None if linear.bias is None else linear.bias.to(x.dtype) for linear in linears]
-    return products(x, weights, biases, [linear.total for linear in linears])
+    return weights, biases, [linear.total for linear in linears]
 
 
 def products(
@@ -58,16 +73,47 @@ class _Products(torch.autograd.Function):
         weights, totals = tensors[: ctx.count], tensors[ctx.count :]
         flat, rows = x.flatten(0, -2), [gradient.flatten(0, -2) for gradient in gradients]
         of_x, _, *others = ctx.needs_input_grad
-        found: list[Tensor | None] = []
-        for row, total, wanted in zip(rows, totals, others[: ctx.count], strict=True):
-            if total is not None:
-                _add_product(total, row, flat)
-            found.append(row.T @ flat if wanted and total is None else None)
+        found = _of_weights(flat, rows, totals, others)
         biases = [row.sum(0) if wanted else None for row, wanted in zip(rows, others[ctx.count :], strict=False)]
         dx = None
         if of_x:
             dx = (rows[0] @ weights[0] if ctx.count == 1 else _sum_of_products(rows, weights)).view_as(x)
         return dx, None, *found, *biases, *([None] * ctx.count)
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, count: int, *tensors: Tensor | None) -> Tensor:
+        weight = torch.cat(tensors[:count])
+        bias = None if tensors[count] is None else torch.cat(tensors[count : 2 * count])
+        ctx.save_for_backward(x, weight, *tensors[2 * count :])
+        ctx.sizes = [len(tensor) for tensor in tensors[:count]]
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *totals = ctx.saved_tensors
+        count, flat, rows = len(totals), x.flatten(0, -2), gradient.flatten(0, -2)
+        of_x, _, *others = ctx.needs_input_grad
+        if any(others[:count]) and all(total is None for total in totals):
+            found = (rows.T @ flat).split(ctx.sizes)
+        else:
+            found = _of_weights(flat, rows.split(ctx.sizes, 1), totals, others)
+        biases = rows.sum(0).split(ctx.sizes) if any(others[count:]) else [None] * count
+        dx = (rows @ weight).view_as(x) if of_x else None
+        return dx, None, *found, *biases, *([None] * count)
+
+
+def _of_weights(
+    x: Tensor, gradients: Sequence[Tensor], totals: Sequence[Tensor | None], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """What autograd is to have of the weights' gradients: those that are wanted and not added to a total."""
+    found: list[Tensor | None] = []
+    for gradient, total, want in zip(gradients, totals, wanted, strict=False):
+        if total is not None:
+            _add_product(total, gradient, x)
+        found.append(gradient.T @ x if want and total is None else None)
+    return found
 
 
 @torch.library.custom_op("openpi_port::add_product", mutates_args=("total",))
