@@ -100,7 +100,7 @@ def test_kernel():
     from openpi_port.pi_torch.fast import adamw_kernel
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plain, fused = (slots(device) + slots(device)[:1] for _ in range(2))
+    plain, fused = ([*slots(device), adamw.slot(*slots(device)[0][:5], by_rows=True)] for _ in range(2))
     for slot, other, grad in zip(plain, fused, [*gradients(plain[:2]), some_rows(device)[0]], strict=True):
         arguments = (grad, torch.tensor(0.5, device=device), 0.4, 0.3, 1e-2, CONFIG)
         adamw._plain(slot, *arguments)

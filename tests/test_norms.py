@@ -39,6 +39,20 @@ def test_against_autograd(kind, width):
         torch.testing.assert_close(found, gradient, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "width"), CASES)
+def test_of_a_sum(kind, width):
+    norm, x, around, through = inputs(kind, width)
+    more = (3 * x.detach()).requires_grad_()
+    plain = norm(x + more) if kind is LayerNorm else norm(x + more, None)[0]
+    leaves = [x, more, *norm.parameters()]
+    wanted = torch.autograd.grad((plain, x + more), leaves, (through, around))
+    whole, out = norms.fork(x, norm.scale, getattr(norm, "bias", None), more)
+    assert torch.equal(whole, x + more)
+    torch.testing.assert_close(out, plain)
+    for found, gradient in zip(torch.autograd.grad((out, whole), leaves, (through, around)), wanted, strict=True):
+        torch.testing.assert_close(found, gradient, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.skipif(not (INTERPRETED or DEVICE == "cuda"), reason="needs Triton, and a GPU or TRITON_INTERPRET=1")
 @pytest.mark.parametrize(("kind", "width"), CASES)
 def test_kernels(kind, width, monkeypatch):
@@ -48,7 +62,9 @@ def test_kernels(kind, width, monkeypatch):
     norm, x, around, through = (t.detach() if isinstance(t, torch.Tensor) else t for t in inputs(kind, width))
     scale, bias = norm.scale.detach(), norm.bias.detach() if kind is LayerNorm else None
     plain = norm(x) if kind is LayerNorm else norm(x, None)[0]
-    torch.testing.assert_close(norms_kernel.norm(x, scale, bias), plain.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(norms_kernel.norm(x, None, scale, bias)[1], plain.detach(), atol=1e-5, rtol=1e-5)
+    whole, out = norms_kernel.norm(x - 3, torch.full_like(x, 3), scale, bias)
+    torch.testing.assert_close((whole, out), (x, plain.detach()), atol=1e-5, rtol=1e-5)
     dx, sums = norms_kernel.gradients(through, x, scale, around, kind is LayerNorm)
     leaves = [x.requires_grad_(), *norm.parameters()]
     plain = norm(x) if kind is LayerNorm else norm(x, None)[0]

@@ -125,17 +125,22 @@ class Layer(nn.Module):
         outs: list[Tensor | None] = [None] * len(xs)
         for i, (start, stop) in zip(present, spans, strict=True):
             expert = self.experts[i]
-            x = kept(add_gated(around[i], expert.o(attended[:, start:stop]), gates[i]))
-            x, y, gate = self._forked(expert.norm_mlp, x, conds[i])
+            x, y, gate = self._forked(expert.norm_mlp, around[i], conds[i], expert.o(attended[:, start:stop]), gates[i])
             outs[i] = add_gated(x, expert.mlp(y), gate)
         return outs, new
 
     def _forked(
-        self, norm: RMSNorm | AdaRMSNorm, x: Tensor, cond: Tensor | None
+        self,
+        norm: RMSNorm | AdaRMSNorm,
+        x: Tensor,
+        cond: Tensor | None,
+        more: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x, which goes around what follows, normed, and the gate."""
+        """x + more or x + more * gate, which goes around what follows; that normed; and the gate of what follows."""
         if self.training and isinstance(norm, RMSNorm) and norms.usable(x):
-            return *norms.fork(x, norm.scale, None), None
+            return *norms.fork(x, norm.scale, None, more), None
+        x = x if more is None else kept(add_gated(x, more, gate))
         return x, *norm(x, cond)
 
 

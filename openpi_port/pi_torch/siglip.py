@@ -66,13 +66,14 @@ class Block(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         x, y = self._forked(self.norm_attn, x)
-        x, y = self._forked(self.norm_mlp, kept(x + self.attn(y)))
+        x, y = self._forked(self.norm_mlp, x, self.attn(y))
         return x + self.mlp(y)
 
-    def _forked(self, norm: LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x, which goes around what follows, and normed."""
+    def _forked(self, norm: LayerNorm, x: Tensor, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + more, which goes around what follows, and normed."""
         if self.training and norms.usable(x):
-            return norms.fork(x, norm.scale, norm.bias)
+            return norms.fork(x, norm.scale, norm.bias, more)
+        x = x if more is None else kept(x + more)
         return x, norm(x)
 
 

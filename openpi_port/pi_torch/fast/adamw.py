@@ -25,7 +25,7 @@ class Slot(NamedTuple):
       mu, nu: Adam's moments.
       average: the moving average, or None.
       copy: what the model computes with, in a lower dtype, or None where that is `weight` itself.
-      idle: bool [rows], for a gradient that comes as `Rows`, else None: which rows don't change, because they have
+      idle: bool [rows], for gradients that come as `Rows`, else None: which rows don't change, because they have
         never had a gradient: their moments are zero, and their average is the weight itself.
     """
 

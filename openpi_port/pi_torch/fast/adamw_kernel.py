@@ -21,30 +21,33 @@ def step(
 ) -> None:
     """See `adamw.step`; `first` and `second` are Adam's corrections."""
     weight, mu, nu, average, copy, idle = slot
-    where, grad = (None, grad) if isinstance(grad, Tensor) else grad
-    _step[(triton.cdiv(weight.numel(), BLOCK),)](
+    if isinstance(grad, Tensor):
+        programs, width, block, where, idle = triton.cdiv(weight.numel(), BLOCK), 0, BLOCK, weight, weight
+    else:  # a row each
+        (programs, width), (where, grad) = weight.shape, grad
+        block = triton.next_power_of_2(width)
+    _step[(programs,)](
         weight, mu, nu, weight if average is None else average, weight if copy is None else copy, grad, scale,
-        weight if where is None else where, weight if idle is None else idle, 1 / first, 1 / second, rate,
+        where, idle, 1 / first, 1 / second, rate,
         1 - config.b1, 1 - config.b2, config.eps, config.weight_decay, 1 - config.ema, weight.numel(),
-        AVERAGE=average is not None, COPY=copy is not None, WIDTH=0 if where is None else weight.shape[1],
-        IDLE=idle is not None, BLOCK=BLOCK, num_warps=8,
+        AVERAGE=average is not None, COPY=copy is not None, WIDTH=width, BLOCK=block, num_warps=8,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first", "second", "rate"])
 def _step(
     weight, mu, nu, average, copy, grad, scale, where, idle, first, second, rate, c1, c2, eps, decay, blend, size,
-    AVERAGE: tl.constexpr, COPY: tl.constexpr, WIDTH: tl.constexpr, IDLE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    AVERAGE: tl.constexpr, COPY: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    if IDLE:
-        inside &= tl.load(idle + at // WIDTH, inside, 1) == 0
+    program, column = tl.program_id(0), tl.arange(0, BLOCK)
     if WIDTH:
-        row = tl.load(where + at // WIDTH, inside, -1).to(tl.int64)
-        g = tl.load(grad + row * WIDTH + at % WIDTH, inside & (row >= 0), 0.0)
+        if tl.load(idle + program):
+            return
+        at, inside, row = program.to(tl.int64) * WIDTH + column, column < WIDTH, tl.load(where + program)
+        g = tl.load(grad + row.to(tl.int64) * WIDTH + column, inside & (row >= 0), 0.0)
     else:
+        at = program.to(tl.int64) * BLOCK + column
+        inside = at < size
         g = tl.load(grad + at, inside, 0.0)
     g = g.to(tl.float32) * tl.load(scale)
     m = tl.load(mu + at, inside, 0.0)

@@ -10,14 +10,14 @@ from torch import Tensor
 PROGRAMS = 528  # of the backward pass, each with a sum of its own for scale and bias: four times an H100's processors
 
 
-def norm(x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def norm(x: Tensor, more: Tensor | None, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """See `norms.fork`."""
-    out, width = torch.empty_like(x), x.shape[-1]
+    whole, out, width = x if more is None else torch.empty_like(x), torch.empty_like(x), x.shape[-1]
     _norm[(x.numel() // width,)](
-        x, scale, scale if bias is None else bias, out,
-        WIDTH=width, CENTERED=bias is not None, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        x, x if more is None else more, scale, scale if bias is None else bias, whole, out,
+        WIDTH=width, ADD=more is not None, CENTERED=bias is not None, BLOCK=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
-    return out
+    return whole, out
 
 
 def gradients(gradient: Tensor, x: Tensor, scale: Tensor, around: Tensor, centered: bool) -> tuple[Tensor, Tensor]:
@@ -37,11 +37,19 @@ def gradients(gradient: Tensor, x: Tensor, scale: Tensor, around: Tensor, center
 
 
 @triton.jit
-def _norm(x, scale, bias, out, WIDTH: tl.constexpr, CENTERED: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(
+    x, more, scale, bias, whole, out,
+    WIDTH: tl.constexpr, ADD: tl.constexpr, CENTERED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * WIDTH
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
     v = tl.load(x + first + at, inside, 0.0).to(tl.float32)
+    if ADD:
+        v += tl.load(more + first + at, inside, 0.0).to(tl.float32)
+        v = v.to(whole.dtype.element_ty)
+        tl.store(whole + first + at, v, inside)
+        v = v.to(tl.float32)
     if CENTERED:
         v = tl.where(inside, v - tl.sum(v) / WIDTH, 0.0)
     v = v * tl.rsqrt(tl.sum(v * v) / WIDTH + 1e-6)
