@@ -235,10 +235,13 @@ def _kept(layers: Siglip | Gemma, logits: int, config: Train) -> int:
     else:
         heads, attended, gates = 3 * width, width, 1
     products = 2 * width + heads + attended + gates * mlp  # the layer's input, attention's sum, and between them
+    eager = config.backend == "torch" and config.compute.compile == "none"
     if remat == "dots":
-        eager = config.backend == "torch" and config.compute.compile == "none"
         return products + (width if eager else 0)  # which doesn't know that the last isn't needed
-    return products + 4 * width + 2 * mlp + 3 * layers.num_heads * logits
+    inside = 3 * layers.num_heads * logits
+    if config.backend == "torch" and not eager:
+        return products + 2 * width + inside  # what norms make; a compiled layer computes the rest again
+    return products + 4 * width + 2 * mlp + inside
 
 
 def _workspace(layers: Siglip | Gemma, config: Train) -> int:

@@ -136,13 +136,15 @@ def kept(x: Tensor) -> Tensor:
 
 
 def remat(function: Callable, compute: Compute) -> Callable:
-    """What of `function` is computed again in the backward pass, see `Compute.remat`."""
-    if compute.remat == "none" or not torch.is_grad_enabled():
+    """What of `function` is computed again in the backward pass, see `Compute.remat`.
+
+    The compiler is told what to keep also where that is nothing, because that of 2.11 keeps what `products` makes; and
+    where it is all that reads much memory to be made: the compiler alone keeps GeGLU's product, a third more in all.
+    """
+    if not torch.is_grad_enabled() or (compute.remat == "none" and not torch.compiler.is_compiling()):
         return function
-    # Also where nothing is kept: without a word on every operation, the compiler of 2.11 keeps what `products` makes.
-    keeps = partial(
-        create_selective_checkpoint_contexts, _keeps_products if compute.remat == "dots" else _keeps_nothing
-    )
+    wanted = {"full": _keeps_nothing, "dots": _keeps_products, "none": _keeps_products_and_norms}[compute.remat]
+    keeps = partial(create_selective_checkpoint_contexts, wanted)
     return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, context_fn=keeps)
 
 
@@ -166,6 +168,13 @@ def _keeps_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> 
     product = name.startswith(("aten.mm.", "aten.addmm.", "aten.bmm.")) or "attention" in name
     heads = name.startswith("aten.cat.") and args[0][0].ndim == 4
     return CheckpointPolicy.MUST_SAVE if product or heads else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keeps_products_and_norms(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The same, and what `norms` makes."""
+    if str(operation).startswith(("openpi_port.norm.", "openpi_port.add_norm.")):
+        return CheckpointPolicy.MUST_SAVE
+    return _keeps_products(context, operation, *args, **kwargs)
 
 
 def lowered(module: nn.Module, compute: Compute) -> nn.Module:
