@@ -19,7 +19,7 @@ from openpi_port.config import Compute, Optimizer, Train
 from openpi_port.errors import UserError
 from openpi_port.fields import build
 from openpi_port.pi_torch import device as devices
-from openpi_port.pi_torch.fast import products
+from openpi_port.pi_torch.fast import norms, products
 from openpi_port.pi_torch.fast.gradients import Gradients
 from openpi_port.pi_torch.infer import build as build_torch
 from openpi_port.pi_torch.layers import Linear
@@ -266,11 +266,13 @@ def test_sums_are_where_the_parameters_are():
         assert gradients.together.device == parameters["gemma.embedding"].device
 
 
-def test_what_a_compiled_layer_keeps():
-    """torch, with full remat: its input alone, for the backward pass."""
+@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+def test_what_a_compiled_layer_keeps(remat, monkeypatch):
+    """torch: its input alone, or products and attention too, or norms too; for the backward pass."""
+    monkeypatch.setattr(norms, "usable", lambda x: x.requires_grad and torch.is_grad_enabled())
     config, kept = run_config().model.vision, {}
-    block = Block(config, Compute(remat="full"))
-    block.forward = torch.compile(block.forward, dynamic=False, backend="aot_eager")
+    block = Block(config, Compute(remat=remat))
+    block.forward = torch.compile(block.forward, dynamic=False, backend="aot_eager_decomp_partition")
     for linear in (m for m in block.modules() if isinstance(m, Linear)):
         linear.total = torch.zeros_like(linear.weight)
     whole = [*block.parameters(), *(m.total for m in block.modules() if isinstance(m, Linear))]
@@ -278,12 +280,16 @@ def test_what_a_compiled_layer_keeps():
 
     def keep(x: torch.Tensor) -> torch.Tensor:
         if x.is_floating_point() and x.untyped_storage().data_ptr() not in weights:
-            kept[x.untyped_storage().data_ptr()] = x.shape
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // (8 * config.num_tokens)
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         block(torch.ones(2, config.num_tokens, config.width, requires_grad=True)).sum().backward()
-    assert list(kept.values()) == [(2, config.num_tokens, config.width)]
+    width, rows = config.width, {"full": 0, "dots": 0, "none": 2}[remat] * [config.width]
+    if remat != "full":
+        logits = config.num_heads * config.num_tokens
+        rows += [3 * width, logits, width, width, config.mlp_dim]  # what attention reads, its products, around, the MLP
+    assert sorted(kept.values()) == sorted([width, *rows])
 
 
 @pytest.mark.parametrize(("name", "how"), [("flax", "graph"), ("torch", "scan"), ("torch", "graph")])

@@ -241,7 +241,11 @@ def _add_up(grads: list[Tensor]) -> None:
 
 
 def _norm(grads: list[Tensor]) -> Tensor:
-    """Of all together, in float32."""
-    if not grads:
-        return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float32)))
+    """Of all together, in float32: in one launch for each dtype, because that of a mixture is one for each tensor."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for grad in grads:
+        for piece in grad.split(2**30) if grad.ndim == 1 else [grad]:  # each of what 32 bits count
+            if piece.numel():
+                groups.setdefault(piece.dtype, []).append(piece)
+    norms = [norm for group in groups.values() for norm in torch._foreach_norm(group, 2, dtype=torch.float32)]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from openpi_port.config import Compute
 from openpi_port.config import Siglip as Config
 from openpi_port.pi_torch.attention import attention
-from openpi_port.pi_torch.fast import attend_own, norms, products
+from openpi_port.pi_torch.fast import norms, products
 from openpi_port.pi_torch.layers import LayerNorm, Linear, kept, remat, run, stack
 
 
@@ -30,11 +30,8 @@ class Attention(nn.Module):
         self.o = Linear(config.width, config.width, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        maps = self.q, self.k, self.v
-        if self.training and self.backend == "sdpa" and attend_own.usable(x, self.num_heads):
-            qkv = rearrange(kept(products.joined(x, maps)), "B T (M N H) -> B T M N H", M=3, N=self.num_heads)
-            return self.o(kept(attend_own.attention(qkv)))
-        q, k, v = (rearrange(kept(y), "B T (N H) -> B T N H", N=self.num_heads) for y in products.several(x, maps))
+        made = products.several(x, (self.q, self.k, self.v))
+        q, k, v = (rearrange(kept(y), "B T (N H) -> B T N H", N=self.num_heads) for y in made)
         return self.o(kept(attention(q * q.shape[-1] ** -0.5, k, v, None, self.backend)))
 
 

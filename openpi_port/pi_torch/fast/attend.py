@@ -14,6 +14,7 @@ import importlib.util
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openpi_port.masks import Blocks, dense
@@ -21,7 +22,6 @@ from openpi_port.masks import Blocks, dense
 SHARED = 200 * 1024  # bytes of a processor's memory that the kernels' tiles take
 
 
-@torch.compiler.assume_constant_result
 def fits(device: torch.device) -> bool:
     """Whether a GPU has Triton, and room for the kernels' tiles: an H100 has, smaller ones don't."""
     if importlib.util.find_spec("triton") is None or device.type != "cuda":
@@ -58,7 +58,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *_attention_gradients(gradient.contiguous(), *ctx.saved_tensors), None, None
+        dq, dk, dv = _attention_gradients(gradient.contiguous(), *ctx.saved_tensors)
+        count = ctx.saved_tensors[1].shape[1]
+        return dq, dk[:, :count], dv[:, :count], None, None
 
 
 # The operations are called so that `layers.remat` keeps what the first gives.
@@ -90,7 +92,7 @@ def _attention_gradients(
     queries: Tensor | None,
     keys: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of queries, keys and values."""
+    """Of queries, and of keys and values, [B, S', H]: cuBLAS is slow unless their count is a multiple of 8."""
     if q.is_cuda:
         from openpi_port.pi_torch.fast import attend_kernel
 
@@ -99,6 +101,7 @@ def _attention_gradients(
         made = _weights
     rows, of_rows = (x.flatten(1, 2) for x in (q, gradient))  # [B, T N, H]
     p, dp = made(gradient, q, k, v, out, sums, queries, keys)
+    k = F.pad(k, (0, 0, 0, dp.shape[-1] - k.shape[1])) if dp.shape[-1] > k.shape[1] else k
     return (dp @ k).view_as(q), dp.mT @ rows, p.mT @ of_rows
 
 
@@ -113,7 +116,8 @@ def _(
     queries: Tensor | None,
     keys: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    size, count, dim = k.shape
+    return torch.empty_like(q), *(k.new_empty(size, count + -count % 8, dim) for _ in range(2))
 
 
 def _logits(q: Tensor, k: Tensor, queries: Tensor | None, keys: Tensor) -> Tensor:
@@ -132,8 +136,8 @@ def _weights(
     queries: Tensor | None,
     keys: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities, and gradients of the logits, [B, T N, S] in the dtype of q."""
+    """Probabilities, and gradients of the logits, [B, T N, S'] in the dtype of q: zeros up to a multiple of 8 keys."""
     p = torch.exp(_logits(q, k, queries, keys) - sums.transpose(1, 2)[..., None])
     around = (gradient.float() * out.float()).sum(-1).transpose(1, 2)[..., None]
     dp = p * (gradient.transpose(1, 2).float() @ v[:, None].float().mT - around)
-    return tuple(x.transpose(1, 2).flatten(1, 2).to(q.dtype) for x in (p, dp))
+    return tuple(F.pad(x.transpose(1, 2).flatten(1, 2).to(q.dtype), (0, -x.shape[-1] % 8)) for x in (p, dp))

@@ -37,7 +37,7 @@ def weights(
     rows, count = length * heads, k.shape[1]
     around = torch.empty(size * rows, dtype=torch.float32, device=q.device)
     _products[(triton.cdiv(size * rows, 16),)](gradient, out, around, size * rows, H=dim, BLOCK=16, num_warps=4)
-    stride = triton.cdiv(count, 8) * 8  # so that every row begins where cuBLAS reads fast
+    stride = triton.cdiv(count, 8) * 8
     p, dp = (q.new_empty(size, rows, stride) for _ in range(2))
     tile, part, depth, warps, stages = MANY if rows > 1024 else FEW
     _weights[(triton.cdiv(rows, tile), triton.cdiv(count, part), size)](
@@ -45,7 +45,7 @@ def weights(
         BLOCKS=queries is not None, N=heads, H=dim, ROWS=tile, KEYS=part, PART=min(depth, dim),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
-    return p[..., :count], dp[..., :count]
+    return p, dp
 
 
 @triton.jit
@@ -128,6 +128,6 @@ def _weights(
     p = tl.where(seen, tl.exp(logits - total[:, None]), 0.0)
     dp = p * (dp - tl.load(around + every, in_rows, 0.0)[:, None])
     at = every[:, None] * stride + key[None]
-    inside = in_rows[:, None] & in_keys[None]
+    inside = in_rows[:, None] & (key < stride)[None]
     tl.store(p_out + at, p.to(p_out.dtype.element_ty), inside)
     tl.store(dp_out + at, dp.to(dp_out.dtype.element_ty), inside)

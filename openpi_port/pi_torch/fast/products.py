@@ -26,22 +26,13 @@ def several(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """
     if any(not linear.training or hasattr(linear, "lora_a") for linear in linears):
         return tuple(linear(x) for linear in linears)
-    if sum(linear.weight.numel() for linear in linears) < SMALL:
-        return joined(x, linears).split([len(linear.weight) for linear in linears], -1)
-    return products(x, *_tensors(x, linears))
-
-
-def joined(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
-    """What `layers.Linear` of x, all with a bias or none, make of it in training, side by side: one product."""
-    tensors = _tensors(x, linears)
-    return _Joined.apply(x, len(linears), *(tensor for group in tensors for tensor in group))
-
-
-def _tensors(x: Tensor, linears: Sequence[nn.Module]) -> tuple[list, list, list]:
-    """The weights and biases in the dtype of x, and the weights' sums."""
     weights = [linear.weight.to(x.dtype) for linear in linears]
     biases = [None if linear.bias is None else linear.bias.to(x.dtype) for linear in linears]
-    return weights, biases, [linear.total for linear in linears]
+    totals = [linear.total for linear in linears]
+    if sum(weight.numel() for weight in weights) < SMALL:
+        together = _Joined.apply(x, len(linears), *weights, *biases, *totals)
+        return together.split([len(weight) for weight in weights], -1)
+    return products(x, weights, biases, totals)
 
 
 def products(
