@@ -25,10 +25,10 @@ from openpi_port.pi_torch.layers import AdaRMSNorm, Angles, RMSNorm, add_gated, 
 
 
 class KVCache(NamedTuple):
-    """Rotated keys and values of tokens already seen: [L, B, S, K, H], or [B, S, K, H] inside a layer."""
+    """Rotated keys and values of tokens already seen: [L, B, S, K, H] or L of [B, S, K, H], and one inside a layer."""
 
-    k: Tensor
-    v: Tensor
+    k: Tensor | Sequence[Tensor]
+    v: Tensor | Sequence[Tensor]
 
 
 class Expert(nn.Module):
@@ -202,14 +202,14 @@ class Gemma(nn.Module):
         return outs, KVCache(*map(torch.stack, zip(*new, strict=True))) if return_cache else None
 
     def keys_values(self, x: Tensor, positions: Tensor, mask: Tensor | Blocks) -> KVCache:
-        """The keys and values [L, B, T, K, H] that `forward` gives of the language model's tokens alone.
+        """The keys and values that `forward` gives of the language model's tokens alone, L of [B, T, K, H].
 
         Leaves out what the last layer does after them.
         """
         others = [None] * (len(self.norms) - 1)
         xs, new = self._run(self.layers[:-1], [x, *others], [None, *others], positions, mask, None, None)
         _, last = self.layers[-1](xs, [None, *others], angles(positions, self.head_dim), None, None, keys_only=True)
-        return KVCache(*map(torch.stack, zip(*new, last, strict=True)))
+        return KVCache(*zip(*new, last, strict=True))
 
     def logits(self, x: Tensor, table: Tensor | None = None) -> Tensor:
         """Scores of the vocabulary in float32, through the tied embedding: [..., D] to [..., V].

@@ -161,7 +161,7 @@ class Pi0(nn.Module):
         state = batch["state"]
         if draws > 1:
             prefix = Tokens(*(x.repeat_interleave(draws, dim=0) for x in prefix))
-            cache = KVCache(*(x.repeat_interleave(draws, dim=1) for x in cache))
+            cache = KVCache(*([x.repeat_interleave(draws, dim=0) for x in layers] for layers in cache))
             state = state.repeat_interleave(draws, dim=0)
         v_t = self.denoise(prefix, cache, state, x_t.flatten(0, 1), time.flatten(0, 1))
         return (v_t.reshape(x_t.shape) - (noise - actions)).square().mean((1, 3))
