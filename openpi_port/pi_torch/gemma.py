@@ -58,7 +58,7 @@ class Expert(nn.Module):
     def keys_values(self, x: Tensor, where: Angles) -> KVCache:
         """Rotated keys and values [B, T, K, H] of a normed x [B, T, D]."""
         k, v = (self._heads(y) for y in products.several(x, (self.k, self.v)))
-        return KVCache(rope(k, where), v)
+        return KVCache(rope(k, where), v.contiguous())  # as other layers give them: what reads them is compiled for it
 
     def mlp(self, x: Tensor) -> Tensor:
         """GeGLU."""
