@@ -44,8 +44,9 @@ class Compute:
     Attributes:
       dtype: of activations and matrix products; parameters keep their own (float32 while training).
       remat: what the backward pass computes again: each layer, from its input ("full"); all but matrix products and
-        attention, which are kept ("dots"); or nothing ("none"). "auto" settles this, and raises `Train.microbatches`,
-        to what is fastest of what the device has memory for (`memory.settle`).
+        attention, which are kept ("dots"); or nothing ("none"; layers that torch compiles keep norms, too, and compute
+        gelu and such again). "auto" settles this, and raises `Train.microbatches`, to what is fastest of what the
+        device has memory for (`memory.settle`).
       attention: "plain" keeps the logits and is the reference. Fused: torch has "sdpa" and "flex", Flax has
         "cudnn" and "splash". "auto" takes the fastest that the framework, the device and the dtype have, and "plain" on
         a CPU.

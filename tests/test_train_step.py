@@ -19,6 +19,7 @@ from openpi_port.config import Compute, Optimizer, Train
 from openpi_port.errors import UserError
 from openpi_port.fields import build
 from openpi_port.pi_torch import device as devices
+from openpi_port.pi_torch import sharding
 from openpi_port.pi_torch.fast import norms, products
 from openpi_port.pi_torch.fast.gradients import Gradients
 from openpi_port.pi_torch.infer import build as build_torch
@@ -204,6 +205,14 @@ def test_several_products_of_one_input_are_one(summed):
         owner = next((linear for linear in linears if linear.weight is leaf and linear.total is not None), None)
         torch.testing.assert_close(mine if owner is None else owner.total - 1, theirs)
         assert owner is None or mine is None
+
+
+def test_norm_of_gradients_of_any_dtype():
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(3, 4, generator=generator), *(torch.randn(n, generator=generator).bfloat16() for n in (5, 7))]
+    wanted = sum(float(grad.double().square().sum()) for grad in grads) ** 0.5
+    assert float(sharding._norm([*grads, torch.empty(0)])) == pytest.approx(wanted, rel=1e-6)
+    assert sharding._norm([]) == 0
 
 
 def test_products_beside_bfloat16_may_be_coarser_than_float32():
