@@ -155,7 +155,8 @@ def train(setting: Setting) -> Iterator[Figure]:
 
     def steps() -> None:
         losses = [trainer.update(batch)["loss"] for _ in range(together)]
-        float(losses[-1])
+        if not math.isfinite(loss := float(losses[-1])):
+            raise UserError(f"the loss of random weights is {loss}: this says nothing of real ones")
 
     float(trainer.update(batch)["loss"])  # where a pass is recorded
     taken = [seconds / together for seconds in timed(steps, setting.steps // together, "training")]

@@ -221,6 +221,11 @@ def _activations(config: Train) -> tuple[int, int]:
         products = plain or config.backend == "flax"  # which has no kernel for so few queries
         passes.append((model.expert, config.draws * suffix, products * (prefix + suffix)))
     kept = sum(layers.depth * count * _kept(layers, logits, config) for layers, count, logits in passes)
+    if config.backend == "torch":
+        kept += tokens * 2 * 3 * model.vision.patch_size**2 * 4 // size  # images and their patches, in float32
+        if isinstance(model, Pi0) and config.compute.remat != "full":  # keys and values: of each draw, and with its own
+            seen = config.draws * (prefix + suffix) + (config.draws * prefix if config.draws > 1 else 0)
+            kept += seen * 2 * language.num_kv_heads * language.head_dim * model.expert.depth
     return size * kept, size * max(count * _workspace(layers, config) for layers, count, _ in passes)
 
 

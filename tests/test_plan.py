@@ -48,11 +48,14 @@ def test_state():
 @pytest.mark.parametrize(
     ("config", "measured"),
     [
+        (base("torch", "none"), 112.5),
         (base("torch", "dots"), 106.3),
+        (base("torch", "full"), 64.6),
         (base("torch", "dots", 4, "bfloat16"), 71.6),
         (base("flax", "dots"), 107.9),
         (base("flax", "dots", 4, "bfloat16"), 73.2),
         (mini("flax"), 5.9),
+        (mini("torch"), 4.12),
     ],
 )
 def test_plan_is_the_measured_peak(config, measured):
