@@ -133,7 +133,7 @@ def page(
 <p>Chunks of {horizon} actions x {dim} dimensions, normalised by quantiles. Fitted on {len(fitted)} chunks,
 measured on {len(measured)} of the {e(where)}.
 Kept: scale {kept.scale:g}, {len(kept.tokenizer.token_bytes)} tokens.</p>
-<p><b>{e(recommendation(results, limit))}</b></p>
+<p><b>{e(recommendation(results, limit).capitalize())}</b></p>
 <h2>Length and fidelity by scale</h2>{webpage.table(head, rows)}
 <p>Compression counts numbers per token. Truncated: prompt, state and actions together exceed {limit} tokens.
 Clipped: coefficients beyond what the training episodes had.</p>{webpage.picture(_by_scale(results))}
@@ -150,12 +150,15 @@ def _by_scale(results: Sequence[Result]) -> Figure:
     scales = [r.scale for r in results]
     left.plot(scales, np.array([r.rms_normalised for r in results]), color="tab:blue", alpha=0.4)
     left.axhline(GOOD, color="gray", linestyle=":", label="1 % of the range")
-    left.set(xscale="log", yscale="log", xlabel="scale", ylabel="RMS error, normalised", title="each dimension")
-    left.legend()
+    left.set(yscale="log", ylabel="RMS error, normalised", title="each dimension")
     right.plot(scales, [r.tokens.mean() for r in results], "o-", label="mean")
     right.plot(scales, [r.tokens.max() for r in results], "o--", label="max")
-    right.set(xscale="log", xlabel="scale", ylabel="tokens a chunk", title="length")
-    right.legend()
+    right.set(ylabel="tokens a chunk", title="length")
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="scale")
+        axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
+        axes.set_xticks([], minor=True)  # which would lie between them, with labels
+        axes.legend()
     return figure
 
 
