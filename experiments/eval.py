@@ -178,6 +178,7 @@ def play(who: Driver, how: rollout.Setting, out: Path, workers: int) -> tuple[li
     if not episodes:
         raise UserError("no episode was finished: nothing to report")
     numbers = eval_report.numbers(episodes, how, who.about, time.perf_counter() - begin, calls)
+    print(eval_report.summary(numbers))
     eval_report.write(out, numbers, episodes, plots=PLOTS.value, gif=GIF.value, trajectories=TRAJECTORIES.value)
     return episodes, interrupted
 

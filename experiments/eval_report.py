@@ -24,7 +24,7 @@ def numbers(
     seconds: float,
     calls: Sequence[tuple[int, float]],
 ) -> dict[str, Any]:
-    """All numbers, ready for JSON; prints the main ones.
+    """All numbers, ready for JSON.
 
     Args:
       episodes: at least one.
@@ -35,24 +35,10 @@ def numbers(
     """
     task = simulation.about(setting.task)
     successes, count = sum(e.success for e in episodes), len(episodes)
-    low, high = wilson.interval(successes, count)
     steps = sum(len(e.rewards) for e in episodes)
     infer_ms = [1e3 * s for _, s in calls]
-    sim_ms = 1e3 * sum(e.sim_seconds for e in episodes) / steps
-    held = sum(e.end == setting.task for e in episodes)
     kinks = [latency.kinks(e.actions, list(e.borders), task.arms) for e in episodes if task.arms]
     at, elsewhere = (np.concatenate(part) for part in zip(*kinks, strict=True)) if kinks else ((), ())
-    print(
-        f"{successes} of {count} episodes succeeded: {successes / count:.0%} (95% interval {low:.1%} to {high:.1%}); "
-        f"{held} still did at the end\n"
-        f"{1e3 * seconds / steps:.1f} ms a control step over all; simulation {sim_ms:.1f} ms in its process"
-        + (f"; inference {np.median(infer_ms):.1f} ms a chunk (median of {len(calls)} calls)" if calls else "")
-    )
-    if len(at):
-        print(
-            f"the step of the joints' targets changes by {1e3 * at.mean():.1f} mrad where chunks meet "
-            f"(mean of {len(at)}), by {1e3 * elsewhere.mean():.1f} elsewhere"
-        )
     return {
         "task": setting.task,
         "env": setting.task if setting.task.startswith("libero") else f"aloha_{setting.task}",
@@ -62,18 +48,20 @@ def numbers(
         "chunks": setting.chunks,
         "latency_steps": setting.latency,
         "kinks_rad": {"at_borders": float(at.mean()), "elsewhere": float(elsewhere.mean())} if len(at) else None,
+        "borders": len(at),
         "max_steps": setting.max_steps,
         "after_success": setting.after,
         "episodes": count,
         "successes": successes,
-        "held": held,
+        "held": sum(e.end == setting.task for e in episodes),
         "success_rate": successes / count,
-        "confidence_95": [low, high],
+        "confidence_95": list(wilson.interval(successes, count)),
         "wall_s": seconds,
         "steps": steps,
         "ms_per_step": 1e3 * seconds / steps,
-        "sim_ms_per_step": sim_ms,
+        "sim_ms_per_step": 1e3 * sum(e.sim_seconds for e in episodes) / steps,
         "infer_ms": {"median": float(np.median(infer_ms)), "max": max(infer_ms)} if calls else None,
+        "calls": len(calls),
         "mean_batch": float(np.mean([n for n, _ in calls])) if calls else None,
         "results": [
             {
@@ -87,6 +75,26 @@ def numbers(
             for e in episodes
         ],
     }
+
+
+def summary(numbers: Mapping[str, Any]) -> str:
+    """The main ones of `numbers`, in words."""
+    successes, count, (low, high) = numbers["successes"], numbers["episodes"], numbers["confidence_95"]
+    lines = [
+        f"{successes} of {count} episodes succeeded: {successes / count:.0%} (95% interval {low:.1%} to {high:.1%}); "
+        f"{numbers['held']} still did at the end",
+        f"{numbers['ms_per_step']:.1f} ms a control step over all; "
+        f"simulation {numbers['sim_ms_per_step']:.1f} ms in its process",
+    ]
+    if numbers["infer_ms"] is not None:
+        median, calls = numbers["infer_ms"]["median"], numbers["calls"]
+        lines[-1] += f"; inference {median:.1f} ms a chunk (median of {calls} calls)"
+    if (kinks := numbers["kinks_rad"]) is not None:
+        lines.append(
+            f"the step of the joints' targets changes by {1e3 * kinks['at_borders']:.1f} mrad where chunks meet "
+            f"(mean of {numbers['borders']}), by {1e3 * kinks['elsewhere']:.1f} elsewhere"
+        )
+    return "\n".join(lines)
 
 
 def write(

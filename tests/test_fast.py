@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.fft
 from hypothesis import example, given, settings
+from tiny_fast import written
 from tokenizers import Tokenizer
 
 from openpi_port import transforms
@@ -217,7 +218,7 @@ def test_half_a_character_is_named(universal):
 
 
 def test_malformed_sequences_are_named(sequence):
-    part = sequence.action_part(np.zeros((10, 7)))
+    part = written(sequence, np.zeros((10, 7)))
     with pytest.raises(MalformedTokens, match="no '|' ends"):
         sequence.decode_actions(part[:-2], 10, 7)
     with pytest.raises(MalformedTokens, match=r"token 3 \(5\) is no action token"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_fast import written
 
 from openpi_port import grammar as grammars
 from openpi_port.errors import UserError
@@ -64,7 +65,7 @@ def test_every_chunk_is_allowed(sequence, seed, shape):
     """What the tokenizer writes is never forbidden, if there is room for it."""
     grammar = grammars.build(sequence, *shape)
     actions = np.random.default_rng(seed).uniform(-0.4, 0.4, shape)
-    tokens = sequence.action_part(actions)
+    tokens = written(sequence, actions)
     np.testing.assert_array_equal(tokens[: len(grammar.lead)], grammar.lead)
     left, at = len(grammar.to_go) - 1, 0
     for place in range(len(grammar.lead), len(tokens)):

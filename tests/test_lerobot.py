@@ -340,4 +340,8 @@ def test_stats_are_those_of_what_is_trained_on(made):
 
 def test_metadata_counts(made):
     metadata = load_metadata(made)
-    assert metadata.num_frames == sum(LENGTHS) and metadata.cameras == (TOP,) and metadata.robot == "toy"
+    assert (
+        [episode.length for episode in metadata.episodes] == list(LENGTHS)
+        and metadata.cameras == (TOP,)
+        and metadata.robot == "toy"
+    )

@@ -21,13 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from frameworks import batch_of, opened
 from jobs import logged, run, with_data
 
 from configs import pi0_aloha, pi0_lerobot, pi05_aloha
-from convert import formats
 from experiments import train
-from openpi_port import checkpoint, init, memory, starting
+from openpi_port import checkpoint, memory, starting
 from openpi_port.backends import NAMES, Backend
 from openpi_port.config import Train
 from openpi_port.data import material
@@ -254,46 +252,6 @@ def test_a_run_goes_on_however_it_is_computed(tmp_path):
     assert checkpoint.describe_difference(config, elsewhere) is None
     rounded = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="bfloat16"))
     assert checkpoint.describe_difference(config, rounded) == "config.compute.dtype is 'bfloat16', was 'float32'"
-
-
-def test_checkpoint_of_another_model(golden, tmp_path):
-    config = config_for(tmp_path, init=str(golden / "openpi" / "pi0"))
-    with pytest.raises(UserError, match="is of another model: vision is"):
-        starting.point(tmp_path / "run", config, resume=False)
-
-
-@pytest.mark.parametrize("backend", NAMES)
-def test_start_from_an_openpi_checkpoint(golden, tmp_path, backend):
-    """`--config.init=` takes openpi's orbax directory; the trainer's loss is then openpi's."""
-    path = golden / "openpi" / "pi0"
-    _, model = opened(path)
-    config = config_for(tmp_path, init=str(path), model=model, backend=backend)
-    point = starting.point(tmp_path / "run", config, resume=False)
-    batch = batch_of(path)
-    batch["action_is_pad"] = np.zeros(batch["actions"].shape[:2], bool)
-    loss = Backend(backend).train.Trainer(config, point.weights, "cpu").evaluate(batch)
-    assert loss == pytest.approx(np.load(path / "outputs_float32.npz")["loss"].mean(), abs=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["pi0", "pi05", "pi0_fast"])
-def test_start_from_paligemma(golden, tmp_path, kind):
-    """`--config.init=` takes vision and language from it; an expert and its projections start as in a fresh run."""
-    given, _ = opened(golden / "openpi" / "pi0_fast")  # which is a PaliGemma
-    source = formats.open_checkpoint(golden / "openpi" / "pi0_fast")
-    theirs = {name.replace("PaliGemma", "params"): np.asarray(t) for name, t in source.tensors.items()}
-    np.savez(tmp_path / "pt.npz", **theirs)
-    _, model = opened(golden / "openpi" / kind)
-    if kind == "pi0_fast":  # PaliGemma has no habits that a run could contradict
-        model = dataclasses.replace(model, positions="contiguous")
-    config = config_for(tmp_path, init=str(tmp_path / "pt.npz"), model=model, draws=1)
-    weights, fresh = starting.weights(config), init.Fresh(model, config.seed)
-    assert weights.keys() == fresh.keys()
-    for name in weights:
-        np.testing.assert_array_equal(weights[name], (given if name in given else fresh)[name])
-    expert = sum(name not in given for name in weights)
-    assert (expert == 0) == (kind == "pi0_fast")
-    with pytest.raises(UserError, match=r"pt.npz: the tensors don't fit the model.*embedding"):
-        starting.weights(dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=100)))
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------

@@ -45,3 +45,9 @@ def sequence() -> FastSequence:
 def grammar() -> Grammar:
     """Of whole chunks."""
     return grammars.build(sequence(), TINY.action_horizon, TINY.action_dim)
+
+
+def written(sequence: FastSequence, actions: np.ndarray) -> list[int]:
+    """[A, J] to what a model should write of them: "Action: ", the chunk, "|" and end of sequence."""
+    encoded = sequence.encode_actions(actions, 1000)
+    return [*sequence.prompt_ids, *encoded["action_tokens"][encoded["action_tokens_mask"]].tolist()]

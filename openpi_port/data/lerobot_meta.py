@@ -69,11 +69,6 @@ class Metadata:
         return tuple(episode.index for episode in self.episodes)
 
     @property
-    def num_frames(self) -> int:
-        """Frames of all episodes."""
-        return sum(episode.length for episode in self.episodes)
-
-    @property
     def cameras(self) -> tuple[str, ...]:
         """Keys of the images, stored as video or embedded in the tables."""
         return tuple(k for k, f in self.features.items() if f["dtype"] in ("video", "image"))

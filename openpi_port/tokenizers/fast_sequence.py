@@ -109,10 +109,6 @@ class FastSequence:
             **lost,
         }
 
-    def action_part(self, actions: np.ndarray) -> list[int]:
-        """[A, J] to "Action: ", the chunk, "|" and end of sequence, as ids of the model's vocabulary."""
-        return [*self.prompt_ids, *self._chunk(actions)[0]]
-
     def encode_actions(self, actions: np.ndarray, max_len: int) -> dict[str, np.ndarray]:
         """The actions alone, to follow a prompt that ends in "Action: ", as pi0.5's does.
 
