@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -40,8 +44,8 @@ class Recordings:
             return call(*devices.put(tuple(arrays), self._device)).cpu().numpy()
         key = options, *((a.shape, a.dtype) for a in arrays)
         if key not in self._made:
-            pool = next((made.pool for made in self._made.values()), None)
-            self._made[key] = Recorded(call, arrays, self._device, pool)
+            beside = next(iter(self._made.values()), None)
+            self._made[key] = Recorded(call, arrays, self._device, beside)
         return self._made[key].run(arrays)
 
     def decode(self, options: Hashable, make: Callable[[], Writer], arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -83,38 +87,42 @@ class Session:
         self._writer = writer
         if device.type == "cuda":
             begin = Recorded(writer.begin, like, device, None)
-            self._begin = begin.run
+            self._begin = begin.launch
             if writer.advances:
                 begin.run(like)  # what is recorded next begins with the values that this leaves
-                self._advance = Recorded(writer.advance, (), device, begin.pool).run
+                self._advance = Recorded(writer.advance, (), device, begin).launch
         else:
-            self._begin = lambda arrays: writer.begin(*devices.put(tuple(arrays), device))
-            self._advance = writer.advance
+            self._begin = lambda arrays: partial(writer.begin, *devices.put(tuple(arrays), device))
+            self._advance = lambda: writer.advance
 
     def run(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Writes until all samples have ended."""
+        """Writes until all samples have ended.
+
+        A GPU is given the next token's work before it is known whether there is a next one, so that it never waits.
+        What has ended writes zeros, which are there already.
+        """
         ended = self._begin(arrays)
         for _ in range(self._writer.advances):
-            if ended:
+            following = self._advance()
+            if ended():
                 break
-            ended = self._advance()
+            ended = following
+        else:
+            ended()
         return self._writer.tokens.cpu().numpy().copy()
 
 
 class Recorded:
     """A call on tensors, recorded; runs on numpy arrays of the same shapes and dtypes.
 
-    The copies from and to the host are no part of the graph: between a copy at its beginning and its first kernel the
-    GPU would wait until all kernels have been handed over (0.6 ms for a chunk of pi0 on an H100).
+    The copies from and to the host are no part of the graphs: between a copy at its beginning and its first kernel the
+    GPU would wait until all kernels have been handed over.
 
     Args:
       call: from tensors on the device to one tensor. Looks at no value, and computes the same whenever it is called.
       like: one array per argument.
       device: the GPU.
-      pool: that of another recording, whose memory this one shares; the two never run at once. None for one of its own.
-
-    Attributes:
-      pool: see there.
+      beside: a recording whose memory and stream this one shares; the two never run at once. None for its own.
     """
 
     def __init__(
@@ -122,7 +130,7 @@ class Recorded:
         call: Callable[..., Tensor],
         like: Sequence[np.ndarray],
         device: torch.device,
-        pool: tuple[int, int] | None,
+        beside: Recorded | None,
     ) -> None:
         ends = np.cumsum([-(-a.nbytes // ALIGNED) * ALIGNED for a in like], dtype=int)
         size = int(ends[-1]) if like else 0
@@ -136,33 +144,81 @@ class Recorded:
             for part, view in zip(parts, self._host, strict=True)
         ]
         self._fill(like)
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device) if beside is None else beside._stream
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             self._inputs.copy_(self._pinned)
             call(*inputs)  # compiles kernels, chooses algorithms, fills caches
             self._stream.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            how = {"pool": pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-            with torch.cuda.graph(self._graph, **how):
-                self._result = call(*inputs)
-        self._out = torch.empty(self._result.shape, dtype=self._result.dtype, pin_memory=True)
-        self.pool = self._graph.pool()
+            self._graphs: list[torch.cuda.CUDAGraph] = []
+            self._result = self._record(lambda: call(*inputs), None if beside is None else beside._graphs[0].pool())
+        like = self._result
+        self._out = deque(torch.empty(like.shape, dtype=like.dtype, pin_memory=True) for _ in range(2))
 
     def run(self, arrays: Sequence[np.ndarray] = ()) -> np.ndarray:
         """Computes; arrays as those at the beginning."""
+        return self.launch(arrays)()
+
+    def launch(self, arrays: Sequence[np.ndarray] = ()) -> Callable[[], np.ndarray]:
+        """Begins to compute; what is returned waits for the end, at the latest before the launch after the next."""
         self._fill(arrays)
+        self._out.rotate()
+        out, done = self._out[0], torch.cuda.Event()
         with torch.cuda.stream(self._stream):
             if arrays:
                 self._inputs.copy_(self._pinned, non_blocking=True)
-            self._graph.replay()
-            self._out.copy_(self._result, non_blocking=True)
-        self._stream.synchronize()
-        return self._out.numpy().copy()
+            for graph in self._graphs:
+                graph.replay()
+            out.copy_(self._result, non_blocking=True)
+            done.record()
+
+        def wait() -> np.ndarray:
+            done.synchronize()
+            return out.numpy().copy()
+
+        return wait
+
+    def _record(self, call: Callable[[], Tensor], pool: tuple[int, int] | None) -> Tensor:
+        """Records a call as one graph, or as several if it has cuts."""
+        with ExitStack() as open_graph:
+
+            def begin() -> None:
+                graph = torch.cuda.CUDAGraph()
+                shared = self._graphs[0].pool() if self._graphs else pool
+                how = {"pool": shared, "stream": self._stream, "capture_error_mode": "thread_local"}
+                open_graph.enter_context(torch.cuda.graph(graph, **how))
+                self._graphs.append(graph)
+
+            def between() -> None:
+                open_graph.close()
+                begin()
+
+            begin()
+            _recording.between = between
+            try:
+                return call()
+            finally:
+                _recording.between = None
 
     def _fill(self, arrays: Sequence[np.ndarray]) -> None:
         for host, array in zip(self._host, arrays, strict=True):
             host[...] = array
+
+
+class _Recording(threading.local):
+    between: Callable[[], None] | None = None
+
+
+_recording = _Recording()
+
+
+def cut() -> None:
+    """Where a recording becomes two graphs: the GPU does the first while it is given the second.
+
+    A kernel takes half a microsecond to hand over, and nothing of a graph runs before all of it is there.
+    """
+    if _recording.between is not None:
+        _recording.between()
 
 
 def recorded(call: Callable[[], object], device: torch.device) -> Callable[[], None]:
