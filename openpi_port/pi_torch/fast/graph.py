@@ -1,4 +1,4 @@
-"""One launch for everything: a computation of one shape as a CUDA graph, between one copy from and one to the host."""
+"""A computation of one shape as CUDA graphs, between one copy from and one to the host."""
 
 from __future__ import annotations
 
@@ -87,18 +87,18 @@ class Session:
         self._writer = writer
         if device.type == "cuda":
             begin = Recorded(writer.begin, like, device, None)
-            self._begin = begin.launch
+            self._begin, self._wait = begin.launch, begin.wait
             if writer.advances:
                 begin.run(like)  # what is recorded next begins with the values that this leaves
                 self._advance = Recorded(writer.advance, (), device, begin).launch
         else:
             self._begin = lambda arrays: partial(writer.begin, *devices.put(tuple(arrays), device))
-            self._advance = lambda: writer.advance
+            self._advance, self._wait = lambda: writer.advance, lambda: None
 
     def run(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """Writes until all samples have ended.
 
-        A GPU is given the next token's work before it is known whether there is a next one, so that it never waits.
+        A GPU is given the next token's work before it is known whether there is one, so that it doesn't wait for that.
         What has ended writes zeros, which are there already.
         """
         ended = self._begin(arrays)
@@ -109,6 +109,7 @@ class Session:
             ended = following
         else:
             ended()
+        self._wait()
         return self._writer.tokens.cpu().numpy().copy()
 
 
@@ -160,7 +161,7 @@ class Recorded:
         return self.launch(arrays)()
 
     def launch(self, arrays: Sequence[np.ndarray] = ()) -> Callable[[], np.ndarray]:
-        """Begins to compute; what is returned waits for the end, at the latest before the launch after the next."""
+        """Begins to compute; what is returned waits for the end, before the launch after the next."""
         self._fill(arrays)
         self._out.rotate()
         out, done = self._out[0], torch.cuda.Event()
@@ -172,11 +173,15 @@ class Recorded:
             out.copy_(self._result, non_blocking=True)
             done.record()
 
-        def wait() -> np.ndarray:
+        def result() -> np.ndarray:
             done.synchronize()
             return out.numpy().copy()
 
-        return wait
+        return result
+
+    def wait(self) -> None:
+        """Until all that was launched has ended."""
+        self._stream.synchronize()
 
     def _record(self, call: Callable[[], Tensor], pool: tuple[int, int] | None) -> Tensor:
         """Records a call as one graph, or as several if it has cuts."""
