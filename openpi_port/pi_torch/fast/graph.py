@@ -153,8 +153,8 @@ class Recorded:
             self._stream.synchronize()
             self._graphs: list[torch.cuda.CUDAGraph] = []
             self._result = self._record(lambda: call(*inputs), None if beside is None else beside._graphs[0].pool())
-        like = self._result
-        self._out = deque(torch.empty(like.shape, dtype=like.dtype, pin_memory=True) for _ in range(2))
+        made = self._result
+        self._out = deque(torch.empty(made.shape, dtype=made.dtype, pin_memory=True) for _ in range(2))
 
     def run(self, arrays: Sequence[np.ndarray] = ()) -> np.ndarray:
         """Computes; arrays as those at the beginning."""
