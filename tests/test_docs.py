@@ -100,8 +100,10 @@ def longest_module(dotted: str) -> list:
     """The module at the beginning of a dotted name, and the names that follow."""
     parts = dotted.split(".")
     for count in range(len(parts), 0, -1):
+        name = ".".join(parts[:count])
         try:
-            return [importlib.import_module(".".join(parts[:count])), *parts[count:]]
-        except ModuleNotFoundError:
-            continue
+            return [importlib.import_module(name), *parts[count:]]
+        except ModuleNotFoundError as error:
+            if error.name != name and not name.startswith(f"{error.name}."):  # a package that it needs
+                raise
     raise AssertionError(dotted)
