@@ -14,6 +14,7 @@ from conftest import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("openpi_port", "configs", "convert", "experiments", "tests", "docs")
 SOURCES = [path for folder in FOLDERS[:4] for path in sorted((ROOT / folder).rglob("*.py"))]
+PROGRAMS = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in SOURCES]
 COMMAND = re.compile(r"python3? -m (?P<module>[a-z][\w.]*)(?P<arguments>[^`\n]*)")
 FILE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)}|\.)/[\w./-]*\w\.(?:py|md|txt|npz|json)\b")
 INVENTED = {"config.field", "openpi_port/robots/my_arm.py"}  # in examples of what a user writes
@@ -67,13 +68,25 @@ def test_pages(path):
     assert not wrong_commands(text)
     fields = set(re.findall(r"(?<![\w/])config\.[a-z]\w*(?:\.\w+)*(?![\w(])", text)) - {"config.json", "config.py"}
     assert {name for name in fields - INVENTED if not is_field(name)} == set()
-    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link} - {""}
-    assert {link for link in links if not (path.parent / link).exists()} == set()
+    links = {link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link}
+    assert {link for link in links if not leads_somewhere(path, link)} == set()
+    shown = set(re.findall(r"`--([a-zA-Z]\w*)[`=]", text))
+    assert shown - {"config", "signal", *(flag for name in PROGRAMS for flag in flags_of(name))} == set()  # SLURM's
     assert {name for name in set(FILE.findall(text)) - INVENTED if not (ROOT / name).exists()} == set()
     for dotted in set(re.findall(r"\bopenpi_port(?:\.\w+)+", text)):
         module, *names = longest_module(dotted)
         for name in names:
             module = getattr(module, name)  # AttributeError: the page names what is not there
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    """Whether a link's file is there, and in it the heading that it names."""
+    name, _, heading = link.partition("#")
+    target = page.parent / name if name else page
+    if not target.exists() or not heading:
+        return target.exists()
+    headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+    return heading in {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
 
 
 def test_docstrings():
