@@ -15,7 +15,6 @@ from openpi_port.grammar import EOS, Grammar
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch.fast import flow, ops, pack
 from openpi_port.pi_torch.fast.flow import Language, Past
-from openpi_port.pi_torch.fast.graph import cut
 from openpi_port.pi_torch.pi0_fast import Pi0Fast, choose, may_follow
 
 
@@ -97,9 +96,7 @@ class Decoder:
     def begin(self, *tensors: Tensor) -> Tensor:
         """Reads `Inputs`, and what the grammar gives, and chooses the first token; see `advance`."""
         inputs = Inputs(*tensors)
-        x = self.embed(inputs)
-        cut()
-        self.prefill(x, inputs)
+        self.prefill(self.embed(inputs), inputs)
         self._draws.copy_(inputs.draws)
         for tensor in (self.tokens, self._at, self._done):
             tensor.zero_()

@@ -16,7 +16,6 @@ from einops import rearrange
 from torch import Tensor
 
 from openpi_port.pi_torch.fast import float8, onednn, ops, pack
-from openpi_port.pi_torch.fast.graph import cut
 from openpi_port.pi_torch.fast.ops import Residual, Seen
 from openpi_port.pi_torch.fast.pack import Block, Norm, Step, Vision
 from openpi_port.pi_torch.pi0 import Pi0
@@ -122,14 +121,12 @@ class Language:
         patches = rearrange(pixels, "B C (h p) (w q) c -> (B C) (h w) (p q c)", p=p, q=p)
         x = (onednn.linear(patches, packed.patch) + packed.start).to(self.dtype)
         x = x.flatten(0, 1)
-        for i, layer in enumerate(packed.layers):
+        for layer in packed.layers:
             y = ops.layer_norm(x, layer.offset_attn, layer.scale_attn, layer.bias_attn)
             y = ops.attend_all(onednn.linear(y, layer.qkv, layer.qkv_bias), len(patches), self.heads)
             x = ops.add_linear(x, y, layer.o)
             y = ops.layer_norm(x, layer.offset_mlp, layer.scale_mlp, layer.bias_mlp)
             x = ops.add_linear(x, ops.linear_gelu(y, layer.up, layer.up_bias), layer.down)
-            if i == 1:
-                cut()  # enough to do while the GPU is given the other layers
         y = ops.layer_norm(x, packed.offset, packed.scale, packed.bias)
         return onednn.linear(y, packed.head, packed.head_bias).view(images.shape[0], -1, packed.head.shape[0])
 
@@ -240,9 +237,7 @@ class Flow:
 
     def sample_actions(self, inputs: Inputs, num_steps: int) -> Tensor:
         """See `Pi0.sample_actions`."""
-        tokens, x_t = self.prefix(inputs), inputs.noise
-        cut()
-        past = self.prefill(tokens, inputs.length, inputs.state)
+        past, x_t = self.prefill(self.prefix(inputs), inputs.length, inputs.state), inputs.noise
         first, *later = self.steps(num_steps)
         x_t = self.step(first, past, x_t)
         if self.config.state_in == "suffix" and x_t.device.type == "cpu":

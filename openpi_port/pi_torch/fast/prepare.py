@@ -30,7 +30,7 @@ def optimize(model: Model | FastModel, *, float8: bool = False) -> Prepared | Pr
     """Prepares a model: merges and reorders its weights, computes what depends on the flow time alone.
 
     On a GPU every shape (batch size, cameras that are there, length of the prompt, number of steps) is recorded when it
-    first occurs as CUDA graphs: a whole chunk of pi0 and pi0.5; pi0-FAST up to its first token, and a token after.
+    first occurs: pi0 and pi0.5 as one CUDA graph, pi0-FAST as one up to its first token and one for every token after.
 
     Args:
       model: as loaded; pi0, pi0.5 or pi0-FAST. It answers as before, from weights that are views of the prepared ones
