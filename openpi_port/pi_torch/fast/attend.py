@@ -58,8 +58,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk, dv = _attention_gradients(gradient.contiguous(), *ctx.saved_tensors)
-        count = ctx.saved_tensors[1].shape[1]
+        saved = ctx.saved_tensors  # once: a checkpoint gives them no second time
+        dq, dk, dv = _attention_gradients(gradient.contiguous(), *saved)
+        count = saved[1].shape[1]
         return dq, dk[:, :count], dv[:, :count], None, None
 
 
