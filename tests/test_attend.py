@@ -16,7 +16,8 @@ from openpi_port.pi_torch.fast import attend
 INTERPRETED = importlib.util.find_spec("triton") is not None and bool(os.environ.get("TRITON_INTERPRET"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, T, S, N, H = 2, 9, 21, 3, 64
-CLOSE = dict.fromkeys(("atol", "rtol"), 5e-3 if DEVICE == "cuda" else 1e-5)  # there the kernels multiply in TF32
+# On a GPU the kernels multiply in TF32: with operands cut to its 10 bits, everything here is at most 6.7e-4 off.
+CLOSE = dict.fromkeys(("atol", "rtol"), 1e-3 if DEVICE == "cuda" else 1e-5)
 
 
 def inputs(blocks: bool) -> tuple[list[torch.Tensor], Blocks, torch.Tensor]:

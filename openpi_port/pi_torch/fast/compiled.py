@@ -15,9 +15,7 @@ import copy
 import hashlib
 import os
 import platform
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,6 +27,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
+from openpi_port import whole
+from openpi_port.errors import UserError
 from openpi_port.pi_torch.fast import onednn
 from openpi_port.pi_torch.fast.flow import Flow, Inputs, Past
 from openpi_port.pi_torch.fast.pack import Step
@@ -146,14 +146,13 @@ class Compiled:
             "step": (self._traced_step, (self._weights["step"], step, past, x_t)),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
-            for name in tqdm(PROGRAMS, "compiling for this CPU, once", unit="program"):
-                _compile(_export(*work[name], opened), part / f"{name}.pt2")
-            if not path.exists():  # no other process was faster
-                part.rename(path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            with whole.directory(path) as part:
+                for name in tqdm(PROGRAMS, "compiling for this CPU, once", unit="program"):
+                    _compile(_export(*work[name], opened), part / f"{name}.pt2")
+        except UserError:
+            if not path.exists():  # else another process was faster
+                raise
 
 
 class _Traced(torch.nn.Module):
