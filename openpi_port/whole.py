@@ -44,15 +44,29 @@ def directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file, in place of one that is there; a failure leaves that one as it is. Makes its directory."""
+@contextlib.contextmanager
+def file(path: Path) -> Iterator[Path]:
+    """Lets the block write a file that takes its name, from one that is there, when it ends well. Makes its directory.
+
+    Args:
+      path: the name.
+
+    Yields:
+      The temporary name to write to; what is there vanishes when the block fails.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        part.write_text(text, encoding="utf-8")
+        yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, see `file`."""
+    with file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _abandoned(part: Path) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from openpi_port import whole
 from openpi_port.errors import UserError
 
 ASSETS = Path(__file__).parent.parent / "assets" / "tokenizers"
@@ -151,15 +152,13 @@ def _paligemma() -> Path:
     for path in (ours, root / "openpi" / "big_vision" / "paligemma_tokenizer.model"):
         if path.is_file():
             return path
-    part = ours.with_suffix(f".{os.getpid()}.part")
     try:
         with urllib.request.urlopen(PALIGEMMA_URL, timeout=TIMEOUT_S) as response:
             content = response.read()
         if (got := PromptTokenizer(content).vocab_size) != 257152:
             raise UserError(f"{PALIGEMMA_URL}: {got} pieces instead of 257152; --config.tokenizer= takes a path")
-        ours.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        os.replace(part, ours)
+        with whole.file(ours) as part:
+            part.write_bytes(content)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"PaliGemma's tokenizer is not at {ours} and cannot be downloaded from {PALIGEMMA_URL} ({error}); "
