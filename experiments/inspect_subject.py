@@ -20,7 +20,7 @@ from openpi_port.config import Data, Pi0Fast, Train
 from openpi_port.data import material
 from openpi_port.data.datasets import open_datasets
 from openpi_port.data.frames import Frames
-from openpi_port.data.lerobot_meta import ASSETS
+from openpi_port.data.lerobot_meta import find_local
 from openpi_port.errors import UserError
 from openpi_port.rng import generator
 from openpi_port.tokenizers.fast_sequence import FastSequence
@@ -137,7 +137,7 @@ def of_checkpoint(path: str, **options: Any) -> Subject:
     visible = isinstance(model, Pi0Fast) and model.missing_cameras == "visible"
     steps = transforms.pipeline(data, model, source.norm_stats, pieces, missing_visible=visible)
     frames, findings = None, ()
-    if data.repo_id and ((ASSETS / data.repo_id / "meta").is_dir() or Path(data.repo_id).is_dir()):
+    if data.repo_id and find_local(data.repo_id, data.root) is not None:
         frames, _ = open_datasets(data, horizon=model.action_horizon, image_size=model.vision.image_size)
     else:
         text = (

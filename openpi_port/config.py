@@ -110,6 +110,7 @@ class Data:
       norm: z-score, or quantiles to [-1, 1].
       split: of RLDS, such as "train+val"; empty for "train".
       episodes: numbers of those to use; empty for all.
+      skip: numbers of those to leave out, such as damaged ones.
       validation: share of episodes kept for validation.
       augment: "default", "openpi" (what openpi's JAX training really does), "shift" (for a camera that never moves)
         or "none".
@@ -133,6 +134,7 @@ class Data:
     norm: Literal["zscore", "quantile"] = "zscore"
     split: str = ""
     episodes: tuple[int, ...] = ()
+    skip: tuple[int, ...] = ()
     validation: float = 0.1
     augment: Literal["default", "openpi", "shift", "none"] = "default"
     state_noise: float = 0.0

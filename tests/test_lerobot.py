@@ -60,11 +60,16 @@ def edit_info(root: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def edit_column(root: Path, name: str, change) -> None:
-    table = pq.read_table(root / TABLE)
+def edit_features(root: Path, **changes) -> None:
+    features = json.loads((root / "meta" / "info.json").read_text())["features"]
+    edit_info(root, features={key: feature | changes for key, feature in features.items()})
+
+
+def edit_column(root: Path, name: str, change, file: str = TABLE) -> None:
+    table = pq.read_table(root / file)
     values = change(table[name].to_pylist())
     at = table.column_names.index(name)
-    pq.write_table(table.set_column(at, name, pa.array(values)), root / TABLE)
+    pq.write_table(table.set_column(at, name, pa.array(values)), root / file)
 
 
 # Real data
@@ -229,7 +234,7 @@ def test_embedded_images_and_scalar_columns(tmp_path):
         (lambda r: (r / "meta/info.json").write_text("{"), r"info\.json: no valid JSON"),
         (lambda r: edit_info(r, codebase_version="v1.6"), r"v1\.6 is not supported \(v2\.0, v2\.1, v3\.0 are\)"),
         (lambda r: edit_info(r, fps=None), r"info\.json: no fps"),
-        (lambda r: edit_info(r, fps=20), r"frame 1[0-9] has timestamp .* expected .* at 20 fps"),
+        (lambda r: edit_info(r, fps=20), r"episode 0, frame 1 has timestamp .* expected .* at 20 fps"),
         (lambda r: (r / VIDEO).unlink(), r"file-000\.mp4: video file is missing"),
         (lambda r: (r / TABLE).unlink(), r"file-000\.parquet: parquet file is missing"),
         (lambda r: (r / TABLE).write_bytes((r / TABLE).read_bytes()[:300]), r"parquet file is damaged"),
@@ -249,12 +254,25 @@ def test_embedded_images_and_scalar_columns(tmp_path):
         ),
         (
             lambda r: edit_column(r, "action", lambda v: [*v[:4], [0.5], *v[5:]]),
-            r"action has 1 numbers in a row",
+            r"action has 1 number in a row",
         ),
         (
             lambda r: edit_column(r, "episode_index", lambda v: [0, 0, *v[2:-1], 0]),
-            r"episode 0 has 15 frames",
+            r"episode 0 has 15 frames in rows 0 to 33, meta/ says 14 in one piece",
         ),
+        (lambda r: (r / "meta/info.json").write_text("[]"), r"info\.json: not as LeRobot writes it"),
+        (lambda r: edit_info(r, fps="fast"), r"info\.json: not as LeRobot writes it .*'fast'"),
+        (lambda r: edit_info(r, video_path=None), r"info\.json: no video_path"),
+        (lambda r: edit_info(r, features={"action": {}}), r"info\.json: no 'dtype'"),
+        (lambda r: edit_info(r, codebase_version="v2.1"), r"tasks\.jsonl: can't be read"),
+        (lambda r: edit_features(r, shape=2), r"observation\.state has shape 2 in meta/info\.json"),
+        (lambda r: edit_column(r, "length", lambda v: [None, *v[1:]], EPISODES), r"file-000\.parquet: not as LeRobot"),
+        (lambda r: edit_column(r, "length", lambda v: [-3, *v[1:]], EPISODES), r"episode 0 has -3 frames"),
+        (lambda r: edit_column(r, "action", lambda v: [["a", "b"] for _ in v]), r"action holds string, expected num"),
+        (lambda r: edit_column(r, "action", lambda v: [None, *v[1:]]), r"action has no value in 1 of 34 rows"),
+        (lambda r: edit_column(r, "task_index", lambda v: [None, *v[1:]]), r"task_index has no value in 1 of 34"),
+        (lambda r: edit_column(r, "action", lambda v: [[1e300, 0.0], *v[1:]]), r"action is inf in dimension 0 at epis"),
+        (lambda r: edit_column(r, "timestamp", lambda v: [t + 3.7 for t in v]), r"frame 0 has timestamp 3\.7000 s"),
         (lambda r: edit_column(r, "task_index", lambda v: [*v[:-1], 9]), r"no task of index 9"),
     ],
 )
@@ -279,6 +297,36 @@ def test_unknown_names(made, changes, message):
         open_toy(made, **changes)
 
 
+def test_lerobots_v2_descriptions_with_something_missing(shared, tmp_path):
+    root = tmp_path / "g1"
+    shutil.copytree(shared / "data" / "g1_lerobot_v21" / "meta", root / "meta")
+    edit_info(root, chunks_size=None)
+    with pytest.raises(UserError, match=r"info\.json: not as LeRobot writes it"):
+        load_metadata(root)
+    edit_info(root, chunks_size=1000)
+    lines = [json.loads(line) for line in (root / "meta/episodes.jsonl").read_text().splitlines()]
+    for lacking in ("length", "tasks"):  # the second of which is not needed
+        text = "\n".join(json.dumps({k: v for k, v in line.items() if k != lacking}) for line in lines)
+        (root / "meta/episodes.jsonl").write_text(text)
+        if lacking == "tasks":
+            assert len(load_metadata(root).episodes) == len(lines)
+            continue
+        with pytest.raises(UserError, match=r"episodes\.jsonl: no 'length'"):
+            load_metadata(root)
+
+
+def test_times_and_numbers_in_lists_of_one(toy):
+    """As converters write them that take info.json's shape [1] at its word."""
+    plain = open_toy(toy)
+    for name in ("timestamp", "task_index", "episode_index"):
+        edit_column(toy, name, lambda values: [[value] for value in values])
+    listed = open_toy(toy)
+    for index in (0, 13, 14, 33):
+        ours, theirs = listed.numbers(index), plain.numbers(index)
+        assert ours["task"] == theirs["task"] and ours["timestamp"] == theirs["timestamp"]
+        np.testing.assert_array_equal(ours["action"], theirs["action"])
+
+
 def test_truncated_video_is_reported_when_it_is_read(toy):
     content = (toy / VIDEO).read_bytes()
     (toy / VIDEO).write_bytes(content[: len(content) // 2])
@@ -294,20 +342,6 @@ def test_video_shorter_than_its_episodes(toy):
     pq.write_table(table.set_column(table.column_names.index(name), name, late), toy / EPISODES)
     with pytest.raises(UserError, match=r"no frame at .* don't belong together"):
         open_toy(toy)[sum(LENGTHS) - 1]
-
-
-def test_resolve(monkeypatch, tmp_path):
-    assert resolve(str(tmp_path)) == tmp_path
-    with pytest.raises(UserError, match=r"no such directory, and no data set that ships here \(aloha_sim"):
-        resolve("/nowhere/at/all")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for name in ("somebody/something", "hf://somebody/something"):
-        with pytest.raises(UserError, match=r"the Hugging Face hub can't give it") as error:
-            resolve(name, root=str(tmp_path))
-        assert "\n" not in str(error.value)
 
 
 # Split and statistics

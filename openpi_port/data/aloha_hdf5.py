@@ -152,7 +152,7 @@ class AlohaHdf5Dataset(Frames):
         except OSError as error:  # also what h5py and PIL raise
             raise UserError(
                 f"{episode.path}: {key}, frame {frame} is no readable image ({error}); repair it, or leave the episode "
-                "out"
+                "out (config.data.skip)"
             ) from error
 
 
@@ -186,11 +186,16 @@ def _read(path: Path, number: int, columns: Sequence[str], cameras: Collection[s
             read = {key: np.asarray(file[key][()], np.float32) for key in columns}
         except (OSError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{path}: {', '.join(columns)} can't be read ({reason}); take the file away") from error
+            raise UserError(
+                f"{path}: {', '.join(columns)} can't be read ({reason}); leave it out (config.data.skip)"
+            ) from error
         lengths = {key: len(file[key]) for key in (*columns, *cameras)}
     most, least = max(lengths, key=lengths.get), min(lengths, key=lengths.get)
     if lengths[most] != lengths[least]:
-        raise UserError(f"{path}: {lengths[most]} frames of {most}, {lengths[least]} of {least}; take the file away")
+        raise UserError(
+            f"{path}: {lengths[most]} frames of {most}, {lengths[least]} of {least}; leave the episode out "
+            "(config.data.skip)"
+        )
     return {key: finite(values.reshape(len(values), -1), key, path, number) for key, values in read.items()}
 
 

@@ -47,11 +47,17 @@ def open_datasets(
       UserError: see the kinds: `LeRobotDataset`, `RldsDataset`, `AlohaHdf5Dataset`.
     """
     metadata, open_ = find(data)
-    if unknown := sorted(set(data.episodes) - set(metadata.numbers)):
-        raise UserError(
-            f"config.data.episodes: {metadata.root} has no episode {unknown[0]}; it has {len(metadata.numbers)}"
-        )
-    numbers = [number for number in metadata.numbers if not data.episodes or number in data.episodes]
+    known = set(metadata.numbers)
+    for field in ("episodes", "skip"):
+        if unknown := sorted(set(getattr(data, field)) - known):
+            raise UserError(
+                f"config.data.{field}: {metadata.root} has no episode {unknown[0]}; it has {len(known)}, "
+                f"{min(known, default=0)} to {max(known, default=0)}"
+            )
+    chosen = (set(data.episodes) or known) - set(data.skip)
+    numbers = [number for number in metadata.numbers if number in chosen]
+    if not numbers:
+        raise UserError(f"{metadata.root}: config.data.skip leaves no episode")
     training, validation = split_episodes(len(numbers), data.validation, seed)
 
     def choose(part: tuple[int, ...]) -> Frames:

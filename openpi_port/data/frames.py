@@ -193,6 +193,6 @@ def finite(values: np.ndarray, key: str, path: Path, episode: int) -> np.ndarray
         frame, dim = bad[0]
         raise UserError(
             f"{path}: {key} is {values[frame, dim]} in dimension {dim} at episode {episode}, frame {frame}; repair it, "
-            "or leave the episode out"
+            "or leave the episode out (config.data.skip)"
         )
     return values

@@ -13,10 +13,11 @@ from typing import Any
 import av
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from openpi_port.data.embedded import EmbeddedImages
 from openpi_port.data.frame_cache import FrameCache
-from openpi_port.data.frames import Frames, choose, finite
+from openpi_port.data.frames import PATIENCE, Frames, choose, finite
 from openpi_port.data.lerobot_meta import Episode, Metadata, load_metadata, read_parquet, resolve
 from openpi_port.data.video import Videos, nearest_frame, to_rgb
 from openpi_port.errors import UserError
@@ -101,35 +102,41 @@ class LeRobotDataset(Frames):
         for number, episode in enumerate(self.episodes):
             files.setdefault(episode.data, []).append(number)
         scalars = ["timestamp", "episode_index", "task_index"]
-        for path, numbers in files.items():
+        for path, numbers in tqdm(files.items(), "reading parquet files", unit=" files", delay=PATIENCE):
             table = read_parquet(path, [*dims, *scalars])
-            owner = table["episode_index"].to_numpy()
-            timestamp, task = table["timestamp"].to_numpy(), table["task_index"].to_numpy()
+            timestamp, owner, task = (_matrix(table[key], 1, path, key)[:, 0] for key in scalars)
             columns = {key: _matrix(table[key], dim, path, key) for key, dim in dims.items()}
+            places = _places(owner)
             for number in numbers:
                 episode = self.episodes[number]
-                rows = np.flatnonzero(owner == episode.index)
-                if len(rows) != episode.length or (len(rows) and rows[-1] - rows[0] != len(rows) - 1):
+                first, last, count = places.get(episode.index, (0, -1, 0))
+                if count != episode.length or last - first != count - 1:
                     raise UserError(
-                        f"{path}: episode {episode.index} has {len(rows)} frames in one piece, meta/ says "
-                        f"{episode.length}; download the data set again"
+                        f"{path}: episode {episode.index} has {count} frames in rows {first} to {last}, meta/ says "
+                        f"{episode.length} in one piece; download the data set again"
                     )
                 place = slice(self._starts[number], self._starts[number + 1])
-                self._first_row[number] = rows[0] if len(rows) else 0
-                self._timestamp[place], self._task_index[place] = timestamp[rows], task[rows]
-                for key, column in columns.items():
-                    self._columns[key][place] = finite(column[rows], key, path, episode.index)
+                self._first_row[number] = first
+                self._timestamp[place], self._task_index[place] = timestamp[first : last + 1], task[first : last + 1]
+                with np.errstate(over="ignore"):  # becomes infinite, and is told below
+                    for key, column in columns.items():
+                        self._columns[key][place] = column[first : last + 1]
+        for key, values in self._columns.items():
+            if len(rows := np.flatnonzero(~np.isfinite(values).all(axis=1))):
+                number = self._row_episode[rows[0]]
+                episode, place = self.episodes[number], slice(self._starts[number], self._starts[number + 1])
+                finite(values[place], key, episode.data, episode.index)
 
     def _check_times(self) -> None:
         """Frame k of an episode must be at k / fps, or chunks of actions would not be what they say."""
         frame = np.arange(len(self)) - self._starts[self._row_episode]
-        off = np.abs(self._timestamp * self.fps - frame)
-        worst = int(np.argmax(off))
-        if not off[worst] <= TOLERANCE:
-            episode = self.episodes[self._row_episode[worst]]
+        off = ~(np.abs(self._timestamp * self.fps - frame) <= TOLERANCE)  # also where the time is no number
+        if off.any():
+            first = int(np.argmax(off))
+            episode = self.episodes[self._row_episode[first]]
             raise UserError(
-                f"{episode.data}: episode {episode.index}, frame {frame[worst]} has timestamp "
-                f"{self._timestamp[worst]:.4f} s, expected {frame[worst] / self.fps:.4f} s at {self.fps:g} fps; frames "
+                f"{episode.data}: episode {episode.index}, frame {frame[first]} has timestamp "
+                f"{self._timestamp[first]:.4f} s, expected {frame[first] / self.fps:.4f} s at {self.fps:g} fps; frames "
                 "were dropped, or fps in meta/info.json is wrong"
             )
         unknown = set(np.unique(self._task_index).tolist()) - set(self.metadata.tasks)
@@ -140,7 +147,10 @@ class LeRobotDataset(Frames):
         """A missing video should be known before training, not when a sample happens to fall on it."""
         for path in {e.videos[k][0] for e in self.episodes for k in self.camera_keys if k in e.videos}:
             if not path.is_file():
-                raise UserError(f"{path}: video file is missing; download the data set again, or leave the episode out")
+                raise UserError(
+                    f"{path}: video file is missing; download the data set again, or leave the episode out "
+                    "(config.data.skip)"
+                )
 
     def _about(self, index: int) -> dict[str, Any]:
         """The task, and the time since the episode's start, which `_check_times` has shown to be frame / fps."""
@@ -184,10 +194,17 @@ class LeRobotDataset(Frames):
 
 def _size(feature: Mapping[str, Any], root: Path, key: str) -> int:
     """Length of a vector feature."""
-    shape = tuple(feature["shape"])
-    if len(shape) != 1:
+    shape = feature.get("shape")
+    if not isinstance(shape, list) or len(shape) != 1 or not isinstance(shape[0], int):
         raise UserError(f"{root}: {key} has shape {shape} in meta/info.json; a state or action is a vector")
     return shape[0]
+
+
+def _places(owner: np.ndarray) -> dict[int, tuple[int, int, int]]:
+    """{episode: (first row, last row, how many)} of the rows of a file."""
+    episodes, first, count = np.unique(owner, return_index=True, return_counts=True)
+    last = len(owner) - 1 - np.unique(owner[::-1], return_index=True)[1]
+    return dict(zip(episodes.tolist(), zip(first.tolist(), last.tolist(), count.tolist(), strict=True), strict=True))
 
 
 def _matrix(column: pa.ChunkedArray, dim: int, path: Path, key: str) -> np.ndarray:
@@ -197,10 +214,18 @@ def _matrix(column: pa.ChunkedArray, dim: int, path: Path, key: str) -> np.ndarr
         array = pa.concat_arrays(array.chunks)
     nested = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
     nested = nested or pa.types.is_fixed_size_list(array.type)
+    if len(array) and array.null_count:
+        raise UserError(f"{path}: {key} has no value in {array.null_count} of {len(array)} rows; repair the file")
     flat = array.flatten() if nested else array
+    kind = flat.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise UserError(f"{path}: {key} holds {kind}, expected numbers")
     lengths = array.value_lengths().to_numpy(zero_copy_only=False) if nested and len(array) else None
     wrong = dim != 1 if lengths is None else (lengths != dim).any()
-    if len(array) and (wrong or array.null_count):
-        found = "1 number" if lengths is None else f"{lengths[np.argmax(lengths != dim)]} numbers"
-        raise UserError(f"{path}: {key} has {found} in a row, meta/info.json says {dim}; they don't belong together")
+    if len(array) and wrong:
+        found = 1 if lengths is None else int(lengths[np.argmax(lengths != dim)])
+        raise UserError(
+            f"{path}: {key} has {found} number{'s' * (found != 1)} in a row, meta/info.json says {dim}; they don't "
+            "belong together"
+        )
     return flat.to_numpy(zero_copy_only=False).reshape(len(array), dim)

@@ -1,0 +1,68 @@
+"""Which data set a name means, and which of its episodes are taken."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from openpi_port.config import Data
+from openpi_port.data.datasets import open_datasets
+from openpi_port.data.lerobot_meta import ASSETS, find_local, resolve
+from openpi_port.errors import UserError
+
+SHIPPED = "aloha_sim_transfer_cube"
+DATA = Data(repo_id=SHIPPED, robot="lerobot", cameras={}, validation=0.0)
+
+
+def test_what_lerobot_recorded_is_found_by_its_name(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_LEROBOT_HOME", raising=False)
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a cache"))
+    for variable, home in (
+        ("XDG_CACHE_HOME", tmp_path / "a cache" / "huggingface" / "lerobot"),
+        ("HF_HOME", tmp_path / "hf" / "lerobot"),
+        ("HF_LEROBOT_HOME", tmp_path / "own"),
+    ):
+        if variable == "HF_HOME":
+            monkeypatch.setenv(variable, str(tmp_path / "hf"))
+        elif variable == "HF_LEROBOT_HOME":
+            monkeypatch.setenv(variable, str(home))
+        assert find_local("somebody/toy") is None
+        (home / "somebody").mkdir(parents=True)
+        (home / "somebody" / "toy").symlink_to(ASSETS / SHIPPED)
+        assert resolve("somebody/toy") == home / "somebody" / "toy"
+    assert find_local("hf://somebody/toy") is None
+    assert resolve("somebody/toy", root=str(tmp_path / "hf" / "lerobot")) == tmp_path / "hf/lerobot/somebody/toy"
+    frames, _ = open_datasets(dataclasses.replace(DATA, repo_id="somebody/toy"), horizon=2)
+    assert frames[0]["task"] == "Transfer cube"
+
+
+def test_resolve(monkeypatch, tmp_path):
+    assert resolve(str(tmp_path)) == tmp_path
+    with pytest.raises(UserError, match=r"no such directory, and no data set that ships here \(aloha_sim"):
+        resolve("/nowhere/at/all")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("somebody/something", "hf://somebody/something"):
+        with pytest.raises(UserError, match=r"the Hugging Face hub can't give it") as error:
+            resolve(name, root=str(tmp_path))
+        assert "\n" not in str(error.value)
+
+
+def numbers(**changes) -> list[int]:
+    training, validation = open_datasets(dataclasses.replace(DATA, **changes), horizon=2)
+    return sorted(episode.index for part in (training, validation) if part is not None for episode in part.episodes)
+
+
+def test_episodes_are_chosen_and_left_out_by_number():
+    assert numbers() == list(range(20))
+    assert numbers(skip=(0, 7), validation=0.2) == [1, 2, 3, 4, 5, 6, *range(8, 20)]
+    assert numbers(episodes=(3, 5, 9), skip=(5,)) == [3, 9]
+    for field in ("episodes", "skip"):
+        with pytest.raises(UserError, match=rf"config\.data\.{field}: .* has no episode 20; it has 20, 0 to 19"):
+            numbers(**{field: (1, 20)})
+    with pytest.raises(UserError, match=r"config\.data\.skip leaves no episode"):
+        numbers(episodes=(3,), skip=(3,))
