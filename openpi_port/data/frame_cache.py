@@ -89,8 +89,6 @@ class FrameCache:
         Args:
           sources: {(file, part): how many frames it has} of a data set.
         """
-        if sources.items() <= self._planned.items():
-            return  # the validation episodes' data set is the training's
         self._planned |= sources
         wanted = max(1, sum(self._planned.values())) * self._record
         held = self._tidy({self._path(source, part) for source, part in self._planned}, wanted)
