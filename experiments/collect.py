@@ -74,7 +74,7 @@ def collect(
     )
     failed = 0
     with (
-        lerobot_writer.LeRobotWriter(out, about) as writer,
+        lerobot_writer.create(out, about) as writer,
         tqdm(total=episodes, desc="demonstrations", unit="episode", smoothing=0.1) as bar,
         contextlib.closing(demonstrate.record_all(attempts(tasks, seed), IMAGE_SIZE, workers)) as recorded,
     ):
@@ -92,8 +92,7 @@ def collect(
                 break
         if not writer.episodes:
             raise UserError("stopped before the first episode was finished: nothing was written")
-        writer.finish()
-        return writer.episodes, writer.frames, failed
+    return writer.episodes, writer.frames, failed
 
 
 class Interrupt:

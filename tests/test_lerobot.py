@@ -18,7 +18,7 @@ from PIL import Image
 
 from openpi_port.data.frame_cache import FrameCache
 from openpi_port.data.lerobot import LeRobotDataset, load_metadata, resolve
-from openpi_port.data.lerobot_writer import Description, LeRobotWriter
+from openpi_port.data.lerobot_writer import Description, create
 from openpi_port.data.split import split_episodes
 from openpi_port.data.stats import compute
 from openpi_port.errors import UserError
@@ -37,12 +37,13 @@ def made(tmp_path_factory) -> Path:
     """Three short episodes of a two-joint robot, v3.0."""
     description = Description("toy", 10, {TOP: (32, 48)}, ["a", "b"], ["a", "b"], keyframe_every=4)
     rng = np.random.default_rng(0)
-    with LeRobotWriter(tmp_path_factory.mktemp("made") / "toy", description) as writer:
+    root = tmp_path_factory.mktemp("made") / "toy"
+    with create(root, description) as writer:
         for number, length in enumerate(LENGTHS):
             images = np.stack([np.full((32, 48, 3), 60 * number + 4 * i, np.uint8) for i in range(length)])
             state = rng.normal(size=(length, 2)).astype(np.float32)
             writer.add_episode({TOP: images}, state, state + 1, f"task {number % 2}")
-        return writer.finish()
+    return root
 
 
 @pytest.fixture

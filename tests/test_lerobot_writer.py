@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openpi_port.data import lerobot_writer
-from openpi_port.data.lerobot_writer import Description, LeRobotWriter
+from openpi_port.data.lerobot_writer import Description, create
 from openpi_port.errors import UserError
 
 TOP = "observation.images.top"
@@ -43,12 +43,11 @@ def episode(length: int, first: int = 0, seed: int = 0) -> dict:
 
 def write(root: Path, lengths: list[int], tasks: list[str] | None = None) -> list[dict]:
     episodes, first = [], 0
-    with LeRobotWriter(root, ABOUT) as writer:
+    with create(root, ABOUT) as writer:
         for i, length in enumerate(lengths):
             episodes.append(episode(length, first, seed=i))
             writer.add_episode(**episodes[-1], task=tasks[i] if tasks else "do it")
             first += length
-        writer.finish()
     return episodes
 
 
@@ -164,23 +163,21 @@ def test_file_names_count_a_thousand_to_a_chunk():
 
 def test_nothing_is_overwritten(tmp_path: Path):
     (tmp_path / "set").mkdir()
-    with pytest.raises(UserError, match="exists already"):
-        LeRobotWriter(tmp_path / "set", ABOUT)
-    with LeRobotWriter(tmp_path / "late", ABOUT) as writer:
+    with pytest.raises(UserError, match="exists already"), create(tmp_path / "set", ABOUT):
+        pass
+    with pytest.raises(UserError, match="exists already"), create(tmp_path / "late", ABOUT) as writer:
         writer.add_episode(**episode(3), task="x")
         (tmp_path / "late").write_text("mine")  # somebody else takes the name meanwhile
-        with pytest.raises(UserError, match="exists already"):
-            writer.finish()
     assert (tmp_path / "late").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["late", "set"]
 
 
 def test_an_error_or_no_episode_leaves_nothing(tmp_path: Path):
-    with pytest.raises(RuntimeError), LeRobotWriter(tmp_path / "set", ABOUT) as writer:
+    with pytest.raises(RuntimeError), create(tmp_path / "set", ABOUT) as writer:
         writer.add_episode(**episode(3), task="x")
         raise RuntimeError
-    with LeRobotWriter(tmp_path / "set", ABOUT) as writer, pytest.raises(UserError, match="no episode"):
-        writer.finish()
+    with pytest.raises(UserError, match="no episode"), create(tmp_path / "set", ABOUT):
+        pass
     assert not list(tmp_path.iterdir())
 
 
@@ -195,23 +192,21 @@ def test_an_error_or_no_episode_leaves_nothing(tmp_path: Path):
      "no fewer than 1"),
 ])  # fmt: skip
 def test_a_bad_episode_is_refused_and_the_rest_is_kept(tmp_path: Path, change: dict, message: str):
-    with LeRobotWriter(tmp_path / "set", ABOUT) as writer:
+    with create(tmp_path / "set", ABOUT) as writer:
         writer.add_episode(**episode(4), task="x")
         with pytest.raises(UserError, match=message):
             writer.add_episode(**(episode(4) | change), task="y")
-        writer.finish()
     assert len(pq.read_table(tmp_path / "set" / DATA)) == len(list(decode(tmp_path / "set" / VIDEO))) == 4
 
 
 _HALF_WAY = """
 import os, sys
 sys.path[:0] = {path!r}
-from tests.test_lerobot_writer import ABOUT, LeRobotWriter, episode
-with LeRobotWriter({root!r}, ABOUT) as writer:
+from tests.test_lerobot_writer import ABOUT, create, episode
+with create({root!r}, ABOUT) as writer:
     for _ in range(200):
         writer.add_episode(**episode(40), task="x")
         {then}
-    writer.finish()
 """
 
 

@@ -1,6 +1,6 @@
 """Writes a LeRobot v3.0 data set, episode by episode, and makes it appear whole or not at all.
 
-Everything goes into a hidden directory beside the destination, renamed when it is complete. The layout is
+The layout is
 
     meta/info.json  meta/stats.json  meta/tasks.parquet  meta/episodes/chunk-000/file-000.parquet
     data/chunk-000/file-000.parquet                      rows of all episodes, one row group each
@@ -15,8 +15,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -27,8 +25,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from openpi_port import whole
 from openpi_port.errors import UserError
-from openpi_port.whole import refuse_existing
 
 VERSION = "v3.0"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
@@ -120,29 +118,43 @@ class _Video:
             self._container = None
 
 
-class LeRobotWriter:
-    """A data set in the making; as a context manager it is abandoned unless `finish` was called.
+@contextlib.contextmanager
+def create(root: str | os.PathLike[str], description: Description) -> Iterator[LeRobotWriter]:
+    """A data set in the making. It takes its name when the block ends well, and vanishes when it doesn't.
 
     Args:
       root: the data set's directory, which may not exist yet.
       description: what all its episodes have in common.
 
     Raises:
-      UserError: root exists, or can't be made.
+      UserError: root exists, before the block or at its end, or no episode was added.
+    """
+    root = Path(root)
+    whole.refuse_existing(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with whole.directory(root) as part:
+        writer = LeRobotWriter(part, description)
+        try:
+            yield writer
+            if not writer.episodes:
+                raise UserError(f"no episode to write into {root}")
+            writer.complete()
+        finally:
+            writer.close()
+
+
+class LeRobotWriter:
+    """The files of a data set in the making; see `create`.
+
+    Args:
+      directory: an empty one.
+      description: what all episodes have in common.
     """
 
-    def __init__(self, root: str | os.PathLike[str], description: Description):
-        self._root, self._about = Path(root), description
-        refuse_existing(self._root)
-        try:
-            self._root.parent.mkdir(parents=True, exist_ok=True)
-            hidden = tempfile.mkdtemp(prefix=f".{self._root.name}.partial-", dir=self._root.parent)
-        except OSError as error:
-            reason = error.strerror
-            raise UserError(f"{self._root} can't be written: {reason}; choose another directory") from error
-        self._temporary = Path(hidden)
-        self._videos = {key: _Video(self._temporary, key, description) for key in description.cameras}
-        path = self._temporary / file_name("data", 0, "parquet")
+    def __init__(self, directory: Path, description: Description):
+        self._directory, self._about = directory, description
+        self._videos = {key: _Video(directory, key, description) for key in description.cameras}
+        path = directory / file_name("data", 0, "parquet")
         path.parent.mkdir(parents=True)
         self._data = pq.ParquetWriter(path, _DATA_SCHEMA)
         self._episodes: list[dict[str, Any]] = []
@@ -249,45 +261,25 @@ class LeRobotWriter:
                 raise UserError(f"an episode has {len(images[key])} pictures of {key}, expected {length}")
             self._check_picture(key, images[key][0])
 
-    def finish(self) -> Path:
-        """Completes the data set and gives it its name.
-
-        Returns:
-          Its directory.
-
-        Raises:
-          UserError: no episode was added, or something else got the name meanwhile.
-        """
-        if not self._episodes:
-            raise UserError(f"no episode to write into {self._root}")
+    def complete(self) -> None:
+        """Ends the videos and the table, and writes what describes them."""
         for video in self._videos.values():
             video.close()
         self._data.close()
-        meta = self._temporary / "meta"
-        path = self._temporary / file_name("meta/episodes", 0, "parquet")
+        meta = self._directory / "meta"
+        path = self._directory / file_name("meta/episodes", 0, "parquet")
         path.parent.mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(self._episodes), path)
         pq.write_table(_tasks_table(list(self._tasks)), meta / "tasks.parquet")
         (meta / "stats.json").write_text(json.dumps(self._all_stats(), indent=4) + "\n")
         (meta / "info.json").write_text(json.dumps(self._info(), indent=4) + "\n")
-        refuse_existing(self._root)
-        self._temporary.chmod(0o755)  # mkdtemp's own is for its owner alone
-        os.replace(self._temporary, self._root)
-        return self._root
 
-    def abandon(self) -> None:
-        """Removes what was written. Does nothing after `finish`."""
+    def close(self) -> None:
+        """Closes what is still open, whatever the disk says to it. Does nothing after `complete`."""
         for video in self._videos.values():
             video.abandon()
         with contextlib.suppress(OSError):
             self._data.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
-
-    def __enter__(self) -> LeRobotWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.abandon()
 
     def _info(self) -> dict[str, Any]:
         about = self._about
@@ -323,7 +315,7 @@ class LeRobotWriter:
 
     def _all_stats(self) -> dict[str, Any]:
         """Statistics of the whole data set: exact for numbers, merged over episodes for pictures."""
-        table = pq.read_table(self._temporary / file_name("data", 0, "parquet"))
+        table = pq.read_table(self._directory / file_name("data", 0, "parquet"))
         stats = {key: _merge_image_stats([{name: row[f"stats/{key}/{name}"] for name in
                  ("min", "max", "mean", "std", "count")} for row in self._episodes])
                  for key in self._videos}  # fmt: skip

@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from openpi_port import whole
 from openpi_port.data import tfrecord
 from openpi_port.data.rlds_meta import STEPS, RldsMetadata, Shard
 from openpi_port.data.tfrecord import Broken, Span
@@ -81,16 +81,10 @@ def load(metadata: RldsMetadata, shard: Shard, arrays: Collection[str], progress
 
 
 def _write(path: Path, index: Index, what: str) -> None:
-    """Writes an index, whole or not at all."""
+    """Writes an index."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.savez(file, **index)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with whole.file(path) as part, part.open("wb") as file:
+            np.savez(file, **index)
     except OSError as error:
         raise UserError(
             f"{path.parent}: the index of {what} can't be written ({error.strerror}); make room, or set "

@@ -17,7 +17,7 @@ from openpi_port.check_sample import split_keys
 from openpi_port.config import Data
 from openpi_port.data.datasets import Metadata, find
 from openpi_port.data.frames import Frames
-from openpi_port.data.lerobot_writer import Description, LeRobotWriter
+from openpi_port.data.lerobot_writer import Description, LeRobotWriter, create
 from openpi_port.errors import UserError
 from openpi_port.whole import refuse_existing
 
@@ -76,10 +76,9 @@ def convert(
     if data.prompt is None and "task" not in first:
         raise UserError(f"{metadata.root}: the data set has no instructions; give one with --prompt=")
     try:
-        with LeRobotWriter(out, about) as writer, tqdm(total=len(frames), unit=" frames", smoothing=0.1) as bar:
+        with create(out, about) as writer, tqdm(total=len(frames), unit=" frames", smoothing=0.1) as bar:
             for number in range(len(frames.episodes)):
                 add_episode(writer, frames, number, data, names, bar.update)
-            writer.finish()
     except OSError as error:  # a full disk, as a rule
         raise UserError(f"{out} could not be written, and nothing is left of it: {error}") from error
     return frames
