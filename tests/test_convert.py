@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import http.server
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 import ml_dtypes
@@ -286,69 +283,6 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024, targe
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     used, size = map(float, done.stdout.split())
     assert used < size, (used, size)
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hugging Face hub as a snapshot needs."""
-
-    root: Path
-
-    def log_message(self, *args) -> None:
-        """Says nothing."""
-
-    def do_HEAD(self) -> None:
-        """Metadata of a file."""
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        """The list of files, or one of them."""
-        names = sorted(str(f.relative_to(self.root)) for f in self.root.rglob("*") if f.is_file())
-        if "/tree/" in self.path:
-            tree = [{"type": "file", "path": n, "size": (self.root / n).stat().st_size, "oid": n} for n in names]
-            return self._send(json.dumps(tree).encode(), {"Content-Type": "application/json"})
-        if "/api/models/" in self.path:
-            about = {"id": "user/pi", "sha": "a" * 40, "siblings": [{"rfilename": n} for n in names]}
-            return self._send(json.dumps(about).encode(), {"Content-Type": "application/json"})
-        name = self.path.split(f"/resolve/{'a' * 40}/")[-1]
-        if name not in names:
-            return self.send_error(404)
-        data = (self.root / name).read_bytes()
-        tag = hashlib.sha256(data).hexdigest()
-        return self._send(data, {"ETag": f'"{tag}"', "X-Repo-Commit": "a" * 40})
-
-    def _send(self, data: bytes, headers: dict[str, str]) -> None:
-        self.send_response(200)
-        for key, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-
-def test_hf_urls_come_from_the_hub(golden, tmp_path):
-    Hub.root = tmp_path / "repo"
-    shutil.copytree(golden / "lerobot/pi0/pretrained", Hub.root / "inner")
-    (Hub.root / "inner/optimizer.bin").write_bytes(b"not wanted")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {
-        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_DISABLE_XET": "1", "no_proxy": "*",
-    }  # fmt: skip
-    arguments = [
-        "-m",
-        "convert",
-        "hf://user/pi/inner",
-        str(tmp_path / "out"),
-        "--to=flax",
-        "--model.vision.num_heads=2",
-    ]
-    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-    server.shutdown()
-    assert done.returncode == 0, done.stderr
-    reference = formats.open_checkpoint(golden / "lerobot/pi0/pretrained")
-    assert hashes(formats.open_checkpoint(tmp_path / "out")) == hashes(reference)
-    assert not list((tmp_path / "home").rglob("*.bin"))
 
 
 def test_converting_imports_no_framework(golden, tmp_path):

@@ -330,18 +330,3 @@ def test_what_a_vision_language_model_lacks_for_pi0_is_the_expert(paligemma, gol
     other = dataclasses.replace(pi0, vocab_size=100)
     with pytest.raises(UserError, match=r"input_embedding is \(512, 64\), not \(100, 64\)"):
         paligemma.start_of(other)
-
-
-def test_urls_are_fetched_once_and_whole(golden, tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENPI_PORT_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(golden / "openpi/pi05", tmp_path / "remote/pi05")
-    url = (tmp_path / "remote/pi05").as_uri()
-    weights, _ = opened(url)
-    assert same(arrays(weights), arrays(opened(golden / "openpi/pi05")[0]))
-    shutil.rmtree(tmp_path / "remote")
-    opened(url)  # from the cache
-    with pytest.raises(UserError, match="can't be fetched"):
-        opened((tmp_path / "nowhere").as_uri())
-    assert not list((tmp_path / "cache").glob("*/.*"))
-    with pytest.raises(UserError, match="hf://user/name"):
-        opened("hf://single")
