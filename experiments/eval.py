@@ -9,13 +9,14 @@
 
 `aloha_instructions` plays every seed once per task, in the same scene but with that task's instruction, to the end, and
 counts what came of it: whether the instruction alone decides.
-Results, seeds, a grid video and a plot per episode go to --out. Ctrl-C or SIGTERM reports the episodes that are
-finished.
+Results, seeds, a grid video and a plot per episode go to --out, which may hold no others. Ctrl-C or SIGTERM reports the
+episodes that are finished.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import signal
@@ -32,6 +33,7 @@ from experiments import eval_report, flags, policy_flags
 from openpi_port.errors import UserError, near
 from openpi_port.serving.client import Client
 from openpi_port.sim import gl, latency, pictures, rollout, simulation
+from openpi_port.whole import refuse_existing
 
 INSTRUCTIONS, DATASET = "aloha_instructions", "dataset"
 # Environments and their tasks; LIBERO's are many, and their package need not be here to name ALOHA's.
@@ -50,7 +52,7 @@ MAX_STEPS = absl_flags.DEFINE_integer(
     "max_steps", None, "control steps per episode; default: ALOHA 400, or LIBERO's", 1
 )
 WORKERS = absl_flags.DEFINE_integer("workers", None, "simulations at once; default: one per core, 16 at most", 1)
-OUT = absl_flags.DEFINE_string("out", None, "directory of the results; default: eval/ENV/WHAT")
+OUT = absl_flags.DEFINE_string("out", None, "directory of the results, empty or new; default: eval/ENV/WHAT, or WHAT_2")
 VIDEO = absl_flags.DEFINE_integer("video", 16, "episodes in the grid video; 0 for none", 0)
 GIF = absl_flags.DEFINE_bool("gif", False, "also the video as a GIF")
 PLOTS = absl_flags.DEFINE_integer("plots", 50, "episodes (or chunks, with --env=dataset) to plot", 0)
@@ -72,8 +74,8 @@ def main() -> None:
     if ENV.value == DATASET:
         from experiments import open_loop  # needs packages that LIBERO's environment lacks
 
-        policy = policy_flags.policy()
-        open_loop.evaluate(policy, directory("open_loop"), samples=SAMPLES.value, plots=PLOTS.value)
+        out = directory("open_loop")
+        open_loop.evaluate(policy_flags.policy(), out, samples=SAMPLES.value, plots=PLOTS.value)
         return
     gl.require()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit is no reason to report nothing
@@ -184,12 +186,21 @@ def play(who: Driver, how: rollout.Setting, out: Path, workers: int) -> tuple[li
 
 
 def directory(name: str) -> Path:
-    """Where the results go."""
+    """Where the results go: hours of them may have gone there before, and stay."""
     if OUT.value:
-        return Path(OUT.value)
+        out = Path(OUT.value)
+        if not out.is_dir() or any(out.iterdir()):
+            refuse_existing(out)
+        return out
     if source := policy_flags.CHECKPOINT.value:
         name = "_".join(Path(source).parts[-2:])
-    return Path("eval") / ENV.value / name
+    return free(Path("eval") / ENV.value / name)
+
+
+def free(path: Path) -> Path:
+    """The path, or with _2, _3, ... behind it where something is there."""
+    others = (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))
+    return next(p for p in itertools.chain([path], others) if not p.exists())
 
 
 if __name__ == "__main__":

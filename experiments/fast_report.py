@@ -107,6 +107,7 @@ def page(
     results: Sequence[Result],
     kept: Result,
     limit: int,
+    names: Sequence[str],
 ) -> str:
     """The whole page.
 
@@ -117,6 +118,7 @@ def page(
       results: by rising scale.
       kept: the one that is saved.
       limit: tokens that a sequence may have.
+      names: of the dimensions.
     """
     head = ("scale", "tokens a chunk: mean", "median", "95 %", "max", "compression", "RMS error, worst dimension",
             "truncated", "clipped")  # fmt: skip
@@ -126,7 +128,7 @@ def page(
          f"{r.clipped} of {r.coefficients}")
         for r in results
     ]  # fmt: skip
-    dims = [(str(j), *(f"{r.rms[j]:.3g} / {r.worst[j]:.3g}" for r in results)) for j in range(len(kept.rms))]
+    dims = [(name, *(f"{r.rms[j]:.3g} / {r.worst[j]:.3g}" for r in results)) for j, name in enumerate(names)]
     _, horizon, dim = measured.shape
     title, e = f"FAST tokenizer for {name}", webpage.escape
     body = f"""<h1>{e(title)}</h1>

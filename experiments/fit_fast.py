@@ -20,6 +20,7 @@ from experiments import fast_report
 from experiments.flags import config, run
 from openpi_port import normalize, transforms
 from openpi_port.config import Train
+from openpi_port.data import dimensions
 from openpi_port.data.datasets import open_datasets
 from openpi_port.data.frames import Frames
 from openpi_port.data.stats import compute
@@ -64,7 +65,8 @@ def main() -> None:
         raise UserError(f"--vocab_size={VOCAB.value} is too small for --scale={SCALE.value:g}")
 
     where = "training episodes (there are no others)" if validation is None else "validation episodes"
-    page = fast_report.page(data.repo_id, where, fit_on.actions, measure_on.actions, results, kept, LIMIT.value)
+    names = dimensions.numbered(training, data.actions, fit_on.actions.shape[-1])
+    page = fast_report.page(data.repo_id, where, fit_on.actions, measure_on.actions, results, kept, LIMIT.value, names)
     out.parent.mkdir(parents=True, exist_ok=True)
     with directory(out) as part:
         kept.tokenizer.save(part)

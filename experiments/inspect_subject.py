@@ -12,12 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import dimensions
 from openpi_port import loading, normalize, sequence, transforms
 from openpi_port.augment import augment
 from openpi_port.check_sample import split_keys
 from openpi_port.config import Data, Pi0Fast, Train
-from openpi_port.data import material
+from openpi_port.data import dimensions, material
 from openpi_port.data.datasets import open_datasets
 from openpi_port.data.frames import Frames
 from openpi_port.data.lerobot_meta import find_local
@@ -57,7 +56,7 @@ class Part:
 
     def names(self, key: Literal["state", "actions"]) -> list[str]:
         """Of the dimensions: the data set's, else numbers."""
-        return dimensions.names(self.frames, getattr(self.data, key), len(self.stats[key].mean))
+        return dimensions.numbered(self.frames, getattr(self.data, key), len(self.stats[key].mean))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from experiments import dimensions
 from openpi_port import Policy, whole
 from openpi_port.check_sample import split_keys
+from openpi_port.data import dimensions
 from openpi_port.data.datasets import open_datasets
 from openpi_port.errors import UserError
 from openpi_port.rng import draw_noise
@@ -38,13 +38,16 @@ def evaluate(policy: Policy, out: Path, *, samples: int, plots: int) -> None:
     if not data.repo_id:
         raise UserError("the checkpoint names no data set; open-loop evaluation needs the one that it was trained on")
     config = policy.model.config
-    _, dataset = open_datasets(data, horizon=policy.horizon, image_size=config.vision.image_size)
+    try:
+        _, dataset = open_datasets(data, horizon=policy.horizon, image_size=config.vision.image_size)
+    except UserError as error:
+        raise UserError(f'{error}; --data=\'{{"repo_id": "DIR"}}\' names another data set') from error
     if dataset is None:
         raise UserError(f"{data.repo_id}: no validation episodes (data.validation={data.validation:g})")
     count = min(samples, len(dataset))
     rows = [i * len(dataset) // count for i in range(count)]
     shown = {rows[i * count // plots] for i in range(min(plots, count))} if plots else set()
-    names = dimensions.names(dataset, data.actions, policy.metadata["action_dim"])
+    names = dimensions.numbered(dataset, data.actions, policy.metadata["action_dim"])
     errors = []
     out.mkdir(parents=True, exist_ok=True)
     policy.warmup((BATCH,))

@@ -28,6 +28,7 @@ ACTIONS = flags.DEFINE_string("actions", "action", "columns that make up the act
 PROMPT = flags.DEFINE_string("prompt", None, "the instruction; by default what the data set says")
 TASK = flags.DEFINE_string("task", "", "of RLDS, the features with the instruction; language_instruction by default")
 SPLIT = flags.DEFINE_string("split", "", "of RLDS; train by default")
+EPISODES = flags.DEFINE_list("episodes", [], "numbers of episodes to take; all by default")
 SKIP = flags.DEFINE_list("skip", [], "numbers of episodes to leave out, such as damaged ones")
 ROBOT = flags.DEFINE_string("robot_type", "", "name of the robot, for info.json")
 SIZE = flags.DEFINE_integer("image_size", None, "resize and pad pictures to this square; as they are by default")
@@ -41,20 +42,25 @@ def main() -> int:
             raise UserError(f"--{flag.name}= is missing")
     data = Data(
         repo_id=REPO.value, robot="lerobot", cameras={key: key for key in CAMERAS.value}, state=STATE.value,
-        actions=ACTIONS.value, prompt=PROMPT.value, task=TASK.value, split=SPLIT.value,
+        actions=ACTIONS.value, prompt=PROMPT.value, task=TASK.value, split=SPLIT.value, episodes=numbers(EPISODES),
+        skip=numbers(SKIP),
     )  # fmt: skip
-    if bad := [number for number in SKIP.value if not number.isdecimal()]:
-        raise UserError(f"--skip={bad[0]}: expected numbers of episodes with commas between them")
-    skip = {int(number) for number in SKIP.value}
     out = Path(OUT.value)
     try:
-        frames = convert(data, out, fps=FPS.value, skip=skip, robot=ROBOT.value, image_size=SIZE.value, crf=CRF.value)
+        frames = convert(data, out, fps=FPS.value, robot=ROBOT.value, image_size=SIZE.value, crf=CRF.value)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 130
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 2**20
     print(f"{out}: {len(frames.episodes)} episodes, {len(frames)} frames, {size:.1f} MiB")
     return 0
+
+
+def numbers(flag: flags.FlagHolder[list[str]]) -> tuple[int, ...]:
+    """The numbers of episodes that a flag lists."""
+    if bad := [number for number in flag.value if not number.isdecimal()]:
+        raise UserError(f"--{flag.name}={bad[0]}: expected numbers of episodes with commas between them")
+    return tuple(map(int, flag.value))
 
 
 if __name__ == "__main__":

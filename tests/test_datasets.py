@@ -1,12 +1,15 @@
-"""Which data set a name means, and which of its episodes are taken."""
+"""Which data set a name means, which of its episodes are taken, and what its dimensions are called."""
 
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from openpi_port.config import Data
+from openpi_port.data import dimensions
 from openpi_port.data.datasets import open_datasets
 from openpi_port.data.lerobot_meta import ASSETS, find_local, resolve
 from openpi_port.errors import UserError
@@ -66,3 +69,21 @@ def test_episodes_are_chosen_and_left_out_by_number():
             numbers(**{field: (1, 20)})
     with pytest.raises(UserError, match=r"config\.data\.skip leaves no episode"):
         numbers(episodes=(3,), skip=(3,))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["a", "b"], [["a", "b"]], {"motors": ["a", "b"]}, {"left": ["a"], "right": ["b"]}, {"b": 1, "a": 0}],
+)
+def test_names_of_dimensions_in_all_forms_that_recorders_write(given):
+    sample = {"arm": np.zeros(2), "observation/gripper": np.zeros(1)}
+    frames = SimpleNamespace(features={"arm": {"names": given}}, numbers=lambda _: sample)
+    assert dimensions.names(frames, "arm,observation/gripper") == ["a", "b", "gripper_0"]
+    assert dimensions.numbered(frames, "arm", 2) == ["0 a", "1 b"]
+    assert dimensions.numbered(frames, "arm", 3) == ["0", "1", "2"] == dimensions.numbered(None, "arm", 3)
+
+
+@pytest.mark.parametrize("given", [None, 7, [3, None], {"motors": None}, ["only one"]])
+def test_names_that_say_nothing(given):
+    frames = SimpleNamespace(features={"arm": {"names": given}}, numbers=lambda _: {"arm": np.zeros(2)})
+    assert dimensions.names(frames, "arm") == ["arm_0", "arm_1"]

@@ -41,8 +41,10 @@ def test_numbers():
 
 def test_page():
     chunks, measured = results()
-    text = fast_report.page("a <b> c", "validation episodes", chunks.actions, chunks.actions, measured, measured[1], 60)
+    some, names = chunks.actions, ["0 shoulder", "1 elbow", "2 wrist"]
+    text = fast_report.page("a <b> c", "validation episodes", some, some, measured, measured[1], 60, names)
     assert text.count("data:image/png;base64,") == 3 and "a &lt;b&gt; c" in text
+    assert "<td>1 elbow</td>" in text
     assert f"{measured[1].ratio:.2f}x" in text and f"{measured[2].truncated(60):.2%}" in text
 
 

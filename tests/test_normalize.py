@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import commands
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -226,3 +227,16 @@ def test_tiny_ranges_warn_and_exploding_values_refuse():
     assert n.before_training(stats, "zscore", "some/data") is None
     with pytest.raises(UserError, match=r"some/data: state\[1\] spreads 0, and normalised reaches 2e\+06.*norm=zscore"):
         n.before_training(stats, "quantile", "some/data")
+
+
+def test_the_command(tmp_path):
+    out = tmp_path / "stats" / "mine.json"
+    arguments = ["--config=pi0_aloha:debug", "--config.data.episodes=(2,5)", "--config.data.validation=0.0"]
+    done = commands.run("experiments.stats", *arguments, f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert "2 training episodes" in done.stdout and "6 left_arm_gripper" in done.stdout
+    before = out.read_bytes()
+    assert set(n.load_norm_stats(out)) == {"state", "actions"}
+    again = commands.run("experiments.stats", *arguments, f"--out={out}")
+    assert again.returncode == 2 and "mine.json exists already and is not overwritten" in again.stderr
+    assert out.read_bytes() == before

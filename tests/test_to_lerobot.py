@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import commands
@@ -74,7 +75,7 @@ def test_droid_with_an_instruction_a_frame(tmp_path):
         write_droid(tmp_path, [[episode | smooth, droid_episode(1, 3)]]),
         task=droid.RLDS_TASK, cameras=droid.CAMERAS,
     )  # fmt: skip
-    convert(data, tmp_path / "out", fps=15, crf=1, skip={1})
+    convert(dataclasses.replace(data, skip=(1,)), tmp_path / "out", fps=15, crf=1)
     kept = LeRobotDataset(tmp_path / "out", cameras={}, horizon=1)
     assert [kept.numbers(row)["task"] for row in range(5)] == ["reach", "reach", "in other words", "lift", "lift"]
     (about,) = pq.read_table(tmp_path / "out/meta/episodes/chunk-000/file-000.parquet").to_pylist()
@@ -113,14 +114,15 @@ def test_nothing_is_left_of_a_failure(tmp_path):
     fails(data, out, "frames per second are not recorded; give a whole number as --fps=", fps=None)
     fails(droid_data(source, task="text"), out, "no instruction 'text'")
     fails(data_of(source), out, "no state column 'observation.state'")
-    fails(data, out, "no episode|no frames", skip={0, 1, 2})
+    fails(droid_data(source, skip=(0, 1, 2)), out, "skip leaves no episode")
+    fails(droid_data(source, episodes=(7,)), out, "has no episode 7; it has 3, 0 to 2")
     cameras = {"a": "observation/wrist_image_left"}
     path = sorted(source.glob("*.tfrecord*"))[1]  # holds the last episode
     whole = path.read_bytes()
     at = whole.rindex(b"IDAT")
     path.write_bytes(whole[:at] + b"\0" * 40 + whole[at + 40 :])
     fails(data, out, r"of episode 2, frame 3 is no readable image")
-    convert(data, out, fps=15, skip={2})
+    convert(droid_data(source, skip=(2,)), out, fps=15)
     fails(droid_data(source, cameras=cameras), out, "exists already")
 
 
@@ -152,6 +154,7 @@ def test_the_command_line(tmp_path):
         ([], 0, "3 episodes, 12 frames"),
         ([], 2, "exists already"),
         (["--skip=x"], 2, "--skip=x"),
+        (["--episodes=1,x"], 2, "--episodes=x"),
     ):
         done = commands.run("experiments.to_lerobot", *arguments, *extra)
         assert done.returncode == code and words in done.stdout + done.stderr.splitlines()[-1], done.stderr

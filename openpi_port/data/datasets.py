@@ -47,17 +47,7 @@ def open_datasets(
       UserError: see the kinds: `LeRobotDataset`, `RldsDataset`, `AlohaHdf5Dataset`.
     """
     metadata, open_ = find(data)
-    known = set(metadata.numbers)
-    for field in ("episodes", "skip"):
-        if unknown := sorted(set(getattr(data, field)) - known):
-            raise UserError(
-                f"config.data.{field}: {metadata.root} has no episode {unknown[0]}; it has {len(known)}, "
-                f"{min(known, default=0)} to {max(known, default=0)}"
-            )
-    chosen = (set(data.episodes) or known) - set(data.skip)
-    numbers = [number for number in metadata.numbers if number in chosen]
-    if not numbers:
-        raise UserError(f"{metadata.root}: config.data.skip leaves no episode")
+    numbers = chosen(data, metadata)
     training, validation = split_episodes(len(numbers), data.validation, seed)
 
     def choose(part: tuple[int, ...]) -> Frames:
@@ -72,6 +62,25 @@ def open_datasets(
         )
 
     return choose(training), choose(validation) if validation else None
+
+
+def chosen(data: Data, metadata: Metadata) -> list[int]:
+    """Numbers of the episodes that are to be used, in their order.
+
+    Raises:
+      UserError: there is no episode of a number that was given, or none is left.
+    """
+    known = set(metadata.numbers)
+    for field in ("episodes", "skip"):
+        if unknown := sorted(set(getattr(data, field)) - known):
+            raise UserError(
+                f"config.data.{field}: {metadata.root} has no episode {unknown[0]}; it has {len(known)}, "
+                f"{min(known, default=0)} to {max(known, default=0)}"
+            )
+    wanted = (set(data.episodes) or known) - set(data.skip)
+    if not wanted:
+        raise UserError(f"{metadata.root}: config.data.skip leaves no episode")
+    return [number for number in metadata.numbers if number in wanted]
 
 
 def find(data: Data) -> tuple[Metadata, Open]:

@@ -79,6 +79,11 @@ class Frames(abc.ABC):
             raise ValueError(f"the cache holds images of {cache.image_size}, not of {image_size}")
         self._cache = cache
 
+    @property
+    def features(self) -> Mapping[str, Mapping[str, Any]]:
+        """What is known of columns beside their numbers, such as the "names" of their dimensions."""
+        return {}
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 

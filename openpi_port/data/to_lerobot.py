@@ -6,16 +6,16 @@ T frames of an episode, J state or action dims, H W pixels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from openpi_port.check_sample import split_keys
 from openpi_port.config import Data
-from openpi_port.data.datasets import Metadata, find
+from openpi_port.data import dimensions
+from openpi_port.data.datasets import chosen, find
 from openpi_port.data.frames import Frames
 from openpi_port.data.lerobot_writer import Description, LeRobotWriter, create
 from openpi_port.errors import UserError
@@ -27,7 +27,6 @@ def convert(
     out: Path,
     *,
     fps: int | None = None,
-    skip: Collection[int] = (),
     robot: str = "",
     image_size: int | None = None,
     crf: int = 20,
@@ -35,10 +34,9 @@ def convert(
     """Writes a data set as LeRobot v3.0.
 
     Args:
-      data: which one; `cameras` names those to take, none all.
+      data: which one, and which of its episodes; `cameras` names those to take, none all.
       out: the new one's directory.
       fps: frames per second; None takes what the data set says.
-      skip: episodes to leave out.
       robot: for info.json.
       image_size: pictures are resized and padded to this square; None leaves them as they are.
       crf: of the video.
@@ -59,7 +57,7 @@ def convert(
     keys = tuple(dict.fromkeys(data.cameras.values())) or metadata.cameras
     frames = open_(
         cameras={key: key for key in keys}, horizon=1, state=data.state, action=data.actions, image_size=image_size,
-        episodes=[number for number in metadata.numbers if number not in skip],
+        episodes=chosen(data, metadata),
     )  # fmt: skip
     names = camera_names(keys)
     sizes = {names[key]: frames.image(key, 0).shape[:2] for key in keys}
@@ -67,13 +65,11 @@ def convert(
         raise UserError(
             f"{odd[0]}: pictures are {sizes[names[odd[0]]]}, but video needs even sides; give --image_size="
         )
-    first = frames.numbers(0)
     about = Description(
         robot=robot or getattr(metadata, "robot", ""), fps=int(fps), cameras=sizes, crf=crf,
-        state_names=[name for key in split_keys(data.state) for name in dimension_names(metadata, key, first)],
-        action_names=[name for key in split_keys(data.actions) for name in dimension_names(metadata, key, first)],
+        state_names=dimensions.names(frames, data.state), action_names=dimensions.names(frames, data.actions),
     )  # fmt: skip
-    if data.prompt is None and "task" not in first:
+    if data.prompt is None and "task" not in frames.numbers(0):
         raise UserError(f"{metadata.root}: the data set has no instructions; give one with --prompt=")
     try:
         with create(out, about) as writer, tqdm(total=len(frames), unit=" frames", smoothing=0.1) as bar:
@@ -95,15 +91,6 @@ def camera_names(keys: Sequence[str]) -> dict[str, str]:
     if len(set(names.values())) < len(names):
         raise UserError(f"--cameras={','.join(keys)}: two end alike, and would have one name in LeRobot's data set")
     return names
-
-
-def dimension_names(metadata: Metadata, key: str, sample: Mapping[str, Any]) -> list[str]:
-    """Names of a column's dimensions: the data set's own, or "joint_position_0", ..."""
-    size = sample[key].shape[-1]
-    names = getattr(metadata, "features", {}).get(key, {}).get("names")
-    if isinstance(names, list) and len(names) == size:
-        return names
-    return [f"{key.rpartition('/')[2]}_{i}" for i in range(size)]
 
 
 def add_episode(

@@ -142,6 +142,9 @@ def plot_chunk(path: Path, predicted: np.ndarray, true: np.ndarray, title: str, 
         if dim >= dims:
             axis.axis("off")
             continue
+        if dim + columns >= dims:  # nothing below it
+            axis.set_xlabel("step of the chunk", fontsize=7)
+            axis.xaxis.set_tick_params(labelbottom=True)
         axis.plot(true[:, dim], color="k", lw=1, label="recorded")
         axis.plot(predicted[:, dim], color="C1", lw=1, label="predicted")
         axis.set_title(names[dim], fontsize=8)
