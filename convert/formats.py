@@ -27,8 +27,8 @@ def open_checkpoint(
     Args:
       path: a directory or file, or a URL (`hf://user/name`, `gs://...`), which is fetched first.
       merge_lora: whether to add LoRA weights to those that they adapt; without it they stay what they are.
-      asset: which of several data sets' statistics in `assets/`; None takes the only one of openpi's, and those of
-        the deployed robot of ours.
+      asset: which of several data sets' statistics in `assets/`, also where they came along from openpi's; None takes
+        the only one of openpi's, and those of the deployed robot of ours.
       **overrides: fields of the model that the weights don't determine: `action_horizon`, `max_token_len`,
         `cameras`, `vision={"num_heads": 4}`.
 
@@ -39,6 +39,9 @@ def open_checkpoint(
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     source = _open(path, asset, overrides)
+    if asset is not None and source.asset_id != asset:  # assets of openpi's that came along in another format
+        asset_id, stats = openpi.read_assets(source.path, asset)
+        source = dataclasses.replace(source, asset_id=asset_id, norm_stats=stats)
     if left := source.settings.get("assumed"):
         left = [field for field in left if field not in overrides]
         source = dataclasses.replace(source, settings={**source.settings, "assumed": left})

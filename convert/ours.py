@@ -22,6 +22,7 @@ def open_(path: Path, tensors: Mapping[str, Any], side: str, asset: str | None, 
       tensors: its weights.
       side: "flax" or "torch", whose names they have.
       asset: a data set of the mixture that it was trained on, whose robot is to be deployed; None for `config.data`.
+        Of a checkpoint without a mixture it is not looked at.
       overrides: fields of the model, as everywhere.
 
     Raises:
@@ -37,14 +38,15 @@ def open_(path: Path, tensors: Mapping[str, Any], side: str, asset: str | None, 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     model = infer.config(shapes, side, stated.model, overrides)
     policy, state = dict(stated.policy), _train_state(path, side)
-    if asset is not None and asset != policy.get("asset_id"):
-        mixture = policy.get("train", {}).get("mixture", {})
-        if asset not in mixture:
-            known = near(asset, mixture) if mixture else "the run had one data set, without a name"
-            raise UserError(f"{path / settings.POLICY}: no data set {asset!r} in the mixture; {known}")
-        policy |= {"data": mixture[asset], "asset_id": asset}
-        state = {}  # a run goes on with the robot that it began with
-    stats = path / norm_stats_file("" if asset is None else asset)
+    mixture, stats = policy.get("train", {}).get("mixture", {}), path / norm_stats_file("")
+    if mixture and asset is not None:
+        stats = path / norm_stats_file(asset)
+        if asset != policy.get("asset_id"):
+            if asset not in mixture:
+                known = near(asset, mixture)
+                raise UserError(f"{path / settings.POLICY}: no data set {asset!r} in the mixture; {known}")
+            policy |= {"data": mixture[asset], "asset_id": asset}
+            state = {}  # a run goes on with the robot that it began with
     return Source(
         side, path, side, tensors, model, unused=settings.read_unused(path),
         norm_stats=load_norm_stats(stats) if stats.exists() else None, asset_id=policy.get("asset_id"),

@@ -45,8 +45,9 @@ SILENCE_S = 60.0  # within a download, before the request is made again
 
 
 def cache() -> Path:
-    """Where fetched checkpoints are kept: $OPENPI_PORT_CACHE, or ~/.cache/openpi_port."""
-    return Path(os.environ.get("OPENPI_PORT_CACHE", Path.home() / ".cache" / "openpi_port"))
+    """Where fetched checkpoints are kept: $OPENPI_PORT_CACHE, or openpi_port in the user's cache directory."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("OPENPI_PORT_CACHE") or user / "openpi_port")
 
 
 def fetch(path: str | Path) -> Path:

@@ -40,8 +40,7 @@ def table(source: Source, to: str) -> str:
     if not source.is_policy:
         lines.append("no action expert: gemma/*/experts/1, gemma/norms/1 and all action projections start fresh")
     elif source.norm_stats is None:
-        assets = [name.split("/")[1] for name in source.files if name.startswith("assets/")]
-        choose = f"choose with --asset={'|'.join(assets)}" if assets else "compute them before the policy can run"
+        choose = f"choose with --asset={'|'.join(source.assets)}" if source.assets else "the policy can't run without"
         lines.append(f"no statistics of states and actions: {choose}")
     carried = [name for name, there in _beside(source).items() if there]
     lines.append(

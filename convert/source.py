@@ -12,6 +12,7 @@ import numpy as np
 
 from convert import tables
 from convert.layout import OURS, Entry, Translated, side_shapes
+from openpi_port.checkpoint import NORM_STATS
 from openpi_port.normalize import NormStats
 from openpi_port.strict import check
 
@@ -66,6 +67,12 @@ class Source:
     def is_policy(self) -> bool:
         """Whether it knows actions; PaliGemma, which a policy can start from, doesn't."""
         return self.format not in ("paligemma", "big_vision")
+
+    @property
+    def assets(self) -> list[str]:
+        """The names of the data sets whose statistics lie in `assets/`."""
+        parts = [Path(name).parts for name in sorted(self.files)]
+        return ["/".join(p[1:-1]) for p in parts if p[0] == "assets" and p[-1] == NORM_STATS]
 
     @property
     def entries(self) -> list[Entry]:

@@ -106,9 +106,9 @@ def open_parts(
             f"has those of openpi's published ones"
         )
     if source.norm_stats is None:
+        choose = f"choose with asset= (--asset=) among {', '.join(source.assets)}" if source.assets else ""
         raise UserError(
-            f"{path}: no statistics of state and actions; put norm_stats.json into the directory, or choose one "
-            f"of openpi's assets/ with asset="
+            f"{path}: no statistics of state and actions; {choose or 'put norm_stats.json into the directory'}"
         )
     return Parts(source, _data(source, robot, data, default_prompt), _tokenizer(source, tokenizer))
 

@@ -21,8 +21,9 @@ from frameworks import opened
 from convert import formats, tables, target
 from convert.layout import OURS, side_shapes
 from convert.source import Source
-from openpi_port import orbax_io, safetensors_io
+from openpi_port import loading, orbax_io, safetensors_io
 from openpi_port.errors import UserError
+from openpi_port.normalize import load_norm_stats
 
 KINDS = ("pi0", "pi05", "pi0_fast")
 FOREIGN = [
@@ -260,6 +261,26 @@ def test_base_checkpoints_with_statistics_of_many_robots_open(golden, tmp_path):
     assert formats.open_checkpoint(tmp_path, asset="droid").asset_id == "droid"
     with pytest.raises(UserError, match=r"'droit'; did you mean droid"):
         formats.open_checkpoint(tmp_path, asset="droit")
+
+
+@pytest.mark.parametrize("to", target.SIDES)
+def test_statistics_of_many_robots_can_still_be_chosen_after_a_conversion(golden, tmp_path, to):
+    base = tmp_path / "base"
+    shutil.copytree(golden / "openpi/pi0/params", base / "params")
+    for robot in ("trossen", "lab/ur5e"):
+        shutil.copytree(golden / "openpi/pi0/assets/golden_robot", base / "assets" / robot)
+    heads = {"vision": {"num_heads": 2}, "action_horizon": 10}
+    target.write(formats.open_checkpoint(base, **heads), tmp_path / to, to)
+    with pytest.raises(UserError, match=r"choose with asset= \(--asset=\) among lab/ur5e, trossen"):
+        loading.open_parts(tmp_path / to, robot="lerobot", tokenizer="small")
+    stats = load_norm_stats(golden / "openpi/pi0/assets/golden_robot/norm_stats.json")
+    chosen = formats.open_checkpoint(tmp_path / to, asset="lab/ur5e")
+    assert chosen.asset_id == "lab/ur5e"
+    np.testing.assert_array_equal(chosen.norm_stats["state"].mean, stats["state"].mean)
+    with pytest.raises(UserError, match="no statistics of 'ur6e'"):
+        formats.open_checkpoint(tmp_path / to, asset="ur6e")
+    target.write(chosen, tmp_path / "again", to)  # with one chosen, another still can be
+    assert formats.open_checkpoint(tmp_path / "again", asset="trossen").asset_id == "trossen"
 
 
 @pytest.fixture

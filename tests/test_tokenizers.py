@@ -114,7 +114,7 @@ def test_a_tokenizer_that_is_none_is_named(tmp_path):
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}.*--config.tokenizer="):
+        with pytest.raises(UserError, match=f"{name}.*--tokenizer=, in training --config.tokenizer="):
             paligemma.load(str(path))
 
 

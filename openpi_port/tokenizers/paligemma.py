@@ -23,6 +23,7 @@ SHIPPED = ("small", "small_numbers")  # see train_small.py
 # gs://big_vision/paligemma_tokenizer.model; the bucket is public, so plain HTTPS needs no further package
 PALIGEMMA_URL = "https://storage.googleapis.com/big_vision/paligemma_tokenizer.model"
 TIMEOUT_S = 30.0
+GIVE = "tokenizer= (--tokenizer=, in training --config.tokenizer=) takes"
 
 # left edges of 256 bins; a state below -1 gets bin -1, as in openpi
 STATE_BINS = np.linspace(-1, 1, 257)[:-1]
@@ -43,7 +44,7 @@ class PromptTokenizer:
 
     def __init__(self, model: str | os.PathLike | bytes):
         name = "tokenizer" if isinstance(model, bytes) else f"tokenizer {os.fspath(model)}"
-        remedy = "--config.tokenizer= takes paligemma, small, small_numbers or the path of a SentencePiece model"
+        remedy = f"{GIVE} paligemma, small, small_numbers or the path of a SentencePiece model"
         try:
             content = model if isinstance(model, bytes) else Path(model).read_bytes()
         except OSError as error:
@@ -156,12 +157,12 @@ def _paligemma() -> Path:
         with urllib.request.urlopen(PALIGEMMA_URL, timeout=TIMEOUT_S) as response:
             content = response.read()
         if (got := PromptTokenizer(content).vocab_size) != 257152:
-            raise UserError(f"{PALIGEMMA_URL}: {got} pieces instead of 257152; --config.tokenizer= takes a path")
+            raise UserError(f"{PALIGEMMA_URL}: {got} pieces instead of 257152; {GIVE} a path")
         with whole.file(ours) as part:
             part.write_bytes(content)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"PaliGemma's tokenizer is not at {ours} and cannot be downloaded from {PALIGEMMA_URL} ({error}); "
-            f"give its path with --config.tokenizer=/path/to/paligemma_tokenizer.model"
+            f"put it there; or {GIVE} its path"
         ) from error
     return ours
