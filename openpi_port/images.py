@@ -1,16 +1,44 @@
-"""The one resize of the house: keep the aspect ratio, pad with black, centred (openpi's resize_with_pad).
+"""Pictures: files of them to pixels, and the one resize of the house (openpi's resize_with_pad).
 
 H W pixels.
 """
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+
+def decode(content: bytes | None) -> np.ndarray:
+    """The pixels of a JPEG or PNG.
+
+    Args:
+      content: the file's bytes.
+
+    Returns:
+      uint8 [H,W,3]; grey becomes colour, transparency is dropped.
+
+    Raises:
+      ValueError: in words: there is no picture, it is damaged, or its numbers are more than 8 bits, as depth's are,
+        which would be cut off at 255.
+    """
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise ValueError("no bytes of a picture are there")
+    try:
+        image = Image.open(io.BytesIO(content))
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise ValueError(f"its numbers are {'real' if image.mode == 'F' else 'more than 8 bits'}, as of depth")
+        return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise ValueError("it is neither JPEG nor PNG") from error
+    except OSError as error:
+        raise ValueError(str(error)) from error
 
 
 def resize_with_pad(image: np.ndarray, size: int) -> np.ndarray:
-    """Scales an image to fit a square and pads the rest with zeros, centred.
+    """Scales an image to fit a square, keeping its proportions, and pads the rest with zeros, centred.
 
     PIL's BILINEAR on uint8 (it widens its support when shrinking, so it antialiases), as openpi does on the host.
 

@@ -169,7 +169,9 @@ def replace(path: Path, key: str, values: np.ndarray | None) -> None:
         ("action", np.full((3, 14), np.inf), r"action is inf in dimension 0 at episode 1, frame 0"),
         ("action", np.zeros((3, 7)), r"action has 7 or 14 dimensions"),
         (HIGH, np.zeros((3, 24, 32, 3)), r"cam_high is float64 of shape \(3, 24, 32, 3\); expected uint8"),
-        (HIGH, np.zeros((3, 90), np.uint8), r"cam_high, frame 0 is no readable image"),
+        (HIGH, np.zeros((3, 3, 24, 32), np.uint8), r"cam_high is uint8 of shape \(3, 3, 24, 32\); expected uint8"),
+        (HIGH, np.zeros((3, 24, 32, 1), np.uint8), r"cam_high is uint8 of shape \(3, 24, 32, 1\); expected uint8"),
+        (HIGH, np.zeros((3, 90), np.uint8), r"cam_high, frame 0 is no readable image \(it is neither JPEG nor PNG\)"),
     ],
 )
 def test_a_file_that_is_not_as_the_others(root, key, values, words):

@@ -1,4 +1,4 @@
-"""Resize against openpi's own, augmentation against its definition in floating point."""
+"""Augmentation against its definition in floating point."""
 
 from __future__ import annotations
 
@@ -8,40 +8,13 @@ import time
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from openpi_port import augment as module
 from openpi_port.augment import augment, warp_matrix
-from openpi_port.images import resize_with_pad
 from openpi_port.rng import generator
 
 RNG = np.random.default_rng(0)
 IMAGE = cv2.resize(RNG.integers(0, 256, (14, 14, 3), np.uint8), (224, 224), interpolation=cv2.INTER_CUBIC)
-
-
-def test_resize_equals_openpi(golden):
-    vectors = np.load(golden / "openpi" / "io" / "io.npz")
-    for i in range(4):
-        np.testing.assert_array_equal(resize_with_pad(vectors[f"resize/{i}/in"], 224), vectors[f"resize/{i}/out"])
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(4, 64))
-def test_resize_fits_any_shape(height, width, size):
-    white = np.full((height, width, 3), 255, np.uint8)
-    out = resize_with_pad(white, size)
-    assert out.shape == (size, size, 3) and out.dtype == np.uint8
-    inside = out[..., 0] == 255
-    ratio = max(height, width) / size
-    assert inside.sum() == max(1, int(height / ratio)) * max(1, int(width / ratio))
-    assert inside[size // 2, size // 2] or inside[(size - 1) // 2, (size - 1) // 2]
-    np.testing.assert_array_equal(resize_with_pad(out, size), out)
-
-
-def test_resize_refuses_floats():
-    with pytest.raises(ValueError, match="uint8"):
-        resize_with_pad(np.zeros((4, 4, 3), np.float32), 8)
 
 
 @pytest.mark.parametrize("kind", ["default", "openpi", "none"])

@@ -13,7 +13,6 @@ T frames of an episode, N of all chosen episodes, J state or action dims, H W pi
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import re
 import threading
@@ -24,9 +23,9 @@ from typing import Any
 
 import h5py
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from openpi_port import images
 from openpi_port.check_sample import split_keys
 from openpi_port.data.frame_cache import FrameCache
 from openpi_port.data.frames import PATIENCE, Frames, choose, finite
@@ -148,8 +147,8 @@ class AlohaHdf5Dataset(Frames):
             value = self._files.read(episode.path, key, frame)
             if value.ndim == 3:
                 return value
-            return np.asarray(Image.open(io.BytesIO(value.tobytes())).convert("RGB"))
-        except OSError as error:  # also what h5py and PIL raise
+            return images.decode(value.tobytes())
+        except (OSError, ValueError) as error:  # the former is h5py's
             raise UserError(
                 f"{episode.path}: {key}, frame {frame} is no readable image ({error}); repair it, or leave the episode "
                 "out (config.data.skip)"
@@ -177,9 +176,10 @@ def _read(path: Path, number: int, columns: Sequence[str], cameras: Collection[s
                 raise UserError(f"{path}: no {key!r}; {near(key, known)}")
         for key in cameras:
             picture = h5py.check_vlen_dtype(file[key].dtype) or file[key].dtype  # JPEGs may be of any length
-            if picture != np.uint8 or file[key].ndim not in (1, 2, 4):
+            shape = file[key].shape
+            if picture != np.uint8 or len(shape) not in (1, 2, 4) or (len(shape) == 4 and shape[3] != 3):
                 raise UserError(
-                    f"{path}: {key} is {file[key].dtype} of shape {file[key].shape}; expected uint8 [T,H,W,3], or "
+                    f"{path}: {key} is {file[key].dtype} of shape {shape}; expected uint8 [T,H,W,3], or "
                     "[T,n] with a JPEG in each row"
                 )
         try:

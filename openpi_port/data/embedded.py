@@ -7,7 +7,6 @@ H W pixels.
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 from collections import OrderedDict
@@ -16,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from openpi_port.errors import UserError
+from openpi_port.images import decode
 
 KEPT_BYTES = 512 * 2**20  # of compressed images, per process
 
@@ -64,12 +63,12 @@ class EmbeddedImages:
         starts = self._row_groups(path)
         group = int(np.searchsorted(starts, row, side="right")) - 1
         value = self._group(path, column, group)[row - int(starts[group])].as_py()
-        content = value["bytes"] if isinstance(value, dict) else value
         try:
-            return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-        except (TypeError, OSError) as error:
+            return decode(value.get("bytes") if isinstance(value, dict) else value)
+        except ValueError as error:
             raise UserError(
-                f"{path}: {column} of row {row} holds no readable image ({error}); download the data set again"
+                f"{path}: {column} of row {row} holds no readable image ({error}); download the data set again, or "
+                "take another camera"
             ) from error
 
     def _row_groups(self, path: Path) -> np.ndarray:

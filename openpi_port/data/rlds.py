@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from openpi_port import images
 from openpi_port.check_sample import split_keys
 from openpi_port.data import rlds_index as names
 from openpi_port.data.frame_cache import FrameCache
@@ -153,8 +152,8 @@ def _decode(episode: Episode, key: str, frame: int, start: int, end: int) -> np.
         with episode.path.open("rb") as file:
             file.seek(start)
             content = file.read(end - start)
-        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    except OSError as error:
+        return images.decode(content)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{episode.path}: {key} of episode {episode.index}, frame {frame} is no readable image ({error}); download "
             "the data set again"
