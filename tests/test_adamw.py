@@ -68,6 +68,25 @@ def test_a_gradient_of_few_rows():
         torch.testing.assert_close(x, y)
 
 
+def test_devices_that_add_up_in_any_order_agree_to_the_bit(monkeypatch):
+    """As a GPU's atomic additions do; weights that each device steps by itself would drift apart."""
+    plain, orders = torch.Tensor.index_add_, iter(range(100))
+
+    def in_any_order(self: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        order = torch.randperm(len(index), generator=torch.Generator().manual_seed(next(orders)))
+        return plain(self, dim, index[order], source[order])
+
+    monkeypatch.setattr(torch.Tensor, "index_add_", in_any_order)
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, 5, (2, 40), generator=generator)
+    values = torch.randn(2, 40, 33, generator=generator)
+    own = [adamw.once(*of_one) for of_one in zip(indices, values, strict=True)]
+    gathered = [torch.cat(parts) for parts in zip(*own, strict=True)]  # what every device is told
+    one, *others = (adamw.rows(*gathered, 70, 2).dense() for _ in range(4))
+    torch.testing.assert_close(one, plain(torch.zeros(70, 33), 0, indices.flatten(), values.flatten(0, 1)))
+    assert all(torch.equal(other, one) for other in others)
+
+
 def embedding(device: str = "cpu") -> adamw.Slot:
     """A parameter of which rows 17, 30 and 40 have had gradients: one has moments, one an average of its own."""
     weight, *_ = slots(device)[0]

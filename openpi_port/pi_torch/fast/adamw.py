@@ -70,20 +70,43 @@ class Rows(NamedTuple):
         return torch.where(self.where[:, None] < 0, 0, self.values[self.where.clamp(min=0)])
 
 
-def rows(indices: Tensor, values: Tensor, size: int) -> Rows:
+def rows(indices: Tensor, values: Tensor, size: int, parts: int = 1) -> Rows:
     """Adds up what belongs to the same row, without waiting for the device.
 
     Args:
       indices: int [N], of rows, in any order, any of them several times.
       values: [N, columns].
       size: rows of the matrix.
+      parts: each from `once`, one after another; they are added up in this order.
     """
-    indices, order = torch.sort(indices)
-    first = F.pad(indices[1:] != indices[:-1], (1, 0), value=True)
-    place = first.cumsum(0) - 1
+    place = _places(indices)
     where = torch.full((size,), -1, dtype=torch.int32, device=indices.device)
     where[indices] = place.int()
-    return Rows(where, torch.zeros_like(values).index_add_(0, place, values[order]))
+    total = torch.zeros_like(values)
+    for at, part in zip(place.chunk(parts), values.chunk(parts), strict=True):
+        total.index_add_(0, at, part)
+    return Rows(where, total)
+
+
+def once(indices: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The same sums of rows, each row once; zeros beside.
+
+    A GPU adds what belongs to one row in the order in which it comes to it. Devices that hold the same weights must
+    agree to the bit, or they drift apart; so each adds up its own before all are told, and no order is left open.
+    """
+    place = _places(indices)
+    where = indices.clone()
+    where[place] = indices
+    return where, torch.zeros_like(values).index_add_(0, place, values)
+
+
+def _places(indices: Tensor) -> Tensor:
+    """int [N], the same number for the same row, from 0."""
+    ordered, order = torch.sort(indices)
+    first = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)
+    place = torch.empty_like(order)
+    place[order] = first.cumsum(0) - 1
+    return place
 
 
 @torch.no_grad()

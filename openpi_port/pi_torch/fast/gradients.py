@@ -80,13 +80,18 @@ class Gradients:
             # What the loss doesn't reach still decays, as in optax.
             found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         if self.by_rows is not None:
-            indices, values = (_of_all_devices(torch.cat(x)) for x in zip(*rows, strict=True))
-            found[self.by_rows] = adamw.rows(indices, values, len(self._parameters[self.by_rows]))
+            indices, values = (torch.cat(x) for x in zip(*rows, strict=True))
+            if devices.count() > 1:
+                indices, values = (_of_all_devices(x) for x in adamw.once(indices, values))
+            size = len(self._parameters[self.by_rows])
+            found[self.by_rows] = adamw.rows(indices, values, size, devices.count())
         return {name: found[name] for name in self._parameters}
 
     def clear(self) -> None:
-        """After a step."""
+        """After a step, or what was done of one."""
         self.together.zero_()
+        if self.by_rows is not None:
+            self._parameters[self.by_rows].grad = None
         if not self._stays:
             for parameter in self._autograd.values():
                 parameter.grad = None
@@ -111,8 +116,6 @@ def _add_up(total: Tensor, parameter: Tensor) -> None:
 
 def _of_all_devices(part: Tensor) -> Tensor:
     """Those of all devices, one after another."""
-    if devices.count() == 1:
-        return part
     parts = [torch.empty_like(part) for _ in range(devices.count())]
     dist.all_gather(parts, part)
     return torch.cat(parts)
