@@ -74,7 +74,9 @@ class Processes:
             else:
                 told = "".join(traceback.format_exception(error))
             if not (isinstance(error, SharedError) and self.index):
-                print(f"error: process {self.index} of {self.count}: {told}", file=sys.stderr, flush=True)
+                # In one piece, so that the lines of several processes don't mix.
+                sys.stderr.write(f"error: process {self.index} of {self.count}: {told}\n")
+                sys.stderr.flush()
             sys.stdout.flush()
             os._exit(2)
 

@@ -141,7 +141,18 @@ def settle(config: Train, shape: tuple[int, int], room: int) -> Train:
 
     Returns:
       The run in the fastest way whose plan fits with a little to spare; if none does, in the one that takes the least.
+
+    Raises:
+      UserError: `microbatches` doesn't divide what a device gets of a batch, or nothing is trained.
     """
+    here = config.batch_size // math.prod(shape)
+    if here % config.microbatches:
+        raise UserError(
+            f"config.microbatches={config.microbatches} doesn't divide the {here} samples that each of "
+            f"{math.prod(shape)} devices gets of a batch: change it, or config.batch_size={config.batch_size}"
+        )
+    if not count_params(config.model, config.frozen)[1]:
+        raise UserError(f"config.frozen={config.frozen} leaves nothing to train")
     if config.compute.remat != "auto":
         compute = config.compute
         alone = "bfloat16" if meshes.copied(shape) else "float32"

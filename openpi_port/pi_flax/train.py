@@ -116,8 +116,9 @@ class Trainer:
     def restore(self, step: int, train_state: Mapping[str, np.ndarray]) -> None:
         """Continues after `step` steps; the trainer was built from what `weights` gave at that step."""
         parts = ["mu", "nu", *([] if self._state.average is None else ["raw"])]
-        names = [f"{part}/{name}" for part in parts for name in _names(self._state.trained)]
-        strict.check(dict.fromkeys(train_state, ()), dict.fromkeys(names, ()), "train_state")
+        shapes = {n: leaf.shape for n, leaf in _named(self._state.trained).items()}
+        shapes = {f"{part}/{n}": shape for part in parts for n, shape in shapes.items()}
+        strict.check({name: tuple(value.shape) for name, value in train_state.items()}, shapes, "train_state")
         mu, nu, *raw = (self._filled(train_state, f"{part}/") for part in parts)
         clip, adam, decay = self._state.optimizer
         adam = adam._replace(count=self._layout.place(np.asarray(step, adam.count.dtype)), mu=mu, nu=nu)
@@ -157,7 +158,7 @@ class Trainer:
         if meshes.copied(self._layout.shape):
             summed = add_up(summed, self._layout.whole.mesh, self.config.compute.gradients)
             parts *= self._layout.shape[0]
-        counted = {"num_counted": self._counts(batch).sum() / parts} if "action_is_pad" in batch else {}
+        counted = {"num_counted": self._counted(batch) / parts} if "action_is_pad" in batch else {}
         if only_rows := self._reads_only_rows():
             trained, batch = _with_rows(trained, batch)
         losses, grads = summed(trained, frozen, batch, counted)
@@ -210,7 +211,11 @@ class Trainer:
     def _mean(self, loss: jax.Array, batch: Batch) -> jax.Array:
         """Of a loss [B, A] over the actions that count, which are not equally many in all parts."""
         counted = self._counts(batch)
-        return (loss * counted).sum() / (batch["num_counted"] if "num_counted" in batch else counted.sum())
+        return (loss * counted).sum() / (batch["num_counted"] if "num_counted" in batch else self._counted(batch))
+
+    def _counted(self, batch: Batch) -> jax.Array:
+        """How many actions of a batch count, one at least."""
+        return jnp.maximum(self._counts(batch).sum(), 1)
 
     def _counts(self, batch: Batch) -> jax.Array:
         """Which actions of a batch count, float32 [B, A]."""

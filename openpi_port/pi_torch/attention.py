@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openpi_port.config import Compute
@@ -159,6 +160,7 @@ class _Pack(torch.autograd.Function):
         return x[order]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         place, valid = ctx.saved_tensors
         return torch.where(valid[:, None, None], gradient[place], 0), None, None, None
@@ -175,7 +177,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, mask: _Packed) -> Tensor:
 
 
 def _flash_kernel(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor, longest: tuple[int, int]) -> Tensor:
-    """[B T, N, H] of packed sequences; their queries and keys are no more than `longest`."""
+    """[B T, N, H] of packed sequences; their queries and keys are no more than `longest`.
+
+    torch's public way to it, `torch.nn.attention.varlen`, knows no heads that share keys before torch 2.13.
+    """
     kernel = torch.ops.aten._flash_attention_forward
     return kernel(q, k, v, queries, keys, *longest, 0.0, False, False, scale=1.0)[0]
 

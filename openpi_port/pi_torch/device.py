@@ -16,9 +16,12 @@ from openpi_port.config import Compute
 
 
 def find(name: str | None) -> torch.device:
-    """The device of that name ("cpu", "cuda:1"), or this process's GPU (the first, without torchrun), or the CPU."""
+    """The device of that name ("cpu", "cuda:1"); of none or "cuda" this process's GPU (the first, without torchrun).
+
+    Without a GPU, None is the CPU.
+    """
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return torch.device(name or own)
+    return torch.device(own if name in (None, "cuda") else name)
 
 
 def count() -> int:
@@ -65,9 +68,20 @@ def precision(compute: Compute) -> Iterator[None]:
 
     Beside bfloat16 they read 10 bits of what they multiply (TF32), as JAX's do on GPUs unless it is told otherwise.
     """
-    before = torch.get_float32_matmul_precision()
+    finer = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # which it sets, too
+    before, apart = _matmul_precision(), [setting.fp32_precision for setting in finer]
     torch.set_float32_matmul_precision("highest" if compute.dtype == "float32" else "high")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        for setting, value in zip(finer, apart, strict=True):
+            setting.fp32_precision = value
+
+
+def _matmul_precision() -> str:
+    """torch's setting, which refuses to be read once it has been set by `torch.backends.cuda.matmul.fp32_precision`."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"

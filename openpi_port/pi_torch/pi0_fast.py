@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from openpi_port.batch import Batch
 from openpi_port.config import Compute
@@ -326,6 +327,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total - picked
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, table, targets, total = ctx.saved_tensors
         of_x, of_table = torch.zeros_like(x, dtype=torch.float32), torch.empty_like(table)

@@ -46,7 +46,7 @@ def join() -> tuple[int, int]:
       This process's number, and how many there are.
 
     Raises:
-      UserError: it can't be known which processes belong together.
+      UserError: it can't be known which processes belong together, or there is no GPU left for this one.
     """
     env = os.environ
     if int(env.get("WORLD_SIZE", 1)) == 1:
@@ -59,6 +59,11 @@ def join() -> tuple[int, int]:
     if not dist.is_initialized():
         device = devices.find(None)
         if device.type == "cuda":
+            if device.index >= torch.cuda.device_count():
+                raise UserError(
+                    f"process {device.index} of this machine finds {torch.cuda.device_count()} GPUs: start one process "
+                    "for each (--nproc-per-node=), and let all processes of a machine see all of them"
+                )
             torch.cuda.set_device(device)
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         try:
@@ -116,6 +121,8 @@ class Layout:
     def __init__(self, config: Train, device: str | None) -> None:
         """Takes the devices of all processes (each the one of that name, None: its own) as the config says."""
         self.device = devices.find(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where Triton starts kernels, and whose streams are the current ones
         self._count = dist.get_world_size() if dist.is_initialized() else 1
         self.shape = meshes.shape(config.mesh, self._count, self._count, config.batch_size)
         self.config = config = memory.settle(config, self.shape, devices.describe(self.device)[1])

@@ -96,11 +96,21 @@ class Trainer:
         self._shares = parts * (devices.count() if sent else 1)
 
     def update(self, batch: Batch) -> dict[str, Any]:
-        """One optimizer step on this process's part of a batch; returns scalars that are still being computed."""
+        """One optimizer step on this process's part of a batch; returns scalars that are still being computed.
+
+        Raises:
+          UserError: the batch doesn't divide into `config.microbatches` parts.
+        """
+        size, parts = len(batch["tokenized_prompt"]), self.config.microbatches
+        if size % parts:
+            raise UserError(f"a batch of {size} samples doesn't divide into config.microbatches={parts} parts")
         batch = self._layout.put(batches.leave_out(batches.select(batch, self._keys), self.config.cameras))
         rate = learning_rate(self.step, self.config.optimizer)
         with devices.precision(self.config.compute):
-            metrics = self._update_fn(batch, rate)
+            try:
+                metrics = self._update_fn(batch, rate)
+            finally:  # whoever goes on after an error, out of memory or Ctrl-C, begins with none
+                self._gradients.clear()
         self.step += 1
         return metrics
 
@@ -130,17 +140,18 @@ class Trainer:
         named = {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
         return self._layout.gather(named)
 
+    @torch.no_grad()
     def restore(self, step: int, train_state: Mapping[str, np.ndarray]) -> None:
         """Continues after `step` steps; the trainer was built from what `weights` gave at that step."""
         parts = ["mu", "nu", *([] if self._state.average is None else ["raw"])]
-        names = [f"{part}/{name}" for part in parts for name in self._state.trained]
-        strict.check(dict.fromkeys(train_state, ()), dict.fromkeys(names, ()), "train_state")
+        shapes = {f"{part}/{n}": tuple(self._layout.parameters[n].shape) for part in parts for n in self._state.trained}
+        strict.check({name: tuple(value.shape) for name, value in train_state.items()}, shapes, "train_state")
         for name, parameter in self._state.trained.items():
             mu, nu, *raw = (self._layout.place(train_state[f"{part}/{name}"], name) for part in parts)
             self._state.mu[name].copy_(mu), self._state.nu[name].copy_(nu)
             if raw:  # what was deployed, and so loaded, is the average
-                self._state.average[name].copy_(parameter.detach())
-                parameter.data.copy_(raw[0])
+                self._state.average[name].copy_(parameter)
+                parameter.copy_(raw[0])
         for slot in self._slots:
             slot.find_idle()
         self._round()
@@ -169,7 +180,6 @@ class Trainer:
         limit = self.config.optimizer.clip_norm
         scale = limit / norm.clamp(min=limit)
         adamw.step(self._slots, grads, scale, self.step + 1, rate, self.config.optimizer)
-        self._gradients.clear()
         return {**self._mean_losses(found), "grad_norm": norm, "learning_rate": rate}
 
     def _backward(self, part: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
@@ -217,8 +227,8 @@ class _Loss(nn.Module):
         return {"loss": self._mean(self.model.loss(batch, batch["noise"], batch["time"]), batch)}
 
     def counted(self, batch: Batch) -> Tensor:
-        """How many actions of a batch count, as a mean over the devices."""
-        return _total(self._counts(batch).sum()) / devices.count()
+        """How many actions of a batch count, one at least, as a mean over the devices."""
+        return _total(self._counts(batch).sum()).clamp(min=1) / devices.count()
 
     def _mean(self, loss: Tensor, batch: Batch) -> Tensor:
         """Of a loss [B, A] over the actions that count, which are not equally many on all devices and in all parts."""
@@ -254,7 +264,7 @@ def _compile(config: Config, device: torch.device) -> str:
         raise UserError(f"config.compute.compile={name!r}: torch has auto, none, layers, graph")
     if name == "graph" and not (whole and on_gpu):
         raise UserError("config.compute.compile='graph' is for pi0 and pi0.5 on GPUs, neither split nor insulated")
-    return name if on_gpu else "none"
+    return name
 
 
 def _part(batch: Batch, index: int, count: int) -> Batch:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _TRITON = importlib.util.find_spec("triton") is not None  # found here, because usable is compiled
 
@@ -44,6 +45,7 @@ class _Fork(torch.autograd.Function):
         return whole, normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, around: Tensor, through: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         dx, sums = _gradients(through.contiguous(), x, scale, around.contiguous(), ctx.centered)

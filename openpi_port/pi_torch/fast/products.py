@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 SMALL = 2**23  # numbers in weights that are laid side by side for a product: copying them takes less than it gains
 
@@ -59,6 +60,7 @@ class _Products(torch.autograd.Function):
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         weights, totals = tensors[: ctx.count], tensors[ctx.count :]
@@ -82,6 +84,7 @@ class _Joined(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *totals = ctx.saved_tensors
         count, flat, rows = len(totals), x.flatten(0, -2), gradient.flatten(0, -2)

@@ -31,21 +31,22 @@ class Replayed:
 
     def of_step(self) -> Callable[[Any], Any]:
         """What makes the passes of the next step: in the first nothing is recorded, because it compiles."""
-        if not self._warm:
-            self._warm = True
-            return self._warm_up
-        return self._replay
+        return self._replay if self._warm else self._warm_up
 
     def _warm_up(self, batch: Any) -> Any:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             made = self._run(batch)
         torch.cuda.current_stream().wait_stream(self._stream)
+        self._warm = True
         return made
 
     def _replay(self, batch: Any) -> Any:
         if self._graph is None:
             self._record(batch)
+        given, recorded = _described(batch), _described(self._batch)
+        if given != recorded:  # a copy would repeat, convert or leave out
+            raise ValueError(f"the step was recorded for a batch of {recorded}, not of {given}")
         _each(Tensor.copy_, self._batch, batch)
         self._graph.replay()
         return _each(torch.clone, self._made)
@@ -60,6 +61,13 @@ class Replayed:
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._made = self._run(self._batch)
         self._graph = graph
+
+
+def _described(batch: Any) -> Any:
+    """Shapes and dtypes of nested mappings of tensors."""
+    if isinstance(batch, Mapping):
+        return {key: _described(value) for key, value in batch.items()}
+    return tuple(batch.shape), batch.dtype
 
 
 def _each(function: Callable[..., Tensor], *trees: Any) -> Any:
