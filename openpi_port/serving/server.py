@@ -187,7 +187,8 @@ class Server:
             return f"error: {error}"
         except TimeoutError:
             self._metrics.errors["timeout"] += 1
-            return f"error: no answer within {self._options.timeout_s:g} s: too many ask, or the model is slower (--timeout_s)"
+            limit = self._options.timeout_s
+            return f"error: no answer within {limit:g} s (--timeout_s): too many ask, or the model is slower"
         except Exception as error:  # a fault of ours must not end the conversation, nor tell the client our secrets
             LOG.exception("a request failed")
             self._metrics.errors["internal"] += 1
