@@ -1,6 +1,6 @@
 """A run for `test_sharding.py`, in one of several processes: a few steps, and a checkpoint of each.
 
-python tests/spread.py BACKEND DIRECTORY data=2,fsdp=4 data=8,fsdp=1,microbatches=2
+python tests/spread.py BACKEND DIRECTORY data=2,fsdp=4 data=8,fsdp=1,microbatches=2 data=1,fsdp=2,adapters=1
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ import numpy as np
 import torch.distributed as dist
 from steps import batches, run_config
 
+from configs import pi0_aloha_lora
 from convert import tables
 from openpi_port import init
 from openpi_port.backends import Backend
 from openpi_port.config import Compute, Mesh, Train
+from openpi_port.fields import build
 
 STEPS = 3
 
 
-def config(mesh: Mesh, microbatches: int = 1) -> Train:
-    """A small run in which every parameter with a suitable axis is split."""
-    compute = Compute(remat="auto", gradients="auto")
-    return dataclasses.replace(run_config(), batch_size=8, mesh=mesh, compute=compute, microbatches=microbatches)
+def config(mesh: Mesh, microbatches: int = 1, *, adapters: bool = False) -> Train:
+    """A small run in which every parameter with a suitable axis is split; or of LoRA's adapters, in bfloat16."""
+    compute = Compute(remat="auto", gradients="auto", dtype="bfloat16" if adapters else "float32")
+    run = dataclasses.replace(run_config(), batch_size=8, mesh=mesh, compute=compute, microbatches=microbatches)
+    if not adapters:
+        return run
+    lora = build(Train, pi0_aloha_lora.get_config("debug"))
+    return dataclasses.replace(run, model=lora.model, frozen=lora.frozen)
 
 
 def part(tree, index: int, count: int):
@@ -37,9 +43,9 @@ def part(tree, index: int, count: int):
     return tree[index * size : (index + 1) * size]
 
 
-def train(backend: str, mesh: Mesh, index: int = 0, count: int = 1, microbatches: int = 1):
+def train(backend: str, mesh: Mesh, index: int = 0, count: int = 1, microbatches: int = 1, *, adapters: bool = False):
     """Losses and norms of a few steps (and of an evaluation, which Flax would compile for long), and the trainer."""
-    run = config(mesh, microbatches)
+    run = config(mesh, microbatches, adapters=adapters)
     weights = tables.translate(init.Fresh(run.model, 0), run.model, "flax", backend)
     trainer = Backend(backend).train.Trainer(run, weights, "cpu")
     data = [part(batch, index, count) for batch in batches(run, STEPS)]
@@ -57,8 +63,9 @@ def main() -> None:
     Backend(backend).sharding.LARGE = 2**10
     for i, words in enumerate(meshes):
         sizes = {key: int(value) for key, value in (word.split("=") for word in words.split(","))}
-        microbatches = sizes.pop("microbatches", 1)
-        losses, trainer = train(backend, Mesh(**sizes, min_size=2**10), index, count, microbatches)
+        microbatches, adapters = sizes.pop("microbatches", 1), bool(sizes.pop("adapters", 0))
+        mesh = Mesh(**sizes, min_size=2**10)
+        losses, trainer = train(backend, mesh, index, count, microbatches, adapters=adapters)
         state = trainer.weights() | trainer.train_state()
         np.savez(Path(directory) / f"{i}.{index}.npz", **{k.replace("/", "|"): v for k, v in state.items()})
         (Path(directory) / f"{i}.{index}.json").write_text(json.dumps(losses))
