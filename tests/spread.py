@@ -44,14 +44,17 @@ def part(tree, index: int, count: int):
 
 
 def train(backend: str, mesh: Mesh, index: int = 0, count: int = 1, microbatches: int = 1, *, adapters: bool = False):
-    """Losses and norms of a few steps (and of an evaluation, which Flax would compile for long), and the trainer."""
+    """Losses and norms of a few steps (and of evaluations, which Flax would compile for long), and the trainer."""
     run = config(mesh, microbatches, adapters=adapters)
     weights = tables.translate(init.Fresh(run.model, 0), run.model, "flax", backend)
     trainer = Backend(backend).train.Trainer(run, weights, "cpu")
     data = [part(batch, index, count) for batch in batches(run, STEPS)]
-    metrics = [trainer.update(batch) for batch in data]
-    losses = [float(m["loss"]) for m in metrics] + [float(m["grad_norm"]) for m in metrics]
-    return [*losses, *([trainer.evaluate(data[0])] if backend == "torch" else [])], trainer
+    metrics, evaluated = [], []
+    for batch in data:
+        metrics.append(trainer.update(batch))
+        if backend == "torch":
+            evaluated.append(trainer.evaluate(data[0]))  # of the average; the next step is of the weights again
+    return [*(float(m["loss"]) for m in metrics), *(float(m["grad_norm"]) for m in metrics), *evaluated], trainer
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from openpi_port import batch as batches
 from openpi_port import config as configs
@@ -169,9 +170,14 @@ class Trainer:
 
     @torch.no_grad()
     def _round(self) -> None:
-        """Brings the rounded copies of the weights up to date."""
+        """Brings what was made of the weights up to date: rounded copies, and what FSDP has gathered.
+
+        Of what isn't in a layer, an evaluation, which has no backward pass, leaves it gathered for the next pass.
+        """
         for name, copy in self._layout.copies.items():
             copy.copy_(self._layout.parts[name])
+        if isinstance(self._loss, FSDPModule):
+            self._loss.reshard()
 
     def _update_fn(self, batch: Batch, rate: float) -> dict[str, Any]:
         run = self._replayed.of_step() if self._replayed else self._backward
