@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import pi0_aloha
 from configs.edge import to_edge
-from openpi_port.config import Data, Pi0, Train
+from openpi_port.config import Data, Train
 from openpi_port.fields import build
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -25,12 +25,20 @@ CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
 def get_config(size: str = "base") -> ConfigDict:
     """The run at a named size."""
-    aloha = build(Train, pi0_aloha.get_config(size))
-    data = Data(repo_id="", robot="lerobot", cameras={})
-    model: Pi0 = dataclasses.replace(aloha.model, cameras=CAMERAS, action_dim=32)
-    if size != "base":
-        model = dataclasses.replace(model, max_token_len=48)
-    config = to_edge(dataclasses.replace(aloha, name=f"pi0_lerobot_{size}", model=model, data=data))
+    return for_any_robot(build(Train, pi0_aloha.get_config(size)), f"pi0_lerobot_{size}", 48)
+
+
+def for_any_robot(run: Train, name: str, tokens: int) -> ConfigDict:
+    """A run whose cameras, state and actions flags name.
+
+    Args:
+      run: what it is but for its data.
+      name: of the new one.
+      tokens: that a prompt may have.
+    """
+    model = dataclasses.replace(run.model, cameras=CAMERAS, action_dim=32, max_token_len=tokens)
+    data = Data(repo_id="", robot="lerobot", cameras={}, norm=run.data.norm)
+    config = to_edge(dataclasses.replace(run, name=name, model=model, data=data))
     with config.unlocked():
         config.data.cameras = dict.fromkeys(CAMERAS, "")
     return config

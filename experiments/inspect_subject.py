@@ -233,6 +233,10 @@ def _of_part(subject: Subject, part: Part) -> list[Finding]:
     if data.norm == "zscore" and getattr(model, "state_in", "prompt") == "prompt":
         found.append(Finding("bad", "the state is written into the prompt in 256 bins of [-1, 1], but data.norm=zscore "
                              "does not bring it there: use quantile"))  # fmt: skip
+    dims = len(part.stats["actions"].mean)
+    if any(data.delta) and (rest := dims - len(data.delta)) > 0:
+        text = f"config.data.delta has {len(data.delta)} entries: the other {rest} of {dims} dimensions stay absolute"
+        found.append(Finding("note", text))
     absent = [c for c in model.cameras if c not in data.cameras]
     if absent and len(absent) < len(model.cameras):
         visible = isinstance(model, Pi0Fast) and model.missing_cameras == "visible"

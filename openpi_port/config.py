@@ -118,7 +118,8 @@ class Data:
       root: where data sets from the hub are kept; None takes the hub's own cache.
       cache_gb: room on disk for decoded, resized frames; 0 decodes every time.
       num_workers: processes that load; 0 loads in threads of the main process.
-      norm_stats: an openpi norm_stats.json to use; None computes them from the training episodes.
+      norm_stats: an openpi norm_stats.json to use, or its directory (local, gs://, hf://); None computes them from the
+        training episodes.
       weight: in a mixture, the share of the samples relative to the other data sets'.
     """
 

@@ -95,7 +95,8 @@ def pipeline(
     if max(state_dim, action_dim) > model.action_dim:
         raise UserError(
             f"config.model.action_dim={model.action_dim} is less than the robot's {state_dim} state and "
-            f"{action_dim} action dimensions"
+            f"{action_dim} action dimensions: a model from fresh weights may have more, openpi's weights have 32; a "
+            "robot's file can leave dimensions out (docs/adding_a_robot.md)"
         )
     common = (
         *before_normalize(data),
@@ -193,7 +194,10 @@ class Dims:
         """
         for key, dim in (("state", self.state), ("actions", self.actions)):
             if key in sample and sample[key].shape[-1] != dim:
-                raise UserError(f"{key} has {sample[key].shape[-1]} dimensions, this robot has {dim}: wrong robot?")
+                raise UserError(
+                    f"{key} has {sample[key].shape[-1]} dimensions, this robot has {dim}: wrong robot "
+                    f"(config.data.robot), or wrong columns (config.data.{key})?"
+                )
         return sample
 
     def inverse(self, sample: Sample) -> Sample:

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from openpi_port.config import Data
-from openpi_port.data import dimensions
+from configs import pi0_aloha
+from openpi_port import normalize
+from openpi_port.config import Data, Train
+from openpi_port.data import dimensions, material
 from openpi_port.data.datasets import open_datasets
 from openpi_port.data.lerobot_meta import ASSETS, find_local, resolve
 from openpi_port.errors import UserError
+from openpi_port.fields import build
 
 SHIPPED = "aloha_sim_transfer_cube"
 DATA = Data(repo_id=SHIPPED, robot="lerobot", cameras={}, validation=0.0)
@@ -87,3 +90,23 @@ def test_names_of_dimensions_in_all_forms_that_recorders_write(given):
 def test_names_that_say_nothing(given):
     frames = SimpleNamespace(features={"arm": {"names": given}}, numbers=lambda _: {"arm": np.zeros(2)})
     assert dimensions.names(frames, "arm") == ["arm_0", "arm_1"]
+
+
+def material_of(**changes) -> material.Material:
+    config = build(Train, pi0_aloha.get_config("debug"))
+    data = dataclasses.replace(config.data, cache_gb=0.0, episodes=(2, 5), **changes)
+    return material.load(dataclasses.replace(config, data=data))
+
+
+def test_statistics_are_fetched_from_where_they_are(tmp_path):
+    computed = material_of().deployed.norm_stats
+    given = {key: dataclasses.replace(stats, mean=stats.mean + 1) for key, stats in computed.items()}
+    normalize.save_norm_stats(tmp_path / "assets" / "trossen", given)
+    for place in (f"file://{tmp_path}/assets/trossen", str(tmp_path / "assets/trossen/norm_stats.json")):
+        taken = material_of(norm_stats=place).deployed.norm_stats
+        np.testing.assert_array_equal(taken["state"].mean, given["state"].mean)
+
+
+def test_whoever_names_no_camera_is_told_which_there_are():
+    with pytest.raises(UserError, match=r"names no camera: --config\.data\.cameras\.base_0_rgb=.* has observation\.im"):
+        material_of(cameras={})

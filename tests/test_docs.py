@@ -17,7 +17,11 @@ SOURCES = [path for folder in FOLDERS[:4] for path in sorted((ROOT / folder).rgl
 PROGRAMS = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for path in SOURCES]
 COMMAND = re.compile(r"python3? -m (?P<module>[a-z][\w.]*)(?P<arguments>[^`\n]*)")
 FILE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)}|\.)/[\w./-]*\w\.(?:py|md|txt|npz|json)\b")
-INVENTED = {"config.field", "openpi_port/robots/my_arm.py"}  # in examples of what a user writes
+INVENTED = {
+    "config.field",
+    "openpi_port/robots/my_arm.py",
+    "configs/pi0_my_arm.py",
+}  # in examples of what a user writes
 EDGES = [
     importlib.import_module(f"configs.{path.stem}").get_config("debug")
     for path in sorted((ROOT / "configs").glob("pi0*.py"))

@@ -1,15 +1,20 @@
-"""Robot adaptors against openpi's, both directions."""
+"""Robot adaptors against openpi's, both directions; every one can be undone, also the one that the docs show."""
 
 from __future__ import annotations
+
+import importlib
+import re
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 
 from openpi_port import robots
-from openpi_port.config import Data
+from openpi_port.config import Data, Train
 from openpi_port.errors import UserError
+from openpi_port.fields import build
 from openpi_port.robots import aloha, droid
 from openpi_port.transforms import FillCameras, Repack, forward, inverse
 
@@ -106,3 +111,46 @@ def test_unknown_robot_names_the_near_ones():
     for module in ("os", "aloha.DELTA", ""):
         with pytest.raises(UserError):
             robots.load(module)
+
+
+def property_of(robot):
+    """`inverse` undoes `forward`, and neither writes into what it is given."""
+    data = Data("x", "any", {})
+    rng = np.random.default_rng(0)
+    for dtype, atol in ((np.float32, 1e-4), (np.float64, 1e-9)):
+        sample = {
+            "state": rng.uniform(0, 0.99, robot.STATE_DIM).astype(dtype),  # which all grippers reach
+            "actions": rng.uniform(0, 0.99, (5, robot.ACTION_DIM)).astype(dtype),
+        }
+        before = {key: value.copy() for key, value in sample.items()}
+        there = forward(robot.steps(data), sample)
+        for value in there.values():
+            value.flags.writeable = False
+        back = inverse(robot.steps(data), there)
+        for key in sample:
+            np.testing.assert_array_equal(sample[key], before[key])
+            np.testing.assert_allclose(back[key], sample[key], rtol=1e-5, atol=atol)
+        assert forward(robot.steps(data), {"state": sample["state"]})["state"].shape == there["state"].shape
+
+
+@pytest.mark.parametrize("name", [name for name in robots.names() if robots.load(name).STATE_DIM])
+def test_every_robot_can_be_undone(name):
+    property_of(robots.load(name))
+
+
+def test_the_page_about_robots_is_right(monkeypatch, tmp_path):
+    """Its two files, as they stand there."""
+    config, module = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "adding_a_robot.md").read_text(), re.DOTALL)
+    (tmp_path / "my_arm.py").write_text(module)
+    (tmp_path / "pi0_my_arm.py").write_text(config)
+    monkeypatch.setattr(robots, "__path__", [*robots.__path__, str(tmp_path)])
+    monkeypatch.syspath_prepend(tmp_path)
+    arm = robots.load("my_arm")
+    property_of(arm)
+    degrees = {"state": np.float32([180, 0, -90, 0, 0, 0, 100])}
+    np.testing.assert_allclose(
+        forward(arm.steps(None), degrees)["state"], [np.pi, 0, -np.pi / 2, 0, 0, 0, 1], rtol=1e-6
+    )
+    run = build(Train, importlib.import_module("pi0_my_arm").get_config("debug"))
+    assert run.data.cameras["left_wrist_0_rgb"] == "observation.images.wrist" and run.name == "pi0_my_arm_debug"
+    assert run.data.delta == (True,) * 6 + (False,) and run.model.cameras == CAMERAS

@@ -11,7 +11,7 @@ import numpy as np
 from openpi_port import normalize, transforms
 from openpi_port.config import Data, Pi0Fast, Train
 from openpi_port.data import loader, stats
-from openpi_port.data.datasets import open_datasets
+from openpi_port.data.datasets import find, open_datasets
 from openpi_port.data.frame_cache import FrameCache
 from openpi_port.data.frames import Frames
 from openpi_port.errors import UserError
@@ -186,6 +186,8 @@ def load(config: Train, norm_stats: Mapping[str, NormStats] | None = None, *, re
     for name, data in config.datasets.items():
         size, continued = model.vision.image_size, None if norm_stats is None else norm_stats[name]
         try:
+            if refuse and not data.cameras:
+                raise UserError(_no_camera(data))
             train, validation = open_datasets(data, horizon=model.action_horizon, image_size=size, cache=cache)
             found, source = _statistics(data, train, continued)
             if refuse and (warning := normalize.before_training(found, data.norm, source)):
@@ -198,12 +200,20 @@ def load(config: Train, norm_stats: Mapping[str, NormStats] | None = None, *, re
     return Material(config, members, tokenizer, sequence)
 
 
+def _no_camera(data: Data) -> str:
+    metadata, _ = find(data)
+    there = f"{metadata.root} has {', '.join(metadata.cameras) or 'none'}"
+    return f"config.data.cameras names no camera: --config.data.cameras.base_0_rgb= says which is the first; {there}"
+
+
 def _statistics(data: Data, train: Frames, continued: NormStats | None) -> tuple[NormStats, str]:
     """Statistics, and where they are from."""
     if continued is not None:
         return continued, "the run that is continued"
     if data.norm_stats is not None:
-        return normalize.load_norm_stats(data.norm_stats), data.norm_stats
+        from convert.remote import fetch  # it imports this package
+
+        return normalize.load_norm_stats(fetch(data.norm_stats)), data.norm_stats
     return stats.compute(train, transforms.before_normalize(data, images=False)), data.repo_id
 
 
