@@ -53,6 +53,12 @@ def test_products(dtype):
             torch.testing.assert_close(way(weight).float(), want, **near)
 
 
+def test_a_torch_without_these_operators(monkeypatch):
+    """They are not public: where one is gone, weights are not laid out, and plain torch computes."""
+    monkeypatch.setattr(onednn, "_NEEDED", ("_linear_pointwise", "_gone"))
+    assert not onednn.takes(torch.nn.Linear(24, 40), torch.float32)
+
+
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
 def test_what_is_compiled(name, golden, monkeypatch, tmp_path):
     """The functions that are compiled, traced but not compiled: other prompts, cameras and weights than traced with."""

@@ -18,13 +18,16 @@ from torch import Tensor
 from openpi_port.pi_torch.fast.pack import Block, GateUp, Vision
 
 MOST = 2**30  # bytes of a model's weights, which lie there twice then
-_OPS = torch.ops.mkldnn  # what torch's own compiler calls for products on a CPU
+_OPS = torch.ops.mkldnn  # what torch's own compiler calls for products on a CPU; not public, so they may be absent
+_NEEDED = "_is_mkldnn_bf16_supported", "_linear_pointwise", "_reorder_linear_weight"
 
 
 def takes(module: torch.nn.Module, dtype: torch.dtype) -> bool:
     """Whether a module's weights are to be laid out, for products in this dtype."""
     size = sum(p.numel() for p in module.parameters()) * dtype.itemsize
     if next(module.parameters()).device.type != "cpu" or size > MOST or not torch.backends.mkldnn.is_available():
+        return False
+    if not all(hasattr(_OPS, name) for name in _NEEDED):
         return False
     return dtype == torch.float32 or _OPS._is_mkldnn_bf16_supported()
 

@@ -1,6 +1,6 @@
 """The operations of the prepared path: each once in plain torch, which says what it computes, and as a kernel.
 
-bfloat16 on a GPU takes the kernels (`kernels.py`); float32 and the CPU take the plain form, in the same algebra.
+bfloat16 on a GPU takes the kernels (`kernels/`); float32 and the CPU take the plain form, in the same algebra.
 
 B batch, T queries, S keys, N heads, H head dim, D width, F width of the MLP, M = B * T rows, P parts of a row.
 
@@ -104,7 +104,9 @@ def add_linear(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
 def linear_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """`gelu(x @ w.T + b)`, tanh form: [M, D], [F, D], [F] to [M, F]."""
     if on_gpu(x):
-        return torch._addmm_activation(b, x, w.t(), use_gelu=True)  # cuBLASLt's epilogue, which has the tanh form
+        if hasattr(torch, "_addmm_activation"):  # cuBLASLt's epilogue (in the tanh form), which nothing public reaches
+            return torch._addmm_activation(b, x, w.t(), use_gelu=True)
+        return F.gelu(F.linear(x, w, b), approximate="tanh")
     return onednn.linear_gelu(x, w, b)
 
 

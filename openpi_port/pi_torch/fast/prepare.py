@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,8 +93,7 @@ class Prepared:
         with devices.precision(self.module.compute):
             arrays = [*_observe(batch, self.config), *(np.asarray(a, np.float32) for a in (batch["state"], noise))]
             flow = self._one if len(noise) == 1 else self._flow
-            call = lambda *inputs: flow.sample_actions(Inputs(*inputs), num_steps)  # noqa: E731
-            return self.recordings.run(num_steps, call, arrays)
+            return self.recordings.run(num_steps, lambda *of: flow.sample_actions(Inputs(*of), num_steps), arrays)
 
     @torch.inference_mode()
     def stages(self, batch: Batch, noise: np.ndarray) -> dict[str, Callable[[], None]]:
@@ -146,8 +146,8 @@ class PreparedFast:
         """See `FastModel.decode`; int32 [B, G], 0 after the end of sequence."""
         with devices.precision(self.module.compute):
             arrays = self._arrays(batch, max_steps, temperature, rng, grammar)
-            decoder = lambda: self._decoder(arrays, temperature, grammar)  # noqa: E731
-            return self.recordings.decode((id(grammar), temperature), decoder, arrays)
+            make = partial(self._decoder, arrays, temperature, grammar)
+            return self.recordings.decode((id(grammar), temperature), make, arrays)
 
     @torch.inference_mode()
     def stages(
