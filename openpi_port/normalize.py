@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ TOP_KEY = "norm_stats"
 FIELDS = ("mean", "std", "q01", "q99")
 OPTIONAL = ("q01", "q99")
 
+UNUSUAL = 10.0  # a normalised training value beyond this is worth a look
 FAR = 100.0  # a normalised training value beyond this swamps the loss of all others
 TINY_RELATIVE = 1e-3  # of the widest dimension of the same group
 TINY_ABSOLUTE = 1e-4  # radians, metres: below what encoders resolve
@@ -213,9 +214,7 @@ def tiny_ranges(stats: NormStats, mode: Mode = "zscore") -> list[TinyRange]:
         _, scale = _affine(s, mode, len(s.mean))
         spread = scale - EPS
         floor = max(TINY_ABSOLUTE, TINY_RELATIVE * float(spread.max(initial=0.0)))
-        worst = None
-        if s.min is not None and s.max is not None:
-            worst = np.maximum(np.abs(normalize(s.min, s, mode)), np.abs(normalize(s.max, s, mode)))
+        worst = _largest(s, mode)
         for dim in range(len(spread)):
             finding = TinyRange(key, dim, max(float(spread[dim]), 0.0), None if worst is None else float(worst[dim]))
             if spread[dim] < floor or finding.refused:
@@ -223,13 +222,29 @@ def tiny_ranges(stats: NormStats, mode: Mode = "zscore") -> list[TinyRange]:
     return found
 
 
-def before_training(stats: NormStats, mode: Mode, source: str) -> str | None:
+def _largest(s: Stats, mode: Mode) -> np.ndarray | None:
+    """[J], the largest normalised magnitude in the data; None where their extremes are unknown."""
+    if s.min is None or s.max is None:
+        return None
+    return np.maximum(np.abs(normalize(s.min, s, mode)), np.abs(normalize(s.max, s, mode)))
+
+
+def _unusual(stats: NormStats, mode: Mode) -> Iterator[str]:
+    """Dimensions with normalised values that are worth a look."""
+    for key, s in stats.items():
+        worst = _largest(s, mode)
+        for dim in np.flatnonzero([] if worst is None else worst > UNUSUAL):
+            yield f"{key}[{dim}] reaches {worst[dim]:.3g}"
+
+
+def before_training(stats: NormStats, mode: Mode, source: str, *, given: bool = False) -> str | None:
     """What a training run does with `tiny_ranges`: refuses, warns, or says nothing.
 
     Args:
       stats: as computed from the data (with min and max), or as read from a file (without).
       mode: how the run normalises.
       source: names the data set or file in the message.
+      given: they are not of these data, so that values may be beyond what is usual for another reason.
 
     Returns:
       One line of warning, or None.
@@ -240,10 +255,13 @@ def before_training(stats: NormStats, mode: Mode, source: str) -> str | None:
     found = tiny_ranges(stats, mode)
     if refused := [str(f) for f in found if f.refused]:
         other = "zscore" if mode == "quantile" else "quantile"
+        theirs = "give this robot's own statistics, in its units, " if given else ""
         raise UserError(
-            f"{source}: {'; '.join(refused)}. Such values swamp the loss: drop the dimension from the data, "
+            f"{source}: {'; '.join(refused)}. Such values swamp the loss: {theirs}drop the dimension from the data, "
             f"correct its outliers, or try --config.data.norm={other}"
         )
+    if given and (far := list(_unusual(stats, mode))):
+        return f"{source}: normalised, {', '.join(far)}: are these another robot's statistics, or in other units?"
     if found:
         return (
             f"{source}: {'; '.join(map(str, found))}. At run time a small deviation there becomes a huge "

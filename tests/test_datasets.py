@@ -16,6 +16,7 @@ from openpi_port.data.datasets import open_datasets
 from openpi_port.data.lerobot_meta import ASSETS, find_local, resolve
 from openpi_port.errors import UserError
 from openpi_port.fields import build
+from openpi_port.normalize import Stats
 
 SHIPPED = "aloha_sim_transfer_cube"
 DATA = Data(repo_id=SHIPPED, robot="lerobot", cameras={}, validation=0.0)
@@ -105,6 +106,26 @@ def test_statistics_are_fetched_from_where_they_are(tmp_path):
     for place in (f"file://{tmp_path}/assets/trossen", str(tmp_path / "assets/trossen/norm_stats.json")):
         taken = material_of(norm_stats=place).deployed.norm_stats
         np.testing.assert_array_equal(taken["state"].mean, given["state"].mean)
+
+
+def test_another_robots_statistics_are_noticed(tmp_path, capsys):
+    computed = material_of().deployed.norm_stats
+    path = str(tmp_path / "norm_stats.json")
+
+    def train_with(change):
+        normalize.save_norm_stats(path, {key: change(stats) for key, stats in computed.items()})
+        found = material_of(norm_stats=path).deployed.norm_stats
+        return found, capsys.readouterr().err
+
+    padded = lambda s: Stats(*[np.pad(v, (0, 18)) for v in (s.mean, s.std, s.q01, s.q99)])  # noqa: E731
+    found, said = train_with(padded)  # as openpi publishes them
+    assert said == "" and len(found["actions"].mean) == 14
+    _, said = train_with(lambda s: dataclasses.replace(s, std=s.std / 20))
+    assert "on aloha_sim_transfer_cube: normalised, " in said and "another robot's statistics" in said
+    with pytest.raises(UserError, match=r"swamp the loss: give this robot's own statistics"):
+        train_with(lambda s: dataclasses.replace(s, mean=s.mean * 180 / np.pi))
+    with pytest.raises(UserError, match=r"statistics of state have 7 dimensions, the data 14: another robot's"):
+        train_with(lambda s: Stats(*[v[:7] for v in (s.mean, s.std, s.q01, s.q99)]))
 
 
 def test_whoever_names_no_camera_is_told_which_there_are():

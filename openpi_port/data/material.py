@@ -190,7 +190,8 @@ def load(config: Train, norm_stats: Mapping[str, NormStats] | None = None, *, re
                 raise UserError(_no_camera(data))
             train, validation = open_datasets(data, horizon=model.action_horizon, image_size=size, cache=cache)
             found, source = _statistics(data, train, continued)
-            if refuse and (warning := normalize.before_training(found, data.norm, source)):
+            given = data.norm_stats is not None and continued is None
+            if refuse and (warning := normalize.before_training(found, data.norm, source, given=given)):
                 print(f"warning: {warning}", file=sys.stderr)
             members[name] = Member(data, train, validation, _steps(config, data, found, tokenizer, sequence), found)
         except UserError as error:  # which says "config.data", not knowing the data set's name
@@ -210,11 +211,13 @@ def _statistics(data: Data, train: Frames, continued: NormStats | None) -> tuple
     """Statistics, and where they are from."""
     if continued is not None:
         return continued, "the run that is continued"
+    steps = transforms.before_normalize(data, images=False)
     if data.norm_stats is not None:
         from convert.remote import fetch  # it imports this package
 
-        return normalize.load_norm_stats(fetch(data.norm_stats)), data.norm_stats
-    return stats.compute(train, transforms.before_normalize(data, images=False)), data.repo_id
+        given = normalize.load_norm_stats(fetch(data.norm_stats))
+        return stats.fitted(given, train, steps), f"{data.norm_stats}, on {data.repo_id}"
+    return stats.compute(train, steps), data.repo_id
 
 
 def _steps(

@@ -12,7 +12,10 @@ from tqdm import tqdm
 
 from openpi_port import transforms
 from openpi_port.data.frames import PATIENCE, Frames
-from openpi_port.normalize import NormStats, RunningStats
+from openpi_port.errors import UserError
+from openpi_port.normalize import NormStats, RunningStats, Stats
+
+LOOKED_AT = 1000  # frames whose extremes are taken, spread evenly
 
 
 def compute(dataset: Frames, steps: Sequence[transforms.Transform]) -> NormStats:
@@ -44,3 +47,30 @@ def compute(dataset: Frames, steps: Sequence[transforms.Transform]) -> NormStats
         for key, value in values.items():
             running.setdefault(key, RunningStats(value.shape[-1])).update(value)
     return {key: stats.finish() for key, stats in running.items()}
+
+
+def fitted(given: NormStats, dataset: Frames, steps: Sequence[transforms.Transform]) -> NormStats:
+    """Statistics from elsewhere, as those of these data: cut to their dimensions, with extremes as they occur in them.
+
+    openpi's files are padded to the model's dimensions, and hold no extremes, by which another robot's would show.
+
+    Args:
+      given: of as many dimensions as the data have, or more.
+      dataset, steps: see `compute`; only some frames are looked at.
+
+    Raises:
+      UserError: they have fewer dimensions.
+    """
+    rows = range(0, len(dataset), max(1, len(dataset) // LOOKED_AT))
+    samples = [transforms.forward(steps, dataset.numbers(row)) for row in rows]
+    actions = np.concatenate([sample["actions"][~sample["action_is_pad"]] for sample in samples])
+    found = {}
+    for key, values in (("state", np.stack([sample["state"] for sample in samples])), ("actions", actions)):
+        stats, dim = given[key], values.shape[-1]
+        if len(stats.mean) < dim:
+            raise UserError(
+                f"the statistics of {key} have {len(stats.mean)} dimensions, the data {dim}: another robot's?"
+            )
+        cut = [None if array is None else array[:dim] for array in (stats.mean, stats.std, stats.q01, stats.q99)]
+        found[key] = Stats(*cut, values.min(axis=0), values.max(axis=0))
+    return found
