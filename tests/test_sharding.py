@@ -11,10 +11,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import jax
 import jobs
 import numpy as np
 import pytest
 from conftest import QUICK_COMPILE, ROOT
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jobs import logged, run
 from spread import config, train
 
@@ -23,6 +25,7 @@ from openpi_port import checkpoint, meshes
 from openpi_port.backends import NAMES, Backend
 from openpi_port.config import Mesh
 from openpi_port.errors import UserError
+from openpi_port.pi_flax.train import _once
 
 
 def test_rule():
@@ -126,6 +129,22 @@ def test_the_curve_of_one_device(tmp_path, backend, wanted):
         alone, _ = train(backend, Mesh(data=1), adapters=True)
         curve = json.loads((tmp_path / f"{len(wanted)}.0.json").read_text())
         np.testing.assert_allclose(curve, alone, rtol=0.01)
+
+
+def test_what_belongs_to_a_row_is_added_up_by_one_device():
+    """Flax: for a GPU does it in any order, and copies of the weights would drift apart; torch's is in test_adamw."""
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    whole = NamedSharding(mesh, PartitionSpec())
+    rng = np.random.default_rng(0)
+    where, rows = rng.integers(0, 5, 40).astype(np.int32), rng.standard_normal((40, 6)).astype(np.float32)
+    once = lambda where, rows: _once(where, rows, 70, whole)  # noqa: E731
+    numbers, sums = (np.asarray(x) for x in jax.jit(once)(where, rows))
+    np.testing.assert_array_equal(numbers, [0, 1, 2, 3, 4, *[70] * 35])
+    for row in range(5):
+        np.testing.assert_allclose(sums[row], rows[where == row].sum(0), atol=1e-5)
+    steps = jax.make_jaxpr(once)(where, rows).eqns
+    spec = [step.params["sharding"].spec for step in steps if step.primitive.name == "sharding_constraint"]
+    assert spec == [PartitionSpec(None, ("data", "fsdp"))] * 2 + [PartitionSpec()]
 
 
 def test_no_more_devices_than_there_are():

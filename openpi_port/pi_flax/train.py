@@ -262,9 +262,26 @@ def _scattered(grads: nnx.State, tokens: jax.Array, trained: nnx.State, whole: j
 
     def scattered(rows: jax.Array, table: jax.Array) -> jax.Array:
         where, rows = (jax.lax.with_sharding_constraint(x, whole) for x in (tokens.reshape(-1), rows))
+        if whole.mesh.size > 1 and rows.shape[1] % whole.mesh.size == 0:
+            where, rows = _once(where, rows, len(table), whole)
         return jnp.zeros_like(table).at[where].add(rows)
 
     return nnx.merge_state(grads, jax.tree.map(scattered, _embedding(grads), _embedding(trained)))
+
+
+def _once(
+    where: jax.Array, rows: jax.Array, size: int, whole: jax.sharding.NamedSharding
+) -> tuple[jax.Array, jax.Array]:
+    """The same sums of rows, each row once, and then some beyond the last of `size`, which nobody has.
+
+    A GPU adds what belongs to one row in the order in which it comes to it. Devices that hold the same weights must
+    agree to the bit, or they drift apart; so each adds up columns of its own, and tells the others.
+    """
+    columns = jax.sharding.NamedSharding(whole.mesh, jax.sharding.PartitionSpec(None, whole.mesh.axis_names))
+    where, place = jnp.unique(where, size=where.size, fill_value=size, return_inverse=True)
+    rows = jax.lax.with_sharding_constraint(rows, columns)
+    total = jax.lax.with_sharding_constraint(jnp.zeros_like(rows).at[place].add(rows), columns)
+    return where, jax.lax.with_sharding_constraint(total, whole)
 
 
 _EMBEDDING = ("gemma", "embedding")
