@@ -155,6 +155,9 @@ class Translated(Mapping[str, np.ndarray]):
             out[entry.spot(self._target, layer).index] = self._piece(entry, layer)
         return out
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # Mapping's own would make the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from openpi_port import meshes
 from openpi_port.config import Train
@@ -82,13 +83,15 @@ def complete(base: Base, config: Train, trained: Mapping[str, Any], side: str, w
 
 
 def _checksum(config: Train, weights: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(name for name in weights if meshes.is_frozen(config, name)):
-        array = np.asarray(weights[name])
-        flat = array.reshape(-1)
-        some = np.ascontiguousarray(flat[:: max(1, flat.size // SAMPLES)][:SAMPLES], np.float32)
-        digest.update(f"{name} {array.shape} ".encode() + some.tobytes())
-    return digest.hexdigest()
+    parts = {}
+    # In their own order, in which checkpoints read fastest.
+    for name in tqdm(weights, "checksum of frozen weights", unit=" tensors", leave=False, delay=2):
+        if meshes.is_frozen(config, name):
+            array = np.asarray(weights[name])
+            flat = array.reshape(-1)
+            some = np.ascontiguousarray(flat[:: max(1, flat.size // SAMPLES)][:SAMPLES], np.float32)
+            parts[name] = f"{name} {array.shape} ".encode() + some.tobytes()
+    return hashlib.sha256(b"".join(parts[name] for name in sorted(parts))).hexdigest()
 
 
 class _Last:

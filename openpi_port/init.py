@@ -35,6 +35,9 @@ class Fresh(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         return draw(name, self.shapes[name], self._seed)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # Mapping's own would draw the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

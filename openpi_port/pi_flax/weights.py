@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from openpi_port import orbax_io, strict
 from openpi_port.config import Dtype
@@ -40,7 +41,7 @@ def load(
 
     Args:
       model: built under `nnx.eval_shape` (nothing is allocated twice) or in earnest.
-      mapping: canonical name -> array; each is asked for once.
+      mapping: canonical name -> array; each is asked for once, in the mapping's order (neighbours may share a chunk).
       device: where the parameters go, one by one, or what takes them there; None takes the default device.
       dtype: what they are rounded to, there, or what says so by name; None keeps the arrays' dtype.
 
@@ -54,11 +55,13 @@ def load(
     strict.check(found, shapes(model), "weights")
     place = device if callable(device) else partial(jax.device_put, device=device)
     graph, state = nnx.split(model)
-    filled = []
-    for path, leaf in _flat_state(state):
-        value = place(np.asarray(mapping[_name(path)]))
-        wanted = dtype(_name(path)) if callable(dtype) else dtype
-        filled.append((path, leaf.replace(value if wanted is None else value.astype(wanted))))
+    leaves = {_name(path): (path, leaf) for path, leaf in _flat_state(state)}
+    filled = {}
+    for name in tqdm(found, "reading weights", unit=" tensors", leave=False, delay=2):
+        path, leaf = leaves[name]
+        value = place(np.asarray(mapping[name]))
+        wanted = dtype(name) if callable(dtype) else dtype
+        filled[path] = leaf.replace(value if wanted is None else value.astype(wanted))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from openpi_port import safetensors_io, strict
 from openpi_port.config import Dtype
@@ -41,7 +42,7 @@ def load(
 
     Args:
       model: built on the meta device (nothing is allocated twice) or in earnest.
-      mapping: torch name -> array; each is asked for once.
+      mapping: torch name -> array; each is asked for once, in the mapping's order (neighbours may share a chunk).
       device: where the parameters go, one by one; None leaves them on the CPU.
       dtype: what they are rounded to, there, or what says so by name; None keeps the arrays' dtype.
 
@@ -53,7 +54,7 @@ def load(
     """
     found = mapping.shapes if hasattr(mapping, "shapes") else {k: tuple(v.shape) for k, v in mapping.items()}
     strict.check(found, shapes(model), "weights")
-    for name in shapes(model):
+    for name in tqdm(found, "reading weights", unit=" tensors", leave=False, delay=2):
         owner, _, leaf = name.rpartition(".")
         wanted = dtype(name) if callable(dtype) else dtype
         array = _from_numpy(mapping[name])
