@@ -1,7 +1,7 @@
 """Shows what a config or a checkpoint reads and is, on one HTML page: look at it before you train.
 
     python -m experiments.inspect --config=pi0_aloha:mini [--config.field=value ...] [--out=inspect.html]
-    python -m experiments.inspect --checkpoint=DIR [--data='{"repo_id": "..."}'] [--robot=...]
+    python -m experiments.inspect --checkpoint=DIR [--data='{"repo_id": "..."}'] [--robot=...] [--every_episode]
 
 Images after augmentation with their masks, tokens by block, the attention mask as papers draw it, positions, chunks
 before and after normalisation, statistics, parameters; what looks like a mistake is said at the top and here. Needs no
@@ -20,6 +20,7 @@ from openpi_port import whole
 from openpi_port.errors import UserError
 
 OUT = absl_flags.DEFINE_string("out", "inspect.html", "the page")
+EVERY = absl_flags.DEFINE_bool("every_episode", False, "also look for the first and last pictures of all episodes")
 SAMPLES = absl_flags.DEFINE_integer("samples", 4, "of the training data, spread evenly", 1)
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     """Looks, writes the page, and prints what is odd."""
     begin = time.perf_counter()
     samples, findings = inspect_subject.look(subject := _subject(), SAMPLES.value)
+    findings += inspect_subject.damaged(subject) if EVERY.value else []
     path = Path(OUT.value)
     whole.write_text(path, inspect_page.page(subject, samples, findings))
     for finding in findings:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from openpi_port import loading, normalize, sequence, transforms
 from openpi_port.augment import augment
@@ -18,7 +19,7 @@ from openpi_port.check_sample import split_keys
 from openpi_port.config import Data, Pi0Fast, Train
 from openpi_port.data import dimensions, material
 from openpi_port.data.datasets import open_datasets
-from openpi_port.data.frames import Frames
+from openpi_port.data.frames import PATIENCE, Frames
 from openpi_port.data.lerobot_meta import find_local
 from openpi_port.errors import UserError
 from openpi_port.rng import generator
@@ -46,6 +47,7 @@ class Part:
       steps: raw sample to the model's.
       stats, stats_from: the statistics, and where they are from.
       frames: the training episodes; None where they can't be had.
+      validation: the others, if there are any.
     """
 
     data: Data
@@ -53,6 +55,7 @@ class Part:
     stats: normalize.NormStats
     stats_from: str
     frames: Frames | None
+    validation: Frames | None = None
 
     def names(self, key: Literal["state", "actions"]) -> list[str]:
         """Of the dimensions: the data set's, else numbers."""
@@ -117,7 +120,8 @@ def of_config(config: Train) -> Subject:
     parts = []
     for member in read.members.values():
         stats_from = member.data.norm_stats or f"computed from {len(member.train.episodes)} training episodes"
-        parts.append(Part(member.data, member.steps, member.norm_stats, stats_from, member.train))
+        frames = member.train, member.validation
+        parts.append(Part(member.data, member.steps, member.norm_stats, stats_from, *frames))
     return Subject(config.name, config, tuple(parts), read.tokenizer, read.sequence)
 
 
@@ -135,9 +139,9 @@ def of_checkpoint(path: str, **options: Any) -> Subject:
         tokens.out_of_range = "clip"  # as in training
     visible = isinstance(model, Pi0Fast) and model.missing_cameras == "visible"
     steps = transforms.pipeline(data, model, source.norm_stats, pieces, missing_visible=visible)
-    frames, findings = None, ()
+    frames, findings = (None, None), ()
     if data.repo_id and find_local(data.repo_id, data.root) is not None:
-        frames, _ = open_datasets(data, horizon=model.action_horizon, image_size=model.vision.image_size)
+        frames = open_datasets(data, horizon=model.action_horizon, image_size=model.vision.image_size)
     else:
         text = (
             f"the data set {data.repo_id or 'that it was trained on'} is not on this machine: one made-up observation "
@@ -150,7 +154,7 @@ def of_checkpoint(path: str, **options: Any) -> Subject:
     return Subject(
         title,
         Train(name=Path(path).name, model=model, data=data),
-        (Part(data, steps, source.norm_stats, stats_from, frames),),
+        (Part(data, steps, source.norm_stats, stats_from, *frames),),
         tokens.text if tokens else pieces,
         tokens,
         findings,
@@ -172,12 +176,13 @@ def look(subject: Subject, count: int) -> tuple[list[Sample], list[Finding]]:
         findings += _of_part(subject, part)
         rows = [i * len(part.frames) // count for i in range(count)] if part.frames is not None else [None]
         for index, row in enumerate(rows):
-            raw = _made_up(subject, part) if row is None else part.frames[row]
             where = "a made-up observation"
             if row is not None:
-                where = f"episode {raw['episode_index']}, frame {raw['frame_index']}"
+                place = part.frames.numbers(row)
+                where = f"episode {place['episode_index']}, frame {place['frame_index']}"
                 where = f"{part.data.repo_id}, {where}" if len(subject.parts) > 1 else where
             try:
+                raw = _made_up(subject, part) if row is None else part.frames[row]
                 samples.append(_sample(subject, part, raw, index, where))
             except UserError as error:
                 findings.append(Finding("bad", f"{where}: {error}"))
@@ -186,6 +191,26 @@ def look(subject: Subject, count: int) -> tuple[list[Sample], list[Finding]]:
     if samples:
         findings += _of_all(subject, samples)
     return samples, findings
+
+
+def damaged(subject: Subject) -> list[Finding]:
+    """Looks at the first and the last picture of every episode: what is missing or cut off is seen there."""
+    found = []
+    for part in subject.parts:
+        bad: dict[str, int] = {}  # what is wrong -> the episode
+        for frames in filter(None, (part.frames, part.validation)):
+            for number, episode in enumerate(tqdm(frames.episodes, "pictures", unit=" episodes", delay=PATIENCE)):
+                rows = frames.rows(number)
+                for key in frames.camera_keys:
+                    try:
+                        _ = [frames.image(key, row) for row in {*rows[:1], *rows[-1:]}]
+                    except UserError as error:
+                        bad[str(error)] = episode.index
+        if bad:
+            skip = tuple(sorted({*bad.values(), *part.data.skip}))
+            found.append(Finding("bad", f'{part.data.repo_id}: --config.data.skip="{skip}" leaves these out:'))
+        found += [Finding("bad", text) for text in bad]
+    return found
 
 
 def _sample(subject: Subject, part: Part, raw: Mapping[str, Any], index: int, where: str) -> Sample:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import commands
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from frameworks import NAMES, Framework
 from small_policy import ACTION_DIM, FAST, HORIZON, MODEL, make_checkpoint
@@ -16,6 +19,8 @@ from experiments import inspect_page, inspect_pictures, inspect_subject
 from experiments.inspect_tokens import action_pieces, prompt_pieces
 from openpi_port import init, masks, sequence, transforms
 from openpi_port.config import Data, Train
+from openpi_port.data.datasets import open_datasets
+from openpi_port.data.lerobot_writer import Description, create
 from openpi_port.fields import build
 
 DATA = Data(repo_id="none", robot="aloha_sim", cameras={})
@@ -226,3 +231,26 @@ def test_the_command(tmp_path):
     assert (
         done.returncode == 2 and done.stderr.startswith("error: give one of --config") and done.stderr.count("\n") == 1
     )
+
+
+def test_episodes_whose_pictures_are_missing(tmp_path):
+    """A video that ends before its table: what looks at some samples only sees nothing."""
+    root, key = tmp_path / "toy", "observation.images.top"
+    with create(root, Description("toy", 10, {key: (32, 32)}, ["a"], ["a"])) as writer:
+        for length in (6, 5, 4):
+            images = np.full((length, 32, 32, 3), 50, np.uint8)
+            values = np.linspace(0, 1, length, dtype=np.float32)[:, None]
+            writer.add_episode({key: images}, values, values, "x")
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    name = f"videos/{key}/from_timestamp"
+    starts = pa.array([start + 0.1 * (number == 2) for number, start in enumerate(table[name].to_pylist())])
+    pq.write_table(table.set_column(table.column_names.index(name), name, starts), path)
+    data = Data(repo_id=str(root), robot="lerobot", cameras={"base_0_rgb": key}, validation=0.0)
+    frames, _ = open_datasets(data, horizon=2)
+    subject = lambda *frames: SimpleNamespace(parts=(inspect_subject.Part(data, (), {}, "", *frames),))  # noqa: E731
+    assert inspect_subject.damaged(subject(None, frames)) == []
+    frames, _ = open_datasets(data, horizon=2, image_size=32)
+    first, *rest = inspect_subject.damaged(subject(frames))
+    assert first.level == "bad" and '--config.data.skip="(2,)" leaves these out' in first.text
+    assert len(rest) == 1 and "no frame at 1.5000 s" in rest[0].text and "for episode 2, frame 3" in rest[0].text

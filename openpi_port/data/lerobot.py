@@ -165,7 +165,11 @@ class LeRobotDataset(Frames):
         episode = self.episodes[number]
         if key in episode.videos:
             path, start = episode.videos[key]
-            return self._from_video(path, start + self._timestamp[self._starts[number] + frame])
+            try:
+                return self._from_video(path, start + self._timestamp[self._starts[number] + frame])
+            except UserError as error:
+                where = f"it is asked for episode {episode.index}, frame {frame}"
+                raise UserError(f"{error} ({where}; config.data.skip leaves episodes out)") from error
         path, row = episode.data, int(self._first_row[number] + frame)
         images = self._embedded
         return self._cached(path, key, row, lambda: images.rows(path), lambda: images.read(path, key, row))
