@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from torch.nn import functional as F
 
 from openpi_port import backends
 from openpi_port.config import Compute
-from openpi_port.pi_torch.fast import compiled, onednn
+from openpi_port.errors import UserError
+from openpi_port.pi_torch.fast import compiled, onednn, tiles
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,6 +54,27 @@ def test_products(dtype):
     for way, want in ways.items():
         for weight in (w, laid_out):
             torch.testing.assert_close(way(weight).float(), want, **near)
+
+
+def test_tiles_of_a_smaller_gpu():
+    """On an RTX 4090 the prefix's attention has no room for an H100's tile (it raised); all others are the same."""
+    large, small = ([tiles.attend(rows, 816, kib * 1024) for rows in (8, 408, 6528)] for kib in (227, 99))
+    assert large[:2] == small[:2] and large[2] == tiles.PREFIX_ATTENTION and small[2].keys < large[2].keys
+
+
+NO_KERNELS = [(None, (9, 0), "needs Triton"), (True, (7, 5), "T4 has none")]
+
+
+@pytest.mark.parametrize(("triton", "capability", "words"), NO_KERNELS)
+def test_where_there_are_no_kernels(monkeypatch, triton, capability, words):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: triton if name == "triton" else find(name, *of))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
+    gemma = SimpleNamespace(embedding=SimpleNamespace(device=torch.device("cuda")))
+    model = SimpleNamespace(module=SimpleNamespace(gemma=gemma, compute=Compute(dtype="bfloat16")))
+    with pytest.raises(UserError, match=words):
+        Framework("torch").backend.fast.optimize(model)
 
 
 def test_a_torch_without_these_operators(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,11 +44,16 @@ def optimize(model: Model | FastModel, *, float8: bool = False) -> Prepared | Pr
 
     Raises:
       UserError: the model has adapters that are not merged, or several heads of keys and values; or a GPU without
-        float8 is asked for it.
+        float8 is asked for it; or there are no kernels for a GPU, because it is too old or Triton is not installed.
     """
     device = model.module.gemma.embedding.device
     if float8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(f"float8: {torch.cuda.get_device_name(device)} has no such products; leave it out")
+    if device.type == "cuda" and model.module.compute.dtype == "bfloat16":
+        if importlib.util.find_spec("triton") is None:
+            raise UserError("--fast on a GPU in bfloat16 needs Triton, which is not installed: pip install triton")
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise UserError(f"--fast in bfloat16: {torch.cuda.get_device_name(device)} has none; take float32")
     kind = PreparedFast if isinstance(model, FastModel) else Prepared
     return kind(model, float8=float8)
 

@@ -48,6 +48,11 @@ TOKEN_ATTENTION = Attend(rows=16, keys=64, splits=16, warps=4, stages=2)
 IMAGE_ATTENTION = Attend(rows=128, keys=64, splits=1, warps=8, stages=2)
 PREFIX_ATTENTION = Attend(rows=64, keys=64, splits=1, warps=4, stages=2)
 
+# All others fit into the 99 KiB on the chip that smaller GPUs give a program (an RTX 4090, 8.9; a 5090, 12.0; seen by
+# compiling for them). For the prefix they get another, which has not been measured.
+LARGE = 160 * 1024  # bytes that the prefix's takes on an H100
+SMALL_PREFIX_ATTENTION = Attend(rows=64, keys=32, splits=1, warps=8, stages=2)
+
 
 def streaming(kind: str, rows: int, columns: int, depth: int) -> Tile:
     """The tile of a product.
@@ -65,10 +70,10 @@ def streaming(kind: str, rows: int, columns: int, depth: int) -> Tile:
     )
 
 
-def attend(rows: int, keys: int) -> Attend:
-    """The tile of attention of so many rows (tokens x heads) to so many keys."""
+def attend(rows: int, keys: int, memory: int) -> Attend:
+    """The tile of attention of so many rows (tokens x heads) to so many keys, in so many bytes on the chip."""
     if rows > 2048:
-        return PREFIX_ATTENTION
+        return PREFIX_ATTENTION if memory >= LARGE else SMALL_PREFIX_ATTENTION
     tile = SUFFIX_ATTENTION if rows > 64 else TOKEN_ATTENTION
     return tile._replace(splits=min(tile.splits, -(-keys // tile.keys)))
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openpi_port.pi_torch.fast import tiles
-from openpi_port.pi_torch.fast.kernels.shared import FORBIDDEN, LOG2E, early, release, wait
+from openpi_port.pi_torch.fast.kernels.shared import FORBIDDEN, LOG2E, early, memory, release, wait
 from openpi_port.pi_torch.fast.ops import Seen
 
 
@@ -22,7 +22,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     """
     size, keys, dim = k.shape
     rows = q.numel() // (size * dim)
-    tile = tiles.attend(size * rows, keys)
+    tile = tiles.attend(size * rows, keys, memory(q.device))
     out = torch.empty_like(q)
     part, weight = out, out
     if tile.splits > 1:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from openpi_port.pi_torch.fast import ops
+from openpi_port.pi_torch.fast import ops, tiles
 
 EPSILON: tl.constexpr = tl.constexpr(ops.EPS)
 FORBIDDEN: tl.constexpr = tl.constexpr(ops.MASKED)
@@ -19,6 +21,14 @@ def early(x: Tensor) -> dict[str, bool]:
     if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
         return {"EARLY": True, "launch_pdl": True}
     return {"EARLY": False}
+
+
+@functools.cache
+def memory(device: torch.device) -> int:
+    """Bytes on the chip that one program may take."""
+    if device.type != "cuda":  # the interpreter
+        return tiles.LARGE
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @triton.jit
