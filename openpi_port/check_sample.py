@@ -23,8 +23,8 @@ def as_uint8_image(image: Any, name: str) -> np.ndarray:
     Raises:
       UserError: another shape, or float values outside [0, 1].
     """
-    image = np.asarray(image)
-    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]):
+    image = _array(image, name)
+    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]) or not image.size:
         raise UserError(f"{name}: shape {list(image.shape)} is no image; expected [H, W, 3] or [3, H, W]")
     if np.issubdtype(image.dtype, np.floating):
         if not (image.min() >= 0 and image.max() <= 1):  # also catches NaN
@@ -47,15 +47,25 @@ def read_numbers(sample: Mapping[str, Any], names: str, where: str) -> np.ndarra
         if key not in sample:
             have = ", ".join(sorted(k for k, v in sample.items() if np.ndim(v) in (1, 2)))
             raise UserError(f"{where}: no {key!r}; there is {have or 'nothing like it'}")
-        x = np.asarray(sample[key])
-        if not (np.issubdtype(x.dtype, np.number) or x.dtype == bool) or x.ndim not in (0, 1, 2):
+        x = _array(sample[key], f"{where}: {key}")
+        if x.dtype.kind not in "fiub" or x.ndim not in (0, 1, 2):
             raise UserError(f"{where}: {key} is {x.dtype} of shape {list(x.shape)}, expected numbers [J] or [A, J]")
         x = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
         if not (finite := np.isfinite(x)).all():
             index = [int(i) for i in np.argwhere(~finite)[0]]
             raise UserError(f"{where}: {key}{index} is not a finite number")
         parts.append(np.atleast_1d(x))
+        if parts[-1].shape[:-1] != parts[0].shape[:-1]:
+            shapes = f"{list(parts[0].shape)} and {list(parts[-1].shape)}"
+            raise UserError(f"{where}: {names} are of shapes {shapes}, which can't be joined")
     return np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+
+
+def _array(value: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # lists of different lengths
+        raise UserError(f"{name} is no array ({str(error).partition('.')[0]})") from None
 
 
 def where_from(sample: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from openpi_port import checkpoint, robots
 from openpi_port.backends import NAMES, Backend
@@ -64,10 +64,12 @@ def fill(source: Source, backend: str, dtype: Dtype, device: str | None) -> Mode
     """An opened checkpoint as a model; see `load_model`.
 
     Raises:
-      UserError: its tensors don't fit, or there is no such device.
+      UserError: its tensors don't fit, or there is no such device or dtype.
     """
     from convert import tables
 
+    if dtype not in get_args(Dtype):
+        raise UserError(f"dtype={dtype!r}: {near(str(dtype), get_args(Dtype))}")
     modules = Backend(backend)
     try:
         modules.device.describe(modules.device.find(device))

@@ -76,8 +76,8 @@ class Policy:
         metadata: Mapping[str, Any] | None = None,
         constrained: bool = True,
     ) -> None:
-        if num_steps < 1:
-            raise UserError(f"num_steps={num_steps}: at least one step is needed")
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise UserError(f"num_steps={num_steps}: a whole number of steps is needed, at least one")
         self.model, self.data, self.stats = model, data, stats
         config = model.config
         self.horizon = config.action_horizon
@@ -171,8 +171,8 @@ class Policy:
         """One observation to one chunk.
 
         Args:
-          observation: cameras, state and prompt under any of the names in `openpi_port/observation.py`; images uint8
-            or float in [0, 1], [H, W, 3] or [3, H, W], of any size. "noise" may lie in it too.
+          observation: cameras, state and prompt under any of the names in `openpi_port/observation.py`; RGB images
+            uint8 or float in [0, 1], [H, W, 3] or [3, H, W], of any size. "noise" may lie in it too.
           noise: f32 [A, J], where the flow begins; None draws it.
           previous: [N, D], in the robot's units, the actions of the chunk that is being played, from the one that
             follows the observation; the new chunk goes on from it (real-time chunking, docs/real_time.md). May lie in
@@ -183,7 +183,7 @@ class Policy:
           {"actions": f32 [A, D] in the robot's units, "policy_timing": {"infer_ms": time in the model}}.
 
         Raises:
-          UserError: something is missing, misshapen or not finite; the message names it.
+          UserError: something is missing, misshapen or not finite, the actions included; the message names it.
         """
         held = {k: v for k, v in (("previous_actions", previous), ("delay", delay)) if v is not None}
         observation = {**observation, **held} if held else observation
@@ -250,7 +250,10 @@ class Policy:
         results = []
         for sample, answer in zip(samples, answers, strict=False):
             back = self._back({kind: np.asarray(answer), "state": sample["state"]})
-            results.append({"actions": np.asarray(back["actions"], np.float32), "policy_timing": dict(timing)})
+            actions = np.asarray(back["actions"], np.float32)
+            if not np.isfinite(actions).all():  # no robot is to get them
+                raise UserError("the model's actions are not finite: is the state far beyond what it was trained on?")
+            results.append({"actions": actions, "policy_timing": dict(timing)})
         return results
 
     def _back(self, answer: transforms.Sample) -> transforms.Sample:
@@ -266,6 +269,9 @@ class Policy:
             rate = f"{self.malformed} of {self.decoded} chunks malformed ({self.malformed / self.decoded:.1%})"
             logging.getLogger(__name__).warning("pi0-FAST, unconstrained: %s", rate)
             raise UserError(f"pi0-FAST wrote what is no chunk of actions ({error}); {rate}") from error
+
+    def reset(self) -> None:
+        """Nothing: a policy keeps no episode. Here because openpi's policies have it, and its chunk broker asks."""
 
     def optimize(self, *, float8: bool = False) -> Policy:
         """Prepares the model for fast inference (`pi_*/fast/prepare.py`): the same answers, computed another way.

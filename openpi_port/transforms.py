@@ -160,13 +160,17 @@ class Repack:
                 raise UserError(f"{where}: no camera {key!r} (config.data.cameras.{camera}); there is {have}")
             out["image"][camera] = as_uint8_image(sample[key], f"{where}: {key}")
         out["state"] = read_numbers(sample, self.state, where)
+        if out["state"].ndim != 1:
+            raise UserError(f"{where}: {self.state} has shape {list(out['state'].shape)}, expected one state, [J]")
         if all(key in sample for key in split_keys(self.actions)):
             out["actions"] = read_numbers(sample, self.actions, where)
         if "action_is_pad" in sample:
             out["action_is_pad"] = np.asarray(sample["action_is_pad"], bool)
         prompt = next((p for p in (sample.get("prompt"), self.prompt, sample.get("task")) if p is not None), None)
         if prompt is None:
-            raise UserError(f"{where}: no prompt: give one with the observation or set --config.data.prompt=")
+            raise UserError(
+                f"{where}: no prompt: give one with the observation, or a default one (data.prompt, --prompt=)"
+            )
         out["prompt"] = str(prompt)
         return out
 

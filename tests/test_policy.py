@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from frameworks import NAMES
 from small_policy import ALOHA, FAST, HORIZON, make_checkpoint, observation_of
 
@@ -138,6 +140,12 @@ def without(key):
         (lambda o: {**o, "state": np.zeros(7)}, "wrong robot"),
         (lambda o: {**o, "state": np.full(14, np.nan)}, "not a finite number"),
         (lambda o: {**o, "state": "zero"}, "expected numbers"),
+        (lambda o: {**o, "state": np.zeros(14, complex)}, "expected numbers"),
+        (lambda o: {**o, "state": np.zeros((1, 14))}, r"has shape \[1, 14\], expected one state, \[J\]"),
+        (lambda o: {**o, "state": [[0.0] * 14, [0.0]]}, "state is no array"),
+        (lambda o: {**o, "state": np.full(14, 1e300)}, "actions are not finite"),
+        (lambda o: {**o, "images": {**o["images"], "cam_high": np.zeros((0, 8, 3), np.uint8)}}, r"\[0, 8, 3\] is no"),
+        (lambda o: {**o, "images": {**o["images"], "cam_high": np.zeros((0, 8, 3))}}, r"\[0, 8, 3\] is no image"),
         (lambda o: {**o, "prompt": 3}, "prompt is text"),
         (lambda o: {**o, "noise": np.zeros((4, 14), np.float32)}, "noise is finite"),
         (lambda o: {**o, "images": {**o["images"], "cam_high": np.zeros((8, 8))}}, "no image"),
@@ -235,8 +243,24 @@ def test_faults_of_a_checkpoint(checkpoint, tmp_path):
         ({"robot": "alhoa"}, "aloha"),
         ({"data": {"sate": "x"}}, "data.sate"),
         ({"num_steps": 0}, "num_steps"),
+        ({"num_steps": 2.5}, "num_steps"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"dtype": "float16", "backend": "torch"}, "dtype='float16'"),
     ],
 )
 def test_wrong_arguments(checkpoint, arguments, words):
     with pytest.raises(UserError, match=words):
         Policy.from_pretrained(checkpoint, **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+@pytest.mark.parametrize(("backend", "device"), [("torch", "cuda"), ("flax", "gpu")])
+def test_a_device_that_is_absent_is_not_another(checkpoint, backend, device):
+    with pytest.raises(UserError, match=f"device='{device}' is not here"):
+        Policy.from_pretrained(checkpoint, backend, device=device)
+
+
+def test_openpi_s_broker_plays_a_policy_of_this_process(openpi_client, torch_policy):
+    broker = importlib.import_module("openpi_client.action_chunk_broker").ActionChunkBroker(torch_policy, HORIZON)
+    assert broker.infer(observation_of(0))["actions"].shape == (14,)
+    broker.reset()

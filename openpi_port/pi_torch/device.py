@@ -20,8 +20,9 @@ def find(name: str | None) -> torch.device:
 
     Without a GPU, None is the CPU.
     """
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return torch.device(own if name in (None, "cuda") else name)
+    if name is None and not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name in (None, "cuda") else name)
 
 
 def count() -> int:
