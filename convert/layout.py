@@ -133,6 +133,7 @@ class Translated(Mapping[str, np.ndarray]):
 
     def __init__(self, entries: Sequence[Entry], tensors: Mapping[str, Any], source: str, target: str) -> None:
         self._tensors, self._source, self._target = tensors, source, target
+        self._last: tuple[str, Any] = "", None  # of `tensors`, which may make each one when asked
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.parts: dict[str, list[tuple[Entry, int | None]]] = {}
         for entry in entries:
@@ -140,7 +141,9 @@ class Translated(Mapping[str, np.ndarray]):
                 name = entry.spot(target, layer).name
                 self.shapes[name] = entry.shape(target)
                 self.parts.setdefault(name, []).append((entry, layer))
-        self.dtypes = {name: self._dtype(name) for name in self.shapes}
+        made = getattr(tensors, "dtypes", None)
+        dtypes = {name: np.dtype(tensors[name].dtype) for name in tensors} if made is None else made
+        self.dtypes = {name: self._dtype(name, dtypes) for name in self.shapes}
 
     def sources(self, name: str) -> list[str]:
         """Names of the source's tensors that a target's tensor is made of."""
@@ -166,13 +169,50 @@ class Translated(Mapping[str, np.ndarray]):
 
     def _piece(self, entry: Entry, layer: int | None) -> np.ndarray:
         name, index = entry.spot(self._source, layer)
-        return entry.move(np.asarray(self._tensors[name][index]), self._source, self._target)
+        if name != self._last[0]:
+            self._last = "", None  # freed before the next one is made
+            self._last = name, self._tensors[name]
+        return entry.move(np.asarray(self._last[1][index]), self._source, self._target)
 
-    def _dtype(self, name: str) -> np.dtype:
-        dtypes = {source: np.dtype(self._tensors[source].dtype) for source in self.sources(name)}
+    def _dtype(self, name: str, known: Mapping[str, np.dtype]) -> np.dtype:
+        dtypes = {source: np.dtype(known[source]) for source in self.sources(name)}
         if len(set(dtypes.values())) > 1:
             raise UserError(f"{name} would be made of tensors of different dtypes: {_pairs(dtypes)}")
         return next(iter(dtypes.values()))
+
+
+class Completed(Mapping[str, np.ndarray]):
+    """Tensors, and where names are absent among them another mapping's; made when asked for, in that one's order.
+
+    Args:
+      found, rest: with `shapes` and `dtypes`, as `Translated` has.
+
+    Attributes:
+      shapes, dtypes: by name.
+    """
+
+    def __init__(self, found: Translated, rest: Any) -> None:
+        self._of = {name: found if name in found else rest for name in (*rest, *found)}
+        self.shapes = {name: of.shapes[name] for name, of in self._of.items()}
+        self.dtypes = {name: of.dtypes[name] for name, of in self._of.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._of[name][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._of  # Mapping's own would make the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape, without making tensors that are made when asked for."""
+    made = getattr(tensors, "shapes", None)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()} if made is None else dict(made)
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

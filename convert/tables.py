@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.layout import OURS, Entry, Place, Row, Translated, side_shapes
+from convert.layout import OURS, Entry, Place, Row, Translated, shapes_of, side_shapes
 from openpi_port.config import Gemma, Siglip
 from openpi_port.strict import check
 
@@ -294,7 +294,7 @@ def translate(tensors: Mapping[str, Any], config: Any, source: str, target: str)
       UserError: a tensor is missing, unknown or misshapen.
     """
     rows = entries(config)
-    check({k: tuple(v.shape) for k, v in tensors.items()}, side_shapes(rows, source), f"{source} weights")
+    check(shapes_of(tensors), side_shapes(rows, source), f"{source} weights")
     return Translated(rows, tensors, source, target)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,7 @@ def weights(config: Train) -> Mapping[str, np.ndarray]:
     if source.is_policy:
         _check_model(config, source)
     found = source.canonical() if source.is_policy else source.start_of(config.model)
-    absent = {name: fresh[name] for name in fresh if name not in found}
-    return ChainMap(absent, found) if absent else found
+    return layout.Completed(found, fresh)
 
 
 def _check_model(config: Train, source: Source) -> None:

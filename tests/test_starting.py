@@ -12,7 +12,7 @@ import pytest
 from frameworks import batch_of, opened
 
 from configs import pi0_aloha
-from convert import formats
+from convert import formats, layout, tables
 from openpi_port import base, init, loading, orbax_io, starting
 from openpi_port.backends import NAMES, Backend
 from openpi_port.config import Train
@@ -58,8 +58,25 @@ def test_every_stored_chunk_is_decoded_once(golden, tmp_path, monkeypatch, backe
     config = config_for(tmp_path, init=str(path), model=opened(path)[1], backend=backend, frozen=("",), save="trained")
     assert sum(decoded.values()) > 10 and max(decoded.values()) == 1, decoded.most_common(3)
     decoded.clear()
-    base.of(config, starting.weights(config))
+    weights = starting.weights(config)
+    base.of(config, weights)
     assert sum(decoded.values()) > 10 and max(decoded.values()) == 1, decoded.most_common(3)
+    decoded.clear()
+    module = Backend(backend)
+    begun = tables.translate(weights, config.model, layout.OURS, backend)
+    module.weights.load(module.infer.build(config.model, config.compute), begun)
+    assert sum(decoded.values()) > 10 and max(decoded.values()) == 1, decoded.most_common(3)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_fresh_weights_are_drawn_once(tmp_path, monkeypatch, backend):
+    drawn = collections.Counter()
+    draw = init.draw
+    monkeypatch.setattr(init, "draw", lambda name, *rest: (drawn.update([name]), draw(name, *rest))[1])
+    point = starting.point(tmp_path / "run", config_for(tmp_path, backend=backend), resume=False)
+    assert not drawn
+    assert sum(tensor.size for tensor in point.weights.values()) > 100_000
+    assert max(drawn.values()) == 1, drawn.most_common(3)
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05", "pi0_fast"])
