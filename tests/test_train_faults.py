@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from frameworks import NAMES, Framework
 from steps import batches, run_config
-from torch import Tensor
+from torch import Tensor, nn
 
 from openpi_port import memory
 from openpi_port.config import Compute
@@ -22,7 +22,7 @@ from openpi_port.pi_torch import pi0_fast, sharding
 from openpi_port.pi_torch.fast import norms, products
 from openpi_port.pi_torch.fast.replay import Replayed
 from openpi_port.pi_torch.layers import Linear
-from openpi_port.pi_torch.train import _compile
+from openpi_port.pi_torch.train import _compile, _compile_layers
 
 
 def broken_off(*_: object) -> None:
@@ -139,6 +139,24 @@ def test_layers_are_compiled_on_a_cpu_where_that_is_asked_for():
     for how, wanted in (("layers", "layers"), ("auto", "none")):
         config = dataclasses.replace(run_config(), compute=Compute(compile=how))
         assert _compile(config, torch.device("cpu")) == wanted
+
+
+def test_every_trainer_of_a_process_compiles_its_layers(monkeypatch):
+    """torch stops at eight variants of the same code, of all that call it together."""
+
+    class Layer(nn.Module):
+        def forward(self, x: Tensor, more: int = 1) -> Tensor:
+            return x + more
+
+    found, compiled = [], torch.compile
+    backend = lambda graph, _: found.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compiled(f, backend=backend, dynamic=dynamic))
+    for size in range(2, 14):
+        layers = [Layer(), Layer()]
+        _compile_layers(layers)
+        for layer in layers:
+            torch.testing.assert_close(layer(torch.zeros(size), more=3), torch.full((size,), 3.0))
+    assert len(found) == 12
 
 
 @pytest.mark.parametrize("setting", ["tf32", "ieee"])

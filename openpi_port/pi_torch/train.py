@@ -6,6 +6,7 @@ B batch, A actions in a chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,9 +71,7 @@ class Trainer:
         self._loss = self._layout.fill(loss, weights)
         how = _compile(config, self._layout.device)
         if how != "none":
-            options = {"comprehensive_padding": False}  # to rows with gaps cuBLAS doesn't add a bias as it multiplies
-            for layer in (*module.vision.blocks, *module.gemma.layers):  # all of a kind share what is compiled
-                layer.forward = torch.compile(layer.forward, dynamic=False, options=options)  # inside FSDP's hooks
+            _compile_layers([*module.vision.blocks, *module.gemma.layers])  # inside FSDP's hooks
         trained = {n: self._layout.parts[n] for n, p in self._layout.parameters.items() if p.requires_grad}
         mu, nu = ({name: torch.zeros_like(p) for name, p in trained.items()} for _ in range(2))
         average = {name: p.detach().clone() for name, p in trained.items()} if config.optimizer.ema else None
@@ -271,6 +270,22 @@ def _compile(config: Config, device: torch.device) -> str:
     if name == "graph" and not (whole and on_gpu):
         raise UserError("config.compute.compile='graph' is for pi0 and pi0.5 on GPUs, neither split nor insulated")
     return name
+
+
+def _compile_layers(layers: Sequence[nn.Module]) -> None:
+    """Compiles their `forward`, in place; all of a kind share what is compiled.
+
+    torch counts what it has compiled of a piece of code for whomever, and beyond eight compiles no more. So this is a
+    copy of the code, which another trainer of the process has no part in.
+    """
+    options = {"comprehensive_padding": False}  # to rows with gaps cuBLAS doesn't add a bias as it multiplies
+    copies: dict[FunctionType, FunctionType] = {}
+    for layer in layers:
+        plain = type(layer).forward
+        if plain not in copies:
+            copies[plain] = copy = FunctionType(plain.__code__.replace(), plain.__globals__, closure=plain.__closure__)
+            copy.__defaults__, copy.__kwdefaults__ = plain.__defaults__, plain.__kwdefaults__
+        layer.forward = torch.compile(MethodType(copies[plain], layer), dynamic=False, options=options)
 
 
 def _part(batch: Batch, index: int, count: int) -> Batch:
