@@ -48,7 +48,7 @@ def evaluate(policy: Policy, out: Path, *, samples: int, plots: int) -> None:
     rows = [i * len(dataset) // count for i in range(count)]
     shown = {rows[i * count // plots] for i in range(min(plots, count))} if plots else set()
     names = dimensions.numbered(dataset, data.actions, policy.metadata["action_dim"])
-    errors = []
+    errors, recorded = [], []
     out.mkdir(parents=True, exist_ok=True)
     policy.warmup((BATCH,))
     for start in tqdm(range(0, count, BATCH), unit="batch", dynamic_ncols=True):
@@ -60,30 +60,39 @@ def evaluate(policy: Policy, out: Path, *, samples: int, plots: int) -> None:
             true = np.concatenate([np.asarray(sample[k], np.float32) for k in split_keys(data.actions)], axis=-1)
             true = np.where(sample["action_is_pad"][:, None], np.nan, true)
             errors.append(result["actions"] - true)
+            recorded.append(true)
             if row in shown:
                 title = f"episode {sample['episode_index']}, frame {sample['frame_index']}"
                 pictures.plot_chunk(out / "chunks" / f"{row:06d}.png", result["actions"], true, title, names)
-    report(np.stack(errors), out, data.repo_id, names)
+    report(np.stack(errors), np.stack(recorded), out, data.repo_id, names)
 
 
-def report(errors: np.ndarray, out: Path, name: str, dims: list[str]) -> None:
-    """Mean absolute and root mean square error per dimension.
+def report(errors: np.ndarray, recorded: np.ndarray, out: Path, name: str, dims: list[str]) -> None:
+    """Mean absolute and root mean square error per dimension, beside the spread of what was recorded.
+
+    Whoever always gave the recorded actions' mean would have their spread as root mean square error.
 
     Args:
       errors: [samples, A, D], robot units; NaN past an episode's end.
+      recorded: [samples, A, D], likewise.
       out: where open_loop.json goes.
       name: of the data set.
       dims: names of the dimensions.
     """
     mae = np.nanmean(np.abs(errors), axis=(0, 1))
     rmse = np.sqrt(np.nanmean(errors**2, axis=(0, 1)))
-    recorded = ~np.isnan(errors).all(axis=(0, 2))  # a chunk may be longer than every episode
-    by_step = np.nanmean(np.abs(errors[:, recorded]), axis=(0, 2))
-    print(f"{name}: {len(errors)} validation chunks, robot units\n{'dimension':24} {'mean abs':>10} {'rms':>10}")
-    for dim, a, r in zip(dims, mae, rmse, strict=True):
-        print(f"{dim:24} {a:10.4g} {r:10.4g}")
-    print(f"{'all':24} {mae.mean():10.4g} {np.sqrt((rmse**2).mean()):10.4g}")
-    numbers = {"dataset": name, "samples": len(errors), "mae": mae.tolist(), "rmse": rmse.tolist()}
+    spread = np.nanstd(recorded, axis=(0, 1))
+    there = ~np.isnan(errors).all(axis=(0, 2))  # a chunk may be longer than every episode
+    by_step = np.nanmean(np.abs(errors[:, there]), axis=(0, 2))
+    width = max(map(len, ("dimension", *dims)))
+    print(f"{name}: error of {len(errors)} validation chunks in robot units, and how far the recorded actions spread")
+    print(f"{'dimension':{width}} {'mean abs':>10} {'rms':>10} {'spread':>10}")
+    for dim, *row in zip(dims, mae, rmse, spread, strict=True):
+        print(f"{dim:{width}} " + " ".join(f"{value:10.4g}" for value in row))
+    square = [np.sqrt((values**2).mean()) for values in (rmse, spread)]
+    print(f"{'all':{width}} {mae.mean():10.4g} {square[0]:10.4g} {square[1]:10.4g}")
+    numbers = {"dataset": name, "dimensions": dims, "samples": len(errors), "mae": mae.tolist(), "rmse": rmse.tolist()}
+    numbers["spread"] = spread.tolist()
     numbers["mae_by_step"] = by_step.tolist()
     whole.write_text(out / "open_loop.json", json.dumps(numbers, indent=1) + "\n")
     print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")

@@ -231,6 +231,16 @@ def saved(path, errors, rewards, **settings):
     return path
 
 
+def test_errors_of_chunks_beside_the_spread_of_what_was_recorded(tmp_path, capsys):
+    recorded = np.random.default_rng(0).normal(size=(40, 6, 2)) * [1.0, 3.0]
+    recorded[:, 4:] = np.nan  # past the episodes' end
+    open_loop.report(-recorded, recorded, tmp_path, "x", ["a", "long name"])
+    numbers = json.loads((tmp_path / "open_loop.json").read_text())
+    np.testing.assert_allclose(numbers["rmse"], numbers["spread"], rtol=0.05)  # as of whoever always says the mean
+    np.testing.assert_allclose(numbers["spread"], recorded[:, :4].std(axis=(0, 1)))
+    assert len(numbers["mae_by_step"]) == 4 and "long name" in capsys.readouterr().out
+
+
 def test_two_evaluations_seed_by_seed(tmp_path, capsys):
     early, late, fail = [0, 0, 1, 2, 2, 4, 4, 4], [0, 0, 0, 0, 0, 0, 1, 4], [0] * 8
     a = saved(tmp_path / "a", [0, 0, 0, 0], [early, late, fail, early])
@@ -320,6 +330,7 @@ def test_open_loop_on_the_data_set_that_ships(tmp_path):
     numbers = json.loads((out / "open_loop.json").read_text())
     assert numbers["samples"] == 3 and len(numbers["mae"]) == 14 and len(numbers["mae_by_step"]) == 4
     assert np.isfinite(numbers["mae"]).all() and len(list((out / "chunks").iterdir())) == 1
+    assert numbers["dimensions"][0] == "0 left_arm_waist" and "spread" in done.stdout
     again = command(f"--checkpoint={path}", "--env=dataset", f"--out={out}")
     assert again.returncode == 2 and "out exists already and is not overwritten" in again.stderr
 

@@ -12,6 +12,7 @@ S side of a frame, pixels.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -150,7 +151,7 @@ class FrameCache:
           times: f64 [frames], seconds.
         """
         path = self._path(source, part)
-        header = {"source": str(source.resolve()), "fingerprint": _fingerprint(source), "frames": len(times)}
+        header = {"source": _real(source), "fingerprint": _fingerprint(source), "frames": len(times)}
         content = json.dumps(header).encode().ljust(HEADER) + np.asarray(times, "<f8").tobytes()
         descriptor, temporary = tempfile.mkstemp(dir=self.directory)
         try:
@@ -229,13 +230,24 @@ def _checksum(image: np.ndarray) -> int:
     return zlib.crc32(image) or 1
 
 
+@functools.lru_cache(maxsize=4096)
+def _real_directory(directory: str) -> str:
+    return os.path.realpath(directory)
+
+
+def _real(source: Path) -> str:
+    """The path without links; those of directories are followed once for the thousands of files that they hold."""
+    path = os.path.join(_real_directory(str(source.parent)), source.name)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
 def _fingerprint(source: Path) -> list[object]:
     """Changes when the file does; differs between files."""
     try:
         stat = source.stat()
     except OSError:
-        return [str(source.resolve()), 0, 0]
-    return [str(source.resolve()), stat.st_size, stat.st_mtime_ns]
+        return [_real(source), 0, 0]
+    return [_real(source), stat.st_size, stat.st_mtime_ns]
 
 
 def _read_header(path: Path) -> dict[str, object] | None:

@@ -21,7 +21,7 @@ from openpi_port.sim.simulation import About
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-BORDER, TITLE = 3, 22  # pixels
+BORDER, TITLE, LABEL = 3, 22, 10  # pixels
 FRAMES_EVERY = 2  # control steps per video frame
 GOOD, BAD, RUNNING = (40, 180, 70), (210, 50, 50), (90, 90, 90)
 GIF_FPS = 10
@@ -35,7 +35,7 @@ def rows(episodes: Sequence[Episode]) -> list[list[Episode]]:
 
 
 def grid(shown: Sequence[Sequence[Episode]], titles: Sequence[str] = ()) -> Iterator[np.ndarray]:
-    """Frames of all episodes side by side; the border says how each ends once it has.
+    """Frames of all episodes side by side with their seeds; the border says how each ends once it has.
 
     Args:
       shown: rows of episodes with frames.
@@ -50,15 +50,28 @@ def grid(shown: Sequence[Sequence[Episode]], titles: Sequence[str] = ()) -> Iter
     background = Image.new("RGB", (width + width % 2, height + height % 2), RUNNING)
     for y, text in enumerate(titles):
         ImageDraw.Draw(background).text((BORDER + 2, y * (size + title) + 3), text, font=ImageFont.load_default(13))
-    tiles = [(y * (size + title) + title, x * size, e) for y, row in enumerate(shown) for x, e in enumerate(row)]
-    for n in range(max(len(e.frames) for _, _, e in tiles) + 12):
+    tiles = [
+        (y * (size + title) + title, x * size, e, _label(str(e.seed)))
+        for y, row in enumerate(shown)
+        for x, e in enumerate(row)
+    ]
+    for n in range(max(len(e.frames) for _, _, e, _ in tiles) + 12):
         picture = np.array(background)
-        for top, left, episode in tiles:
+        for top, left, episode, label in tiles:
             done = n >= len(episode.frames) - 1
             picture[top : top + size, left : left + size] = RUNNING if not done else GOOD if episode.success else BAD
             inside = picture[top + BORDER : top + size - BORDER, left + BORDER : left + size - BORDER]
             inside[:] = episode.frames[min(n, len(episode.frames) - 1)]
+            inside[: len(label), : label.shape[1]] = label
         yield picture
+
+
+def _label(text: str) -> np.ndarray:
+    """uint8 [H, W, 3], light on dark."""
+    font = ImageFont.load_default(LABEL)
+    picture = Image.new("RGB", (math.ceil(font.getlength(text)) + 4, LABEL + 3), RUNNING)
+    ImageDraw.Draw(picture).text((2, 0), text, font=font)
+    return np.array(picture)
 
 
 def write_mp4(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
