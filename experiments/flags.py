@@ -147,9 +147,10 @@ def _largest(argv: list[str], path: Path) -> str:
     base = build(Train, holder.value)
     backend = Backend(base.backend)
     index, count = backend.sharding.join()  # before any device is looked at
-    name, room = backend.device.describe(backend.device.find(None))
+    device = backend.device.find(None)
+    kind, (name, room) = backend.device.kind(device), backend.device.describe(device)
     shape = meshes.shape(base.mesh, backend.device.count(), count, base.batch_size)
-    need = memory.plan(memory.settle(base, shape, room), shape).total
+    need = memory.plan(memory.settle(memory.written(base, kind), shape, room), shape).total
     size = "base" if need <= memory.SPARED[base.backend] * room else "mini"
     if index == 0:
         print(

@@ -123,11 +123,12 @@ def announce(config: Train, processes: Processes) -> None:
     """Says what will run, and refuses what the device can't hold, before anything is fetched or allocated."""
     backend = Backend(config.backend)
     device = backend.device
-    name, room = device.describe(device.find(None))
+    kind, (name, room) = device.kind(device.find(None)), device.describe(device.find(None))
     attention = backend.attention.resolve(config.compute, device.find(None)).attention
     num_devices = device.count()
     shape = meshes.shape(config.mesh, num_devices, processes.count, config.batch_size)
     several = f"{shape[0]} x {shape[1]} times " if shape != (1, 1) else ""
+    config = memory.written(config, kind)
     settled = memory.settle(config, shape, room)
     plan, remat, parts = memory.plan(settled, shape), settled.compute.remat, settled.microbatches
     processes.say(

@@ -202,13 +202,25 @@ def largest_batch(config: Train, shape: tuple[int, int], room: int) -> int:
     return step * (bisect.bisect_right(range(beyond), room, 1, key=total) - 1)
 
 
-def unrolled(config: Train) -> bool:
-    """Whether layers are written out one after another in training: on a GPU Flax's are, if nothing is frozen.
+def written(config: Train, kind: str) -> Train:
+    """Settles `Compute.compile` in Flax: are layers written out one after another, or a loop?
 
-    Frozen weights would be copied out of their stacks, where a run that freezes them means to save memory.
+    Written out on a GPU, if nothing is frozen: frozen weights would be copied out of their stacks, where a run that
+    freezes them means to save memory. A TPU's compiler takes minutes for one layer.
+
+    Args:
+      config: the run.
+      kind: of device: "cpu", "gpu" or "tpu".
     """
-    how = config.compute.compile
-    return config.backend == "flax" and (how == "unrolled" or (how == "auto" and not config.frozen))
+    if config.backend == "torch" or config.compute.compile != "auto":
+        return config
+    how = "unrolled" if kind == "gpu" and not config.frozen else "scan"
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, compile=how))
+
+
+def unrolled(config: Train) -> bool:
+    """Whether layers are written out one after another; where that isn't settled, as on a GPU."""
+    return config.backend == "flax" and written(config, "gpu").compute.compile == "unrolled"
 
 
 # What is cast before layers use it; norms compute in float32.

@@ -142,9 +142,9 @@ def test_cudnn_but_its_kernel(case, monkeypatch):
     check("flax", case, "cudnn")
 
 
-@pytest.mark.parametrize("case", ["full", "prefix", "suffix"])
-def test_splash(case):
-    check("flax", case, "splash", kv_heads=2 if case == "full" else 1)
+@pytest.mark.parametrize(("case", "kv_heads"), [("full", 2), ("prefix", 1), ("prefix", 2), ("suffix", 1)])
+def test_splash(case, kv_heads):
+    check("flax", case, "splash", kv_heads)
 
 
 @pytest.mark.parametrize("case", ["prefix", "suffix", "causal"])

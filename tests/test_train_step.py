@@ -103,11 +103,11 @@ def test_a_batch_in_parts_is_the_same_step(name):
         dataclasses.replace(config, microbatches=3)
 
 
-@pytest.mark.parametrize("model", ["pi0", "insulated"])
-def test_gradients_of_layers_apart(model):
-    """Flax's layers as arrays of their own, and the prompts' rows of the embedding alone, change no gradient."""
+@pytest.mark.parametrize(("model", "compiled"), [("pi0", "unrolled"), ("insulated", "unrolled"), ("pi0", "scan")])
+def test_gradients_of_layers_apart(model, compiled):
+    """Flax's layers in pieces, and the prompts' rows of the embedding alone, change no gradient."""
     config = build(Train, (pi0_aloha if model == "pi0" else pi05_aloha).get_config("debug"))
-    compute = Compute(compile="unrolled", remat="dots")
+    compute = Compute(compile=compiled, remat="dots")
     config = dataclasses.replace(config, batch_size=4, compute=compute, insulate=model != "pi0")
     data = batches(config, 1)[0]
     if config.insulate:

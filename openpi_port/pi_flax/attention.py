@@ -5,8 +5,9 @@ B batch, T queries, S keys, N heads, K kv heads, G = N / K, H head dim.
 - "plain": einsum; the logits exist in float32. The reference, and the only one for float32.
 - "cudnn": cuDNN's fused kernels, on NVIDIA GPUs, in bfloat16. Where all queries see the same keys the valid keys are
   brought to the front and counted; other masks become a bias, but where few queries have one, attention is plain.
-- "splash": the Pallas kernel for TPUs (interpreted on a CPU). Where all queries see the same keys, invalid keys form
-  a segment of their own; passes with another mask (the 51 queries of pi0's suffix) are plain.
+- "splash": the Pallas kernel for TPUs (interpreted on a CPU), where heads share keys and all queries see the same ones:
+  invalid keys form a segment of their own. Passes with another mask (the 51 queries of pi0's suffix) are plain, and so
+  is vision: a head of 72 would fill half of a tile.
 
 "auto" is resolved once per device by `resolve`. The output at a padding query is nobody's: backends differ there.
 """
@@ -20,16 +21,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import AxisType, PartitionSpec
 
 from openpi_port.config import Compute
 from openpi_port.errors import UserError
 from openpi_port.masks import UNSEEN, Blocks, dense
 from openpi_port.pi_flax.fast import attend
+from openpi_port.pi_flax.layers import KEPT
 
 MASKED = -2.3819763e38  # big_vision's value for a forbidden logit; a fully masked row becomes uniform
 BACKENDS = ("plain", "cudnn", "splash")
 FEW = 64  # queries with a mask of their own (pi0's suffix) for which plain attention is faster than cuDNN with a bias
 TILE = 128  # of the splash kernel, along queries, keys and head dim
+LONGEST = 1024  # tokens that the splash kernel takes at a time; in tiles its thousand steps take longer than the work
 
 
 class _Front(NamedTuple):
@@ -91,7 +95,7 @@ def attention(
     if backend == "cudnn" and not (isinstance(mask, jax.Array) and q.shape[1] <= FEW):
         return _cudnn(q, k, v, mask, scale)
     q = q if scale == 1 else q * scale
-    if backend == "splash" and (mask is None or isinstance(mask, Blocks)):
+    if backend == "splash" and isinstance(mask, Blocks):
         return _splash(q, k, v, mask)
     if backend == "cudnn" and k.shape[1] % 8:  # cuBLAS wants it so, and XLA would pad every product by itself
         k, v = (_padded(x, -k.shape[1] % 8) for x in (k, v))
@@ -100,6 +104,11 @@ def attention(
 
 
 def _plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+    if k.shape[2] == 1 < q.shape[2] and (mask is None or mask.shape[1] == 1):
+        # Heads that share keys, and what is seen of them, are rows of one product. XLA for TPUs otherwise lays out the
+        # logits anew, which is half of the forward pass's traffic.
+        rows = _plain(rearrange(q, "B T N H -> B (T N) 1 H"), k, v, mask)
+        return rearrange(rows, "B (T N) H -> B T (N H)", N=q.shape[2])
     q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
     logits = _logits(q, k)
     if mask is not None:
@@ -169,23 +178,34 @@ def _padded(x: jax.Array, tokens: int, dims: int = 0) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, tokens), (0, 0), (0, dims)))
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Blocks | None) -> jax.Array:
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Blocks) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    split = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
+    call = _splash_kernel
+    if split:  # XLA splits no kernel among devices: each takes its own samples
+        call = jax.shard_map(call, in_specs=PartitionSpec(split), out_specs=PartitionSpec(split), check_vma=False)
+    return call(q, k, v, (mask.keys < UNSEEN).astype(jnp.int32))
+
+
+def _splash_kernel(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
     # Imported here, since it takes long.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 
     (size, length, heads, dim), (keys, kv_heads) = q.shape, k.shape[1:3]
-    q, k, v = (_padded(x, -x.shape[1] % TILE, -x.shape[3] % TILE) for x in (q, k, v))
+    blocks = [min(-(-n // TILE) * TILE, LONGEST) for n in (length, keys)]
+    more = [-n % block for n, block in zip((length, keys), blocks, strict=True)]
+    q, k, v = (_padded(x, n, -dim % TILE) for x, n in zip((q, k, v), (more[0], more[1], more[1]), strict=True))
     q, k, v = (rearrange(x, "B S N H -> B N S H") for x in (q, k, v))
-    seen = jnp.ones((size, keys), jnp.int32) if mask is None else (mask.keys < UNSEEN).astype(jnp.int32)
-    seen = jnp.pad(seen, ((0, 0), (0, k.shape[2] - keys)))
-    segments = splash.SegmentIds(q=jnp.ones((size, q.shape[2]), jnp.int32), kv=seen)
+    ones = jnp.ones((size, q.shape[2]), jnp.int32)
+    segments = splash.SegmentIds(q=ones, kv=jnp.pad(seen, ((0, 0), (0, more[1]))))
 
     full = splash_masks.FullMask((q.shape[2], k.shape[2]))
+    of_queries, of_keys = blocks
     kernel = splash.make_splash_mqa(
         splash_masks.MultiHeadMask([full] * (heads // kv_heads)),
-        block_sizes=splash.BlockSizes(*(TILE,) * 3, *(TILE,) * 3, *(TILE,) * 2),
-        head_shards=1, q_seq_shards=1, interpret=jax.default_backend() == "cpu",
+        block_sizes=splash.BlockSizes(*(of_queries, of_keys, of_keys) * 2, of_queries, of_keys),
+        head_shards=1, q_seq_shards=1, residual_checkpoint_name=KEPT, interpret=jax.default_backend() == "cpu",
     )  # fmt: skip
     q = rearrange(q, "B (K G) T H -> B K G T H", K=kv_heads)
     per_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))

@@ -21,6 +21,11 @@ def count() -> int:
     return jax.device_count()
 
 
+def kind(device: jax.Device) -> str:
+    """What sort of device it is: "cpu", "gpu" or "tpu"."""
+    return device.platform
+
+
 def put(tree: Any, device: jax.Device) -> Any:
     """Nested numpy arrays to arrays on a device."""
     return jax.device_put(tree, device)

@@ -20,7 +20,7 @@ from openpi_port.config import Gemma as Config
 from openpi_port.masks import Blocks
 from openpi_port.pi_flax import lora
 from openpi_port.pi_flax.attention import attention, prepare
-from openpi_port.pi_flax.fast.apart import take
+from openpi_port.pi_flax.fast.apart import but_last, last
 from openpi_port.pi_flax.fast.backward import gelu
 from openpi_port.pi_flax.layers import AdaRMSNorm, Angles, RMSNorm, add_gated, angles, kept, lowered, rope, run, stack
 
@@ -171,12 +171,11 @@ class Gemma(nnx.Module):
         (in training) and a copy where they aren't.
         """
         graph, layers = self._layers()
-        most, last = take(layers, slice(-1)), take(layers, -1)
         others = [None] * (len(self.norms) - 1)
-        xs, new = self._scan(graph, most, [x, *others], [None, *others], positions, mask, None, True, None)
-        layer, where = nnx.merge(graph, last), angles(positions, self.head_dim)
-        _, last = layer(xs, [None, *others], where, None, None, keys_only=True)
-        return KVCache(*(jnp.concatenate([a, b[None]]) for a, b in zip(new, last, strict=True)))
+        xs, new = self._scan(graph, but_last(layers), [x, *others], [None, *others], positions, mask, None, True, None)
+        layer, where = nnx.merge(graph, last(layers)), angles(positions, self.head_dim)
+        _, own = layer(xs, [None, *others], where, None, None, keys_only=True)
+        return KVCache(*(jnp.concatenate([a, b[None]]) for a, b in zip(new, own, strict=True)))
 
     def logits(self, x: jax.Array, table: jax.Array | None = None) -> jax.Array:
         """Scores of the vocabulary in float32, through the tied embedding: [..., D] to [..., V].

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from openpi_port.config import Compute
-from openpi_port.pi_flax.fast.apart import apart, is_apart
+from openpi_port.pi_flax.fast.apart import apart, is_apart, joined
 from openpi_port.pi_flax.fast.backward import layer_norm
 
 KEPT = "product"
@@ -142,7 +142,7 @@ def run(body: Callable, x: Any, layers: Any, compute: Compute) -> tuple[Any, Any
     """`jax.lax.scan` of a layer over stacked weights and whatever else is stacked, see `Compute.compile`."""
     body = remat(body, compute)
     if compute.compile != "unrolled":
-        return jax.lax.scan(body, x, layers)
+        return jax.lax.scan(body, x, joined(layers))
     leaves, structure = jax.tree.flatten(layers, is_leaf=is_apart)
     outs = []
     for layer in zip(*map(apart, leaves), strict=True):

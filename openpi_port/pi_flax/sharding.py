@@ -62,7 +62,7 @@ def _surroundings() -> dict[str, Any] | None:
             ) from None
     if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
         return {}
-    if importlib.util.find_spec("libtpu") and env.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
+    if importlib.util.find_spec("libtpu") and env.get("JAX_PLATFORMS", "tpu").startswith("tpu") and _asks_for_hosts():
         return {}
     if int(env.get("WORLD_SIZE", 1)) > 1:
         raise UserError(
@@ -70,6 +70,15 @@ def _surroundings() -> dict[str, Any] | None:
             "torchrun, or see docs/launch.md for several machines"
         )
     return None
+
+
+def _asks_for_hosts() -> bool:
+    """Whether JAX can learn of a TPU's other hosts: from Kubernetes' environment, or Google's metadata.
+
+    JAX itself says that the metadata are not to be asked where it finds no chip, when it is imported.
+    """
+    told = {"TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES"} & os.environ.keys()
+    return bool(told) or "TPU_SKIP_MDS_QUERY" not in os.environ
 
 
 def barrier(name: str) -> None:

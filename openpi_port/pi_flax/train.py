@@ -5,7 +5,7 @@ B batch, A actions in a chunk.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -27,7 +27,7 @@ from openpi_port.errors import UserError
 from openpi_port.pi_flax import attention, insulated
 from openpi_port.pi_flax import device as devices
 from openpi_port.pi_flax.fast import options
-from openpi_port.pi_flax.fast.apart import layers, together
+from openpi_port.pi_flax.fast.apart import cut, layers, together
 from openpi_port.pi_flax.fast.copies import add_up
 from openpi_port.pi_flax.infer import build
 from openpi_port.pi_flax.layers import lowered
@@ -49,23 +49,21 @@ class Trainer:
     """A model in training.
 
     Attributes:
-      config: the run, its remat settled.
+      config: the run, with what is "auto" of remat, gradients and compile settled.
       step: number of optimizer steps done.
     """
 
     def __init__(self, config: Config, weights: Mapping[str, np.ndarray], device: str | None = None) -> None:
         """Fills a model with `weights` (by Flax path, all of them) and makes a fresh optimizer state."""
         self._layout = Layout(config, device)
-        config = memory.settle(config, self._layout.shape, devices.describe(self._layout.device)[1])
+        kind, (_, room) = devices.kind(self._layout.device), devices.describe(self._layout.device)
+        config = memory.settle(memory.written(config, kind), self._layout.shape, room)
         self.config = config
         self.step = 0
         options.keep_programs(self._layout.device)
         compute = attention.resolve(config.compute, self._layout.device)
-        if compute.compile not in ("auto", "scan", "unrolled"):
+        if compute.compile not in ("scan", "unrolled"):
             raise UserError(f"config.compute.compile={compute.compile!r}: Flax has auto, scan, unrolled")
-        if compute.compile == "auto":
-            written_out = memory.unrolled(config) and self._layout.device.platform == "gpu"
-            compute = dataclasses.replace(compute, compile="unrolled" if written_out else "scan")
         self._compute = compute
         self._keys = batches.training(config.model, insulate=config.insulate)
         module = self._layout.fill(build(config.model, compute), weights)
@@ -87,7 +85,7 @@ class Trainer:
         """One optimizer step on this process's part of a batch; returns scalars that are still being computed."""
         batch = self._layout.put(batches.leave_out(batches.select(batch, self._keys), self.config.cameras))
         rate = np.float32(learning_rate(self.step, self.config.optimizer))
-        with devices.precision(self.config.compute):
+        with self._surroundings():
             self._state, metrics = self._update(self._state, batch, rate)
         self.step += 1
         return metrics
@@ -96,7 +94,7 @@ class Trainer:
         """The loss of the averaged weights on a batch, of which this process gives its part."""
         batch = self._layout.put(batches.leave_out(batches.select(batch, self._keys), self.config.cameras))
         trained = self._deployed()
-        with devices.precision(self.config.compute):
+        with self._surroundings():
             return float(self._evaluate(trained, self._state.frozen, batch))
 
     def weights(self, *, only_trained: bool = False) -> dict[str, np.ndarray]:
@@ -127,6 +125,14 @@ class Trainer:
         self._state = State(trained, self._state.frozen, (clip, adam, decay), average)
         self.step = step
 
+    def _surroundings(self) -> contextlib.ExitStack:
+        """A context in which float32 products are exact, and a kernel that XLA can't split finds the mesh."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(devices.precision(self.config.compute))
+        if self._compute.attention == "splash":
+            stack.enter_context(jax.set_mesh(self._layout.whole.mesh))
+        return stack
+
     def _fresh(self, trained: nnx.State) -> tuple[optax.OptState, nnx.State | None]:
         """The optimizer's state, and the average, before the first step."""
         return self._optimizer.init(trained), jax.tree.map(jnp.copy, trained) if self.config.optimizer.ema else None
@@ -153,7 +159,8 @@ class Trainer:
 
     def _gradients(self, state: State, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
         """The losses and the gradient of their mean, float32, part by part of the batch."""
-        trained, frozen = (_as_used(part, self._compute) for part in (state.trained, state.frozen))
+        trained = _as_used(state.trained, self._compute, in_two=_IN_TWO if self._leaves_out_last() else None)
+        frozen = _as_used(state.frozen, self._compute)
         summed, parts, tokens = self._summed, self.config.microbatches, batch["tokenized_prompt"]
         if meshes.copied(self._layout.shape):
             summed = add_up(summed, self._layout.whole.mesh, self.config.compute.gradients)
@@ -194,6 +201,10 @@ class Trainer:
         writes = isinstance(self.config.model, configs.Pi0Fast) or self.config.insulate
         return not writes and is_trained(self.config, _EMBEDDING)
 
+    def _leaves_out_last(self) -> bool:
+        """Whether of the language model's last layer only keys and values are computed."""
+        return isinstance(self.config.model, configs.Pi0) and not self.config.insulate
+
     def _evaluate_fn(self, trained: nnx.State, frozen: nnx.State, batch: Batch) -> jax.Array:
         return self._loss(trained, frozen, batch)[0]
 
@@ -231,8 +242,11 @@ def is_trained(config: Config, path: tuple, _: Any = None) -> bool:
     return not meshes.is_frozen(config, "/".join(map(str, path)))
 
 
-def _as_used(weights: nnx.State, compute: Compute) -> nnx.State:
-    """Casts, once a step, what only layers use, and takes stacks apart where layers are written out."""
+def _as_used(weights: nnx.State, compute: Compute, in_two: str | None = None) -> nnx.State:
+    """Casts, once a step, what only layers use, and takes stacks apart where layers are written out.
+
+    Where layers are a loop, stacks whose names match `in_two` are cast to two pieces (`apart.Cut`).
+    """
 
     def used(path: tuple, leaf: Any) -> Any:
         name = "/".join(map(str, path))
@@ -241,6 +255,8 @@ def _as_used(weights: nnx.State, compute: Compute) -> nnx.State:
         weight = nnx.from_flat_state([(path, leaf)])
         if compute.compile == "unrolled" and not name.startswith("vision/head"):
             weight = jax.tree.map(layers, weight)
+        elif compute.compile == "scan" and in_two and re.match(in_two, name):
+            weight = jax.tree.map(cut, weight)
         return dict(nnx.to_flat_state(lowered(weight, compute)))[path]
 
     return nnx.from_flat_state([(path, used(path, leaf)) for path, leaf in nnx.to_flat_state(weights)])
@@ -285,6 +301,7 @@ def _once(
 
 
 _EMBEDDING = ("gemma", "embedding")
+_IN_TWO = r"gemma/layers/experts/0/.*kernel$"
 
 
 def _embedding(weights: nnx.State) -> nnx.State:

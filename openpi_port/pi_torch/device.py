@@ -30,6 +30,11 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def kind(device: torch.device) -> str:
+    """What sort of device it is: "cpu" or "gpu"."""
+    return "gpu" if device.type == "cuda" else device.type
+
+
 def put(tree: Any, device: torch.device) -> Any:
     """Nested numpy arrays to tensors on a device."""
     if isinstance(tree, Mapping):

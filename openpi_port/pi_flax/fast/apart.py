@@ -1,4 +1,4 @@
-"""Stacked weights as one array per layer, for training whose layers are written out one after another.
+"""Stacked weights in pieces, for training: one array per layer where layers are written out one after another.
 
 L layers.
 
@@ -10,7 +10,7 @@ there is one set of gradients and no pass over them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,17 +31,36 @@ class Apart(tuple):
         return cls(arrays)
 
 
+@jax.tree_util.register_pytree_node_class
+class Cut(Apart):
+    """All layers but the last [L - 1, ...], and the last [1, ...], of one stacked weight."""
+
+
 def is_apart(x: Any) -> bool:
     """For `is_leaf` of tree functions."""
     return isinstance(x, Apart)
 
 
-def take(weights: Any, which: int | slice) -> Any:
-    """One layer, or several, of all stacked weights in a tree, whether they lie apart or not."""
+def cut(weight: jax.Array) -> Cut:
+    """A stacked weight in two."""
+    return Cut((weight[:-1], weight[-1:]))
 
+
+def but_last(weights: Any) -> Any:
+    """All layers but the last of all stacked weights in a tree, however they lie."""
+    return _taken(weights, lambda both: both[0], slice(-1))
+
+
+def last(weights: Any) -> Any:
+    """The last layer of all stacked weights in a tree, however they lie."""
+    return _taken(weights, lambda both: both[1][0], -1)
+
+
+def _taken(weights: Any, of_two: Callable[[Cut], jax.Array], which: int | slice) -> Any:
     def taken(weight: jax.Array | Apart) -> Any:
-        found = weight[which]
-        return Apart(found) if is_apart(weight) and isinstance(which, slice) else found
+        if isinstance(weight, Cut):
+            return of_two(weight)
+        return Apart(weight[which]) if is_apart(weight) and isinstance(which, slice) else weight[which]
 
     return jax.tree.map(taken, weights, is_leaf=is_apart)
 
@@ -67,9 +86,20 @@ def together(weights: Any) -> Any:
     """
 
     def stacked(weight: jax.Array | Apart) -> jax.Array:
-        return jax.lax.optimization_barrier(jnp.stack(weight)) if is_apart(weight) else weight
+        if not is_apart(weight):
+            return weight
+        return jax.lax.optimization_barrier(_joined(weight) if isinstance(weight, Cut) else jnp.stack(weight))
 
     return jax.tree.map(stacked, weights, is_leaf=is_apart)
+
+
+def joined(weights: Any) -> Any:
+    """Makes one array again of what is cut in two, for a loop over all layers: XLA drops those that it doesn't read."""
+    return jax.tree.map(lambda weight: _joined(weight) if is_apart(weight) else weight, weights, is_leaf=is_apart)
+
+
+def _joined(weight: Cut) -> jax.Array:
+    return jnp.concatenate(weight)
 
 
 @jax.custom_vjp

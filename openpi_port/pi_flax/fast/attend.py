@@ -14,18 +14,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-# What JAX offers in public rounds the logarithms of the softmax's sums to bfloat16.
-from jax._src.cudnn.fused_attention_stablehlo import MaskType
-from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention as cudnn
-
 from openpi_port.pi_flax.layers import kept
+
+try:
+    # What JAX offers in public rounds the logarithms of the softmax's sums to bfloat16, which makes probabilities 3 %
+    # wrong at sums of e^8; and to sum again would be a pass over all logits.
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType
+    from jax._src.cudnn.fused_attention_stablehlo import dot_product_attention as cudnn
+except ImportError:  # of another JAX: cuDNN's own backward pass then, by its public name (docs/performance.md)
+    MaskType = cudnn = None
 
 FEWEST = 256  # channels of a head from which on this is faster than cuDNN's own backward pass
 
 
 def usable(q: jax.Array, k: jax.Array) -> bool:
-    """Whether `attention` takes q [B, T, N, H] and k [B, S, K, H], and is faster than cuDNN's."""
-    return k.shape[2] == 1 and q.shape[3] >= FEWEST
+    """Whether this JAX has what `attention` needs, and it takes q [B, T, N, H], k [B, S, K, H] faster than cuDNN."""
+    return cudnn is not None and k.shape[2] == 1 and q.shape[3] >= FEWEST
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
