@@ -19,7 +19,7 @@ from openpi_port.config import Compute
 from openpi_port.errors import UserError
 from openpi_port.pi_torch import device as devices
 from openpi_port.pi_torch import pi0_fast, sharding
-from openpi_port.pi_torch.fast import norms, products
+from openpi_port.pi_torch.fast import compiled, norms, products
 from openpi_port.pi_torch.fast.replay import Replayed
 from openpi_port.pi_torch.layers import Linear
 from openpi_port.pi_torch.train import _compile, _compile_layers
@@ -135,10 +135,16 @@ def test_a_recorded_pass_takes_no_other_batch():
     assert seen == [1]
 
 
-def test_layers_are_compiled_on_a_cpu_where_that_is_asked_for():
-    for how, wanted in (("layers", "layers"), ("auto", "none")):
-        config = dataclasses.replace(run_config(), compute=Compute(compile=how))
-        assert _compile(config, torch.device("cpu")) == wanted
+def test_layers_are_compiled_on_a_cpu_where_that_is_asked_for(monkeypatch):
+    layers, auto = (dataclasses.replace(run_config(), compute=Compute(compile=how)) for how in ("layers", "auto"))
+    for there in (True, False):
+        monkeypatch.setattr(compiled, "has_compiler", lambda there=there: there)
+        assert _compile(auto, torch.device("cpu")) == "none"
+        if there:
+            assert _compile(layers, torch.device("cpu")) == "layers"
+        else:
+            with pytest.raises(UserError, match="config.compute.compile='layers' needs a C"):
+                _compile(layers, torch.device("cpu"))
 
 
 def test_every_trainer_of_a_process_compiles_its_layers(monkeypatch):
@@ -148,9 +154,9 @@ def test_every_trainer_of_a_process_compiles_its_layers(monkeypatch):
         def forward(self, x: Tensor, more: int = 1) -> Tensor:
             return x + more
 
-    found, compiled = [], torch.compile
+    found, plain = [], torch.compile
     backend = lambda graph, _: found.append(graph) or graph.forward  # noqa: E731
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compiled(f, backend=backend, dynamic=dynamic))
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: plain(f, backend=backend, dynamic=dynamic))
     for size in range(2, 14):
         layers = [Layer(), Layer()]
         _compile_layers(layers)

@@ -269,6 +269,11 @@ def _compile(config: Config, device: torch.device) -> str:
         raise UserError(f"config.compute.compile={name!r}: torch has auto, none, layers, graph")
     if name == "graph" and not (whole and on_gpu):
         raise UserError("config.compute.compile='graph' is for pi0 and pi0.5 on GPUs, neither split nor insulated")
+    if name == "layers" and not on_gpu:
+        from openpi_port.pi_torch.fast import compiled  # which imports torch's exporter
+
+        if not compiled.has_compiler():
+            raise UserError("config.compute.compile='layers' needs a C++ compiler on a CPU (apt-get install g++)")
     return name
 
 
