@@ -84,14 +84,16 @@ def _summary(subject: Subject) -> str:
     total, _ = memory.count_params(model)
     lines = [
         f"{kind}, size {model.size}, {total / 1e6:,.1f} M parameters, chunks of {model.action_horizon} actions.",
-        *(f"Data: {_about(part)}." for part in subject.parts),
+        *(f"Data: {_about(part, model.action_horizon)}." for part in subject.parts),
     ]
     return f"<p class='about'>{'<br>'.join(escape(line) for line in lines)}</p>"
 
 
-def _about(part: Part) -> str:
+def _about(part: Part, horizon: int) -> str:
     data = part.data
     size = "" if part.frames is None else f", {len(part.frames.episodes)} episodes, {len(part.frames)} frames"
+    if part.frames is not None and part.frames.fps:
+        size += f" at {part.frames.fps:g} a second (a chunk is {horizon / part.frames.fps:.2g} s)"
     how = f"robot {data.robot}, normalised by {data.norm}, augmentation {data.augment}"
     return f"{data.repo_id or 'none named'}{size}, {how}"
 

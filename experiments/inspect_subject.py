@@ -27,6 +27,7 @@ from openpi_port.tokenizers.fast_sequence import FastSequence
 from openpi_port.tokenizers.paligemma import PromptTokenizer
 
 LARGE = 10.0  # a normalised value that is worth a look
+MUCH_PADDING = 0.3  # share of the actions that lie beyond their episode's end
 DRAWS = 2  # augmentations shown of each image
 
 
@@ -258,6 +259,13 @@ def _of_part(subject: Subject, part: Part) -> list[Finding]:
     if data.norm == "zscore" and getattr(model, "state_in", "prompt") == "prompt":
         found.append(Finding("bad", "the state is written into the prompt in 256 bins of [-1, 1], but data.norm=zscore "
                              "does not bring it there: use quantile"))  # fmt: skip
+    if part.frames is not None and (share := part.frames.padding) > MUCH_PADDING:
+        length = np.median([episode.length for episode in part.frames.episodes])
+        text = (
+            f"{share:.0%} of the actions lie beyond their episode's end and are not learned: episodes have {length:g} "
+            f"frames (median), chunks {part.frames.horizon} (config.model.action_horizon)"
+        )
+        found.append(Finding("note", text))
     dims = len(part.stats["actions"].mean)
     if any(data.delta) and (rest := dims - len(data.delta)) > 0:
         text = f"config.data.delta has {len(data.delta)} entries: the other {rest} of {dims} dimensions stay absolute"

@@ -160,6 +160,19 @@ def pi0():
     return inspect_subject.of_config(debug(pi0_aloha))
 
 
+def test_chunks_that_are_longer_than_the_episodes(pi0):
+    (part,) = pi0.parts
+    samples, findings = inspect_subject.look(pi0, 1)
+    assert not any("beyond their episode's end" in f.text for f in findings)
+    page = inspect_page.page(pi0, samples, findings)
+    assert "at 50 a second (a chunk is 1 s)" in page
+    frames, _ = open_datasets(dataclasses.replace(part.data, cameras={}), horizon=300)
+    padding = np.mean([frames.numbers(row)["action_is_pad"] for row in frames.rows(0)])
+    assert frames.padding == pytest.approx(padding, abs=0.01)  # all are almost as long
+    found = inspect_subject._of_part(pi0, dataclasses.replace(part, frames=frames))
+    assert any(f"{frames.padding:.0%} of the actions lie beyond" in f.text and "chunks 300" in f.text for f in found)
+
+
 def test_page_of_a_mixture():
     config = debug(pi0_aloha)
     other = dataclasses.replace(config.data, cache_gb=8.0, episodes=(3, 4), prompt="hand it over")

@@ -84,6 +84,17 @@ class Frames(abc.ABC):
         """What is known of columns beside their numbers, such as the "names" of their dimensions."""
         return {}
 
+    @property
+    def fps(self) -> float | None:
+        """Frames, and actions, per second; None where the data set doesn't say."""
+        return None
+
+    @property
+    def padding(self) -> float:
+        """Share of all chunks' actions that lie beyond their episode's end."""
+        ahead = self._starts[self._row_episode + 1] - np.arange(len(self))
+        return 1.0 - float(np.minimum(ahead, self.horizon).mean()) / self.horizon
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
