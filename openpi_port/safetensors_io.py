@@ -181,7 +181,8 @@ def write(
     encoded += b" " * (-len(encoded) % 8)  # keeps the tensors aligned
     data = 8 + len(encoded)
     with Path(path).open("xb") as file:
-        os.posix_fallocate(file.fileno(), 0, data + end)
+        if hasattr(os, "posix_fallocate"):  # not on a Mac, which tells of a full disk when it is full
+            os.posix_fallocate(file.fileno(), 0, data + end)
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in tensors:
             array = np.ascontiguousarray(tensors[name])

@@ -176,6 +176,14 @@ def test_damage_is_named_in_one_line(tmp_path, golden, change, words):
     assert "\n" not in str(error.value)
 
 
+def test_safetensors_on_a_system_that_reserves_no_space(tmp_path, monkeypatch):
+    """A Mac."""
+    monkeypatch.delattr("os.posix_fallocate", raising=False)
+    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(0, np.int8)}
+    safetensors_io.write(tmp_path / "x.safetensors", tensors)
+    assert same(safetensors_io.Arrays(tmp_path / "x.safetensors"), tensors)
+
+
 def test_damage_in_orbax_names_the_array(tmp_path, golden):
     shutil.copytree(golden / "openpi/pi0/params", tmp_path / "params")
     file = max((tmp_path / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
