@@ -124,14 +124,14 @@ def write(path: str | Path, tensors: Mapping[str, Any], progress: Any = None) ->
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{_key(name)}/"}
         _write_array(kvstore, array, context, small if array.nbytes < LARGE else None)
         if small is not None and waiting >= LARGE:
-            small.commit_async().result()
+            _finished(small.commit_async())
             small, waiting = None, 0
         shapes[name] = array.shape
         if progress is not None:
             progress(array.nbytes)
         del array  # before the next one is made
     if small is not None:
-        small.commit_async().result()
+        _finished(small.commit_async())
     _describe(path, shapes)
 
 
@@ -206,12 +206,26 @@ def _write_array(kvstore: Any, array: np.ndarray, context: ts.Context, transacti
         "compressor": {"id": "zstd", "level": 1},
     }
     spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata, "store_data_equal_to_fill_value": True}
-    store = ts.open(spec, create=True, context=context, transaction=transaction).result()
+    store = _finished(ts.open(spec, create=True, context=context, transaction=transaction))
     if transaction is not None or array.ndim < 3:
-        store.write(array).result()
+        _finished(store.write(array))
     else:
         for i, layer in enumerate(array):  # tensorstore copies what it writes
-            store[i].write(layer).result()
+            _finished(store[i].write(layer))
+
+
+def _finished(future: Any) -> Any:
+    """What a future of tensorstore's gives.
+
+    Where the waiting is interrupted, it is waited for nevertheless: what is still being written would make the directory
+    again after it has been removed.
+    """
+    try:
+        return future.result()
+    except KeyboardInterrupt:
+        with contextlib.suppress(Exception):
+            future.result()
+        raise
 
 
 def _zarr_dtype(dtype: np.dtype) -> str:

@@ -184,6 +184,27 @@ def test_safetensors_on_a_system_that_reserves_no_space(tmp_path, monkeypatch):
     assert same(safetensors_io.Arrays(tmp_path / "x.safetensors"), tensors)
 
 
+def test_an_interrupted_array_is_written_to_its_end(tmp_path, monkeypatch):
+    """A Ctrl-C comes while tensorstore writes: nothing may appear after what there is has been removed."""
+    finished = []
+
+    class Slow:
+        def __init__(self, future):
+            self.future, self.asked = future, 0
+
+        def result(self):
+            self.asked += 1
+            if self.asked == 1:
+                raise KeyboardInterrupt
+            finished.append(self.future.result())
+
+    open_ = orbax_io.ts.open
+    monkeypatch.setattr(orbax_io.ts, "open", lambda *args, **kwargs: Slow(open_(*args, **kwargs)))
+    with pytest.raises(KeyboardInterrupt):
+        orbax_io.write(tmp_path / "params", {"a": np.zeros((2, 3, 4), np.float32)})
+    assert len(finished) == 1
+
+
 def test_damage_in_orbax_names_the_array(tmp_path, golden):
     shutil.copytree(golden / "openpi/pi0/params", tmp_path / "params")
     file = max((tmp_path / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
