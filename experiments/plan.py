@@ -9,6 +9,8 @@ from openpi_port.config import Train
 from openpi_port.memory import GIB, Plan
 
 UNITS = {"GiB": GIB, "MiB": 2**20}
+# GiB of a chip that its compiler leaves to a program (libtpu 0.0.42).
+TPUS = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 PARTS = ("weights", "rounded", "gradients", "optimizer", "average", "activations", "total")
 
 

@@ -40,6 +40,7 @@ RESUME_IF_ANY = absl_flags.DEFINE_bool(
 )
 PLAN = absl_flags.DEFINE_bool("plan", False, "only say how much memory the run would take")
 PLAN_GIB = absl_flags.DEFINE_float("plan_gib", None, "for --plan: memory of a device; by default of the one at hand")
+PLAN_TPU = absl_flags.DEFINE_enum("plan_tpu", None, list(plans.TPUS), "for --plan: of a TPU that is not at hand")
 START = time.perf_counter()
 
 
@@ -147,7 +148,15 @@ def announce(config: Train, processes: Processes) -> None:
 def show_plan(config: Train) -> None:
     """Says what the run would take, of the devices that the config asks for."""
     device = Backend(config.backend).device
-    room = int(PLAN_GIB.value * memory.GIB) if PLAN_GIB.value else device.describe(device.find(None))[1]
+    if PLAN_TPU.value:
+        if PLAN_GIB.value or config.backend == "torch":
+            raise UserError("--plan_tpu says how much memory there is, and is for Flax: leave out --plan_gib and torch")
+        kind, room = "tpu", int(plans.TPUS[PLAN_TPU.value] * memory.GIB)
+    else:
+        kind, (_, room) = device.kind(device.find(None)), device.describe(device.find(None))
+        if PLAN_GIB.value:  # on a machine without an accelerator, of a GPU
+            kind, room = "gpu" if kind == "cpu" else kind, int(PLAN_GIB.value * memory.GIB)
+    config = memory.written(config, kind)
     print(plans.show(config, (max(config.mesh.data, 1), config.mesh.fsdp), room))
 
 

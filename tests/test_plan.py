@@ -73,6 +73,16 @@ def test_plan_of_two_devices(microbatches, shape, peak):
     assert plan.total / GIB == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "shape", "microbatches", "peak"), [(32, (1, 1), 4, 75.1), (512, (8, 4), 1, 40.6)]
+)
+def test_plan_of_tpus(batch_size, shape, microbatches, peak):
+    """GiB of a v5p chip that the compiler counts; nothing was run. docs/performance.md has the versions."""
+    config = memory.written(base("flax", "dots", microbatches, "bfloat16", batch_size=batch_size), "tpu")
+    assert config.compute.compile == "scan" and not memory.unrolled(config)
+    assert memory.plan(config, shape).total / GIB == pytest.approx(peak, rel=0.1)
+
+
 def test_more_is_kept_with_more_memory():
     totals = [memory.plan(base("torch", remat)).total for remat in ("full", "dots", "none")]
     assert totals == sorted(totals)

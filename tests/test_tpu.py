@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ from steps import batches, run_config
 from experiments.bench_parts import random_batch
 from openpi_port import init
 from openpi_port.config import Compute
+from openpi_port.errors import UserError
 from openpi_port.masks import Blocks
 from openpi_port.pi_flax import sharding
 from openpi_port.pi_flax.attention import attention, prepare
@@ -122,6 +125,19 @@ def test_hosts_are_asked_for_on_a_tpu_alone(environment, several, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu" or None)
     assert sharding._surroundings() == ({} if several else None)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (8, 2), (4, 4), (16, 1)])
+def test_a_mesh_of_any_shape(shape):
+    """Of 4 x 4 chips, of which an axis of 2 or 8 is a part or more than one."""
+    chips = [
+        SimpleNamespace(platform="tpu", device_kind="TPU v6 lite", coords=(x, y, 0), core_on_chip=0, process_index=0)
+        for x, y in itertools.product(range(4), repeat=2)
+    ]
+    arranged = sharding._arranged(shape, chips)
+    assert arranged.shape == shape and len({chip.coords for chip in arranged.flat}) == 16
+    with pytest.raises(UserError, match=r"config.mesh: data=3 times fsdp=1: 3 chips of this TPU are no rectangle"):
+        sharding._arranged((3, 1), [*chips[:2], chips[4]])
 
 
 def test_a_jax_without_the_private_cudnn(monkeypatch):

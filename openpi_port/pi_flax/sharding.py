@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,8 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from openpi_port import meshes
 from openpi_port.config import Train
@@ -110,6 +110,23 @@ class Vote:
         return False if before is None else bool(before)
 
 
+def _arranged(shape: tuple[int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in that shape, those that talk most beside each other.
+
+    An axis may be a part of one of a TPU's torus, as 2 x 8 of 4 x 4 chips is, which `jax.make_mesh` refuses.
+
+    Raises:
+      UserError: they are no rectangle of a TPU's chips.
+    """
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except AssertionError:
+        raise UserError(
+            f"config.mesh: data={shape[0]} times fsdp={shape[1]}: {len(devices)} chips of this TPU are no rectangle; "
+            f"take all, or a power of two"
+        ) from None
+
+
 class Layout:
     """Where a run's tensors lie.
 
@@ -126,7 +143,7 @@ class Layout:
         self._min_size = config.mesh.min_size
         self._stored_in = partial(meshes.stored_in, config)
         taken = found[: self.shape[0] * self.shape[1]]
-        self._mesh = jax.make_mesh(self.shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=taken)
+        self._mesh = Mesh(_arranged(self.shape, taken), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
         self.device = devices.find(device)
         self.whole = NamedSharding(self._mesh, PartitionSpec())
 
