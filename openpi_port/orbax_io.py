@@ -217,7 +217,7 @@ def _write_array(kvstore: Any, array: np.ndarray, context: ts.Context, transacti
 def _finished(future: Any) -> Any:
     """What a future of tensorstore's gives.
 
-    Where the waiting is interrupted, it is waited for nevertheless: what is still being written would make the directory
+    Where the waiting is interrupted, it is waited for nevertheless: what is still being written would make the folder
     again after it has been removed.
     """
     try:
