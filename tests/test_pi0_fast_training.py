@@ -9,8 +9,10 @@ from pathlib import Path
 import jobs
 import numpy as np
 import pytest
+import torch
 from frameworks import NAMES, Framework
 from tiny_fast import TINY, batch_of_prompts
+from torch.utils.flop_counter import FlopCounterMode
 
 import openpi_port
 from configs import pi0_fast_aloha, pi0_fast_droid
@@ -21,6 +23,7 @@ from openpi_port import grammar as grammars
 from openpi_port.config import SIZES, Optimizer, Pi0Fast, Train
 from openpi_port.data import material
 from openpi_port.fields import build
+from openpi_port.pi_torch.pi0_fast import _CrossEntropy
 from openpi_port.tokenizers import fast, paligemma
 
 pytestmark = pytest.mark.usefixtures("own_caches")
@@ -177,3 +180,17 @@ def test_unknown_tokenizer(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"fast_tokenizer=nobody/nothing.*fast_aloha"):
         fast.load("nobody/nothing")
+
+
+def test_a_frozen_embedding_costs_no_gradient():
+    """torch: of PaliGemma's vocabulary that would be a third of the loss, and a gigabyte."""
+    x, targets = torch.randn(5, 8, requires_grad=True), torch.tensor([0, 3, 1, 19, 2])
+    table, found = torch.randn(20, 8, requires_grad=True), []
+    for trained in (True, False):
+        loss = _CrossEntropy.apply(x, table.requires_grad_(trained), targets)
+        with FlopCounterMode(display=False) as counter:
+            (of_x,) = torch.autograd.grad(loss.sum(), x)
+        found.append((of_x, counter.get_total_flops()))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    product = 2 * 5 * 8 * 20
+    assert [flops for _, flops in found] == [3 * product, 2 * product]

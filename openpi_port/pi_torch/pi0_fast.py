@@ -328,9 +328,10 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, table, targets, total = ctx.saved_tensors
-        of_x, of_table = torch.zeros_like(x, dtype=torch.float32), torch.empty_like(table)
+        of_x = torch.zeros_like(x, dtype=torch.float32)
+        of_table = torch.empty_like(table) if ctx.needs_input_grad[1] else None  # else frozen
         for first in range(0, len(table), BLOCK):
             rows = table[first : first + BLOCK].to(x.dtype)
             of_logits = torch.exp(F.linear(x, rows).float() - total[:, None]) * gradient[:, None]
@@ -338,7 +339,8 @@ class _CrossEntropy(torch.autograd.Function):
             of_logits.scatter_add_(1, place[:, None], torch.where(inside, -gradient, 0)[:, None])
             of_logits = of_logits.to(x.dtype)
             of_x += of_logits @ rows
-            of_table[first : first + BLOCK] = of_logits.T @ x
+            if of_table is not None:
+                of_table[first : first + BLOCK] = of_logits.T @ x
         return of_x.to(x.dtype), of_table, None
 
 
