@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from openpi_port import host
 from openpi_port.config import Compute
 
 
@@ -39,7 +40,7 @@ def get(tree: Any) -> Any:
 def describe(device: jax.Device) -> tuple[str, int]:
     """A name for people, and the bytes of memory that one program may use."""
     if device.platform == "cpu":
-        return f"CPU ({os.cpu_count()} cores)", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return f"CPU ({os.cpu_count()} cores)", host.memory()
     stats = device.memory_stats() or {}
     return device.device_kind, stats.get("bytes_limit", 0)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from openpi_port import host
 from openpi_port.config import Compute
 
 
@@ -58,7 +59,7 @@ def get(tensor: torch.Tensor) -> np.ndarray:
 def describe(device: torch.device) -> tuple[str, int]:
     """A name for people, and the bytes of memory that one program may use."""
     if device.type == "cpu":
-        return f"CPU ({os.cpu_count()} cores)", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return f"CPU ({os.cpu_count()} cores)", host.memory()
     properties = torch.cuda.get_device_properties(device)
     return properties.name, properties.total_memory
 
