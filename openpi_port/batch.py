@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from openpi_port.config import Pi0, Pi0Fast
+from openpi_port.errors import UserError
 
 Batch = Mapping[str, Any]
 
@@ -31,7 +32,13 @@ def prompt(batch: Batch) -> tuple[str, ...]:
 
 
 def select(batch: Batch, keys: tuple[str, ...]) -> dict[str, Any]:
-    """The named fields of a batch, so that nothing else is copied to the device."""
+    """The named fields of a batch, so that nothing else is copied to the device.
+
+    Raises:
+      UserError: one is not there.
+    """
+    if missing := [key for key in keys if key not in batch]:
+        raise UserError(f"batch: no {', '.join(missing)}; this reads {', '.join(keys)}")
     return {key: dict(batch[key]) if isinstance(batch[key], Mapping) else batch[key] for key in keys}
 
 

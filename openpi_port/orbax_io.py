@@ -1,8 +1,8 @@
 """Arrays in orbax's checkpoint layout, one at a time and without JAX.
 
-An orbax PyTree checkpoint is a directory: `_METADATA` (JSON, the tree) and one zarr array per leaf, usually inside an
-OCDBT key-value store. tensorstore, which orbax itself uses, reads slices of the arrays, so a model larger than the
-memory can be converted.
+An orbax PyTree checkpoint is a directory: `_METADATA` (JSON, the tree) and one zarr array (version 2 or 3) per leaf,
+usually inside an OCDBT key-value store. tensorstore, which orbax itself uses, reads slices of the arrays, so a model
+larger than the memory can be converted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Arrays(Mapping[str, Stored]):
         self._ocdbt = (self.path / MANIFEST).exists()
         self._last: tuple[str, ts.TensorStore] | None = None
         try:
-            tree = json.loads((self.path / TREE).read_text())["tree_metadata"]
+            about = json.loads((self.path / TREE).read_text())
+            tree, self._driver = about["tree_metadata"], "zarr3" if about.get("use_zarr3") else "zarr"
             paths = [[entry["key"] for entry in leaf["key_metadata"]] for leaf in tree.values()]
         except FileNotFoundError:
             raise UserError(f"{self.path}: no {TREE} here, so this is no orbax checkpoint") from None
@@ -72,7 +73,7 @@ class Arrays(Mapping[str, Stored]):
         """The tensorstore of one leaf; what it reads is forgotten, unless a context keeps it."""
         base = self.path.absolute().as_uri()
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"} if self._ocdbt else f"{base}/{path}/"
-        spec = {"driver": "zarr", "kvstore": kvstore}
+        spec = {"driver": self._driver, "kvstore": kvstore}
         with self.named(path):
             return ts.open(spec, open=True, context=context or self._context).result()
 

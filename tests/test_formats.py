@@ -106,11 +106,11 @@ def _numpy_args(path: Path):
     return jax.tree.map(lambda _: ocp.ArrayRestoreArgs(restore_type=np.ndarray), tree)
 
 
-def test_orbax_written_by_orbax_in_both_layouts_is_read(tmp_path):
+def test_orbax_written_by_orbax_in_all_its_layouts_is_read(tmp_path):
     tree = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.ones(2, ml_dtypes.bfloat16)}
-    for ocdbt in (True, False):
-        path = tmp_path / str(ocdbt)
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)).save(path, tree)
+    for i, layout in enumerate(({"use_ocdbt": True}, {"use_ocdbt": False}, {"use_zarr3": True})):
+        path = tmp_path / str(i)
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**layout)).save(path, tree)
         read = orbax_io.Arrays(path)
         assert set(read) == {"a/b", "c"}
         np.testing.assert_array_equal(np.asarray(read["a/b"]), tree["a"]["b"])

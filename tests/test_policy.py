@@ -14,7 +14,7 @@ import torch
 from frameworks import NAMES
 from small_policy import ALOHA, FAST, HORIZON, make_checkpoint, observation_of
 
-from openpi_port import Policy, UserError, transforms
+from openpi_port import Policy, UserError, load_model, transforms
 from openpi_port.observation import rename
 from openpi_port.rng import draw_noise
 from openpi_port.robots import droid
@@ -258,6 +258,15 @@ def test_wrong_arguments(checkpoint, arguments, words):
 def test_a_device_that_is_absent_is_not_another(checkpoint, backend, device):
     with pytest.raises(UserError, match=f"device='{device}' is not here"):
         Policy.from_pretrained(checkpoint, backend, device=device)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_a_batch_that_lacks_something_is_named(checkpoint, backend):
+    model = load_model(checkpoint, backend, device="cpu")
+    with pytest.raises(
+        UserError, match="batch: no image_mask, state, tokenized_prompt, tokenized_prompt_mask; this reads"
+    ):
+        model.sample_actions({"image": {}}, np.zeros((1, HORIZON, 32), np.float32))
 
 
 def test_openpi_s_broker_plays_a_policy_of_this_process(openpi_client, torch_policy):
