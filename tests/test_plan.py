@@ -74,7 +74,8 @@ def test_plan_of_two_devices(microbatches, shape, peak):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "shape", "microbatches", "peak"), [(32, (1, 1), 4, 75.1), (512, (8, 4), 1, 40.6)]
+    ("batch_size", "shape", "microbatches", "peak"),
+    [(32, (1, 1), 4, 75.1), (32, (1, 1), 2, 88.2), (512, (8, 4), 1, 40.6)],
 )
 def test_plan_of_tpus(batch_size, shape, microbatches, peak):
     """GiB of a v5p chip that the compiler counts; nothing was run. docs/performance.md has the versions."""

@@ -163,7 +163,7 @@ import test_tpu
 devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
 mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 for backend in ("plain", "splash"):
-    function, operands = test_tpu.gradients(backend, size=4)
+    function, operands = test_tpu.gradients(backend, size=32)
     with jax.set_mesh(mesh):
         compiled = jax.jit(function).lower(*test_tpu.split(operands, mesh)).compile()
     print(backend, compiled.as_text().count("all-gather"), compiled.memory_analysis().temp_size_in_bytes)
@@ -183,4 +183,4 @@ def test_compiler():
     assert out.returncode == 0, out.stderr[-2000:]
     found = {line.split()[0]: [int(x) for x in line.split()[1:]] for line in out.stdout.splitlines()}
     assert found["plain"][0] == found["splash"][0] == 0
-    assert found["splash"][1] < found["plain"][1] < 2**28
+    assert found["splash"][1] < found["plain"][1] < 2**29
