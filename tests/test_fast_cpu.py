@@ -62,6 +62,14 @@ def test_tiles_of_a_smaller_gpu():
     assert large[:2] == small[:2] and large[2] == tiles.PREFIX_ATTENTION and small[2].keys < large[2].keys
 
 
+def test_which_products_are_several():
+    """Those whose sums are deepest, and only where one would leave an H100 half empty."""
+    down, o, image_down = (2048, 16384), (2048, 2048), (1152, 4352)
+    assert [tiles.parts(rows, *down) for rows in (288, 816, 968, 2 * 816)] == [4, 2, 2, 1]
+    assert [tiles.parts(rows, *image_down) for rows in (256, 768)] == [4, 4]
+    assert tiles.parts(816, *o) == 1 and tiles.parts(816, 2048, 16384 + 1) == 1
+
+
 NO_KERNELS = [(None, (9, 0), "needs Triton"), (True, (7, 5), "T4 has none")]
 
 

@@ -80,17 +80,44 @@ def caches(make):
     ]
 
 
+@pytest.fixture
+def parts_of(monkeypatch):
+    """Makes `ops.add_linear` compute so many products over parts, on a CPU too."""
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    return lambda count: monkeypatch.setattr(tiles, "parts", lambda *_: count)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_products_in_parts(make, parts_of, count):
+    """What a product in parts leaves, the norm that follows adds up."""
+    x, a, w = make.x(M, D), make.x(M, F), make.w(D, F)
+    offset, scale, bias, room = make.f(D), make.f(D), make.f(D), 32.0
+    for of in ("layer_norm", "rms_norm", "float8"):
+        parts_of(count)
+        total = ops.add_linear(x.clone(), a, w)
+        assert (total.parts is None) == (count == 1)
+        given = {"layer_norm": (offset, scale, bias), "rms_norm": (scale,), "float8": (room,)}[of]
+        norm = getattr(ops, of) if of != "float8" else float8.rms_norm
+        got, normed = norm(total, *given)
+        with pytest.MonkeyPatch.context() as plain:
+            plain.setattr(ops, "on_gpu", lambda x: False)
+            want, wanted = norm(ops.add_linear(*exact(x, a, w)), *exact(*given))
+        close(got, want)
+        if of == "float8":
+            assert (normed.float().cpu() - wanted.float()).norm() <= (2e-2 if GPU else 0.1) * wanted.float().norm()
+        else:
+            close(normed, wanted)
+
+
 def test_rows(make):
-    x, offset, scale, bias = make.x(M, D), make.f(D), make.f(D), make.f(D)
-    close(kernels.layer_norm(x, offset, scale, bias), ops.layer_norm(*exact(x, offset, scale, bias)))
-    close(kernels.rms_norm(x, scale), ops.rms_norm(*exact(x, scale)))
+    x = make.x(M, D)
     close(kernels.geglu(x), ops.geglu(*exact(x)))
 
 
 def test_float8_rows(make):
     """As in plain torch, but for what a last bit of float32 takes to the other side (the interpreter halves some)."""
     x, factors = make.x(M, D), make.f(M).abs()
-    nearly = [(kernels_float8.rms_norm(x, 32.0), float8.rms_norm(*exact(x), 32.0))]
+    nearly = []
     y, rows = kernels_float8.geglu(x)
     nearly += list(zip((y, rows), float8.geglu(*exact(x)), strict=True))
     for got, want in nearly:
@@ -149,12 +176,12 @@ def test_streaming_float8(make):
     close(after.x, ops.add_projected(plain, *exact(a), down.float().cpu() / 4, None, *exact(scale)).x)
 
 
+@pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("splits", [1, 3, 8])
 @pytest.mark.parametrize("limited", [False, True])
-def test_attend(make, monkeypatch, splits, limited):
+def test_attend(make, monkeypatch, splits, limited, described):
     """Few keys in one sample, so that some programs have none, and one token that sees fewer."""
-    monkeypatch.setattr(tiles, "SUFFIX_ATTENTION", tiles.Attend(16, 16, splits, 4, 2))
-    monkeypatch.setattr(tiles, "TOKEN_ATTENTION", tiles.Attend(16, 16, splits, 4, 2))
+    monkeypatch.setattr(tiles, "attend", lambda *_: tiles.Attend(16, 16, splits, 4, 2, described))
     q, k, v = make.x(M, N * H) * H**-0.5, make.x(B, S, H), make.x(B, S, H)
     past = torch.tensor([3, AT], dtype=torch.int32, device=DEVICE)
     extra, most = torch.tensor([1] + [T] * (T - 1), dtype=torch.int32, device=DEVICE) if limited else None, T * limited
@@ -188,15 +215,15 @@ def test_both_ends(make, monkeypatch, swish):
 
 @pytest.mark.skipif(GPU, reason="in bfloat16 see docs/performance.md")
 @pytest.mark.parametrize("name", ["pi0", "pi05"])
-def test_a_whole_chunk(golden, monkeypatch, name):
+def test_a_whole_chunk(golden, monkeypatch, parts_of, name):
     """Every kernel in its place, in the interpreter: vision, prefix and an Euler step of two samples."""
     weights, config = opened(golden / "openpi" / name)
     plain = Framework("torch").load(config, dict(weights))
     batch = batch_of(golden / "openpi" / name)
     want = plain.sample_actions(batch, batch["noise"], 1)
     monkeypatch.setattr(ends, "_exact_dot", lambda a, b, acc: tl.dot(a, b, acc))
-    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
     monkeypatch.setattr(onednn, "takes", lambda *of: False)
+    parts_of(2)
     monkeypatch.delattr(torch, "_addmm_activation")  # a CPU's has another gelu
     got = Framework("torch").backend.fast.optimize(plain).sample_actions(batch, batch["noise"], 1)
     np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)

@@ -15,6 +15,7 @@ from small_policy import MODEL
 
 from openpi_port import UserError, init
 from openpi_port.pi_torch.fast import decode, float8, ops
+from openpi_port.pi_torch.fast.ops import Sum
 from openpi_port.pi_torch.fast.pack import Block, Norm
 
 M, D, F = 6, 64, 256
@@ -26,14 +27,14 @@ def test_an_mlp():
     x, scale = torch.randn(M, D, generator=generator), 1 + 0.5 * torch.randn(D, generator=generator)
     gate_up, down = (torch.randn(n, k, generator=generator) * k**-0.5 for n, k in ((2 * F, D), (D, F)))
     x[2, 5], x[3], gate_up[7], down[:, 9] = 3e4, 1e-3 * x[3], 50 * gate_up[7], 50 * down[:, 9]
-    want = x + ops.geglu(ops.rms_norm(x, scale) @ gate_up.T) @ down.T
-    got, nothing = x.clone(), x[:0]
+    want = x + ops.geglu(ops.rms_norm(Sum(x), scale)[1] @ gate_up.T) @ down.T
+    nothing = x[:0]
     packed = float8.pack(Block(nothing, nothing, gate_up, down), Norm(scale, None, None))
-    float8.mlp_(got, packed)
+    got = float8.add_mlp(Sum(x.clone()), packed)
     errors = ((got - want).norm(dim=1) / (want - x).norm(dim=1)).tolist()
     assert min(errors) > 0.005 and max(errors) < 0.1
     assert packed.gate_up.dtype == packed.down.dtype == torch.float8_e4m3fn
-    largest = float8.rms_norm(torch.eye(M, D), packed.room).float().amax()
+    largest = float8.rms_norm(Sum(torch.eye(M, D)), packed.room)[1].float().amax()
     assert float8.LARGEST / 2 < largest <= float8.LARGEST
 
 

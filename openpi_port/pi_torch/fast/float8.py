@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openpi_port.pi_torch.fast import onednn, ops
+from openpi_port.pi_torch.fast.ops import Sum
 from openpi_port.pi_torch.fast.pack import Block, Norm
 
 FLOAT8 = torch.float8_e4m3fn
@@ -70,21 +71,23 @@ def of_tokens(blocks: list[Block], norms: list[Norm], mlps: list[Mlp]) -> tuple[
     return rounded, [n._replace(scale=torch.ones_like(n.scale)) if i % 2 else n for i, n in enumerate(norms)]
 
 
-def mlp_(x: Tensor, mlp: Mlp) -> None:
-    """`x += MLP(norm(x))` in place, [M, D]."""
-    gate_up = product(rms_norm(x, mlp.room), mlp.gate_up, mlp.gate_up_factor, mlp.one, x.dtype)
-    y, factors = geglu(gate_up)
+def add_mlp(total: Sum, mlp: Mlp) -> Tensor:
+    """`x + MLP(norm(x))`, [M, D], of the sum x, which is overwritten."""
+    x, y = rms_norm(total, mlp.room)
+    y, factors = geglu(product(y, mlp.gate_up, mlp.gate_up_factor, mlp.one, x.dtype))
     add_(x, product(y, mlp.down, mlp.down_factor, mlp.one, x.dtype), factors)
+    return x
 
 
-def rms_norm(x: Tensor, room: float) -> Tensor:
-    """`x / rms(x) * room`, [M, D] in float8."""
+def rms_norm(total: Sum, room: float) -> tuple[Tensor, Tensor]:
+    """The sum x, [M, D], and `x / rms(x) * room` in float8."""
+    x = total.x
     if ops.on_gpu(x):
         from openpi_port.pi_torch.fast.kernels import float8
 
-        return float8.rms_norm(x, room)
+        return x, float8.rms_norm(total, room)
     x32 = x.float()
-    return (x32 * (torch.rsqrt(x32.square().mean(-1, keepdim=True) + ops.EPS) * room)).to(FLOAT8)
+    return x, (x32 * (torch.rsqrt(x32.square().mean(-1, keepdim=True) + ops.EPS) * room)).to(FLOAT8)
 
 
 def product(x: Tensor, w: Tensor, factor: Tensor, one: Tensor, dtype: torch.dtype) -> Tensor:

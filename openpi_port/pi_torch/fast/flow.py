@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from openpi_port.pi_torch.fast import float8, onednn, ops, pack
-from openpi_port.pi_torch.fast.ops import Residual, Seen
+from openpi_port.pi_torch.fast.ops import Residual, Seen, Sum
 from openpi_port.pi_torch.fast.pack import Block, Norm, Step, Vision
 from openpi_port.pi_torch.pi0 import Pi0
 from openpi_port.pi_torch.pi0_fast import Pi0Fast
@@ -120,14 +120,14 @@ class Language:
         p = self.patch_size
         patches = rearrange(pixels, "B C (h p) (w q) c -> (B C) (h w) (p q c)", p=p, q=p)
         x = (onednn.linear(patches, packed.patch) + packed.start).to(self.dtype)
-        x = x.flatten(0, 1)
+        total = Sum(x.flatten(0, 1))
         for layer in packed.layers:
-            y = ops.layer_norm(x, layer.offset_attn, layer.scale_attn, layer.bias_attn)
+            x, y = ops.layer_norm(total, layer.offset_attn, layer.scale_attn, layer.bias_attn)
             y = ops.attend_all(onednn.linear(y, layer.qkv, layer.qkv_bias), len(patches), self.heads)
-            x = ops.add_linear(x, y, layer.o)
-            y = ops.layer_norm(x, layer.offset_mlp, layer.scale_mlp, layer.bias_mlp)
-            x = ops.add_linear(x, ops.linear_gelu(y, layer.up, layer.up_bias), layer.down)
-        y = ops.layer_norm(x, packed.offset, packed.scale, packed.bias)
+            total = ops.add_linear(x, y, layer.o)
+            x, y = ops.layer_norm(total, layer.offset_mlp, layer.scale_mlp, layer.bias_mlp)
+            total = ops.add_linear(x, ops.linear_gelu(y, layer.up, layer.up_bias), layer.down)
+        _, y = ops.layer_norm(total, packed.offset, packed.scale, packed.bias)
         return onednn.linear(y, packed.head, packed.head_bias).view(images.shape[0], -1, packed.head.shape[0])
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -155,23 +155,24 @@ class Language:
         size, prefix, _ = x.shape
         dim = self.turns.shape[1] * 2
         shape = (len(self.blocks), size, prefix + extra, dim)
-        k, v = (torch.zeros(shape, dtype=x.dtype, device=x.device) for _ in range(2))
+        make = torch.empty if ops.on_gpu(x) else torch.zeros  # kernels don't read what isn't written
+        k, v = (make(shape, dtype=x.dtype, device=x.device) for _ in range(2))
         turns = self.turns[:prefix].repeat(size, 1, 1)
         seen = ops.see(length, None, 0, prefix, 1, x, look=not self._traced)
-        x = x.flatten(0, 1)
+        total = Sum(x.flatten(0, 1))
         for i, block in enumerate(self.blocks):
-            y = ops.rms_norm(x, self.norms[2 * i].scale)
+            x, y = ops.rms_norm(total, self.norms[2 * i].scale)
             if i + 1 == len(self.blocks):
                 ops.split_qkv(onednn.linear(y, self.last), turns, k[i], v[i])
                 break
             q = ops.split_qkv(onednn.linear(y, block.qkv), turns, k[i], v[i])
             y = ops.attend(q, k[i, :, :prefix], v[i, :, :prefix], seen)
-            x = ops.add_linear(x, y, block.o)
+            total = ops.add_linear(x, y, block.o)
             if self._mlps is not None:
-                float8.mlp_(x, self._mlps[i])
+                total = Sum(float8.add_mlp(total, self._mlps[i]))
                 continue
-            y = ops.rms_norm(x, self.norms[2 * i + 1].scale)
-            x = ops.add_linear(x, ops.linear_geglu(y, block.gate_up), block.down)
+            x, y = ops.rms_norm(total, self.norms[2 * i + 1].scale)
+            total = ops.add_linear(x, ops.linear_geglu(y, block.gate_up), block.down)
         return k, v
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openpi_port.pi_torch.fast import onednn
+from openpi_port.pi_torch.fast import onednn, tiles
 from openpi_port.pi_torch.fast.pack import Entry, GateUp
 
 EPS = 1e-6  # of all norms
@@ -40,6 +40,18 @@ class Residual(NamedTuple):
     scaled: Tensor
     squares: Tensor | None
     arrived: Tensor | None = None
+
+
+class Sum(NamedTuple):
+    """A residual stream of large products; the norm that follows reads all of it anyway, and adds up.
+
+    Attributes:
+      x: [M, D].
+      parts: [P, M, D], what is still to be added to x; None for nothing.
+    """
+
+    x: Tensor
+    parts: Tensor | None = None
 
 
 class Seen(NamedTuple):
@@ -96,9 +108,17 @@ def see(
     return Seen(past, extra, most, torch.where(mask, 0.0, MASKED).to(like.dtype), place, keys)
 
 
-def add_linear(x: Tensor, a: Tensor, w: Tensor) -> Tensor:
+def add_linear(x: Tensor, a: Tensor, w: Tensor) -> Sum:
     """`x + a @ w.T`: [M, D], [M, F], [D, F]; x may be overwritten."""
-    return onednn.linear_plus(a, w, x) if w.is_mkldnn else x.addmm_(a, w.t())
+    if on_gpu(x) and (count := tiles.parts(len(x), *w.shape)) > 1:
+        return Sum(x, partial_products(a, w, count))
+    return Sum(onednn.linear_plus(a, w, x) if w.is_mkldnn else x.addmm_(a, w.t()))
+
+
+def partial_products(a: Tensor, w: Tensor, count: int) -> Tensor:
+    """`a @ w.T` as so many products over parts of F, [P, M, D]: they fill a GPU that one would not."""
+    left, right = (t.unflatten(1, (count, -1)).transpose(0, 1) for t in (a, w))
+    return torch.bmm(left, right.mT)
 
 
 def linear_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -110,27 +130,29 @@ def linear_gelu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return onednn.linear_gelu(x, w, b)
 
 
-def layer_norm(x: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """LayerNorm of `x + offset`, in float32: [M, D] and float32 [D]."""
+def layer_norm(total: Sum, offset: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum x, [M, D], and LayerNorm of `x + offset`, in float32; the others are float32 [D]."""
+    x = total.x
     if on_gpu(x):
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.layer_norm(x, offset, scale, bias)
-    return F.layer_norm(x.float() + offset, scale.shape, scale, bias, EPS).to(x.dtype)
+        return x, kernels.layer_norm(total, offset, scale, bias)
+    return x, F.layer_norm(x.float() + offset, scale.shape, scale, bias, EPS).to(x.dtype)
 
 
-def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """`x / rms(x) * scale`, in float32: [M, D] and float32 [D]."""
+def rms_norm(total: Sum, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum x, [M, D], and `x / rms(x) * scale`, in float32; the scale is float32 [D]."""
+    x = total.x
     if on_gpu(x):
         from openpi_port.pi_torch.fast import kernels
 
-        return kernels.rms_norm(x, scale)
+        return x, kernels.rms_norm(total, scale)
     x32 = x.float()
     if torch.compiler.is_compiling():  # one loop, so not in the fewest operations
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + EPS) * scale).to(x.dtype)
+        return x, (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + EPS) * scale).to(x.dtype)
     norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
     norm = torch.addcmul(_eps(x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
-    return (x32 * norm).mul_(scale).to(x.dtype)
+    return x, (x32 * norm).mul_(scale).to(x.dtype)
 
 
 def geglu(gate_up: Tensor) -> Tensor:
@@ -232,7 +254,7 @@ def start(x: Tensor, scale: Tensor) -> Residual:
         from openpi_port.pi_torch.fast import kernels
 
         return kernels.start(x, scale)
-    return Residual(x, rms_norm(x, scale), None)
+    return Residual(*rms_norm(Sum(x), scale), None)
 
 
 def normed_linear(stream: Residual, w: Tensor, bias: Tensor | None) -> Tensor:

@@ -20,13 +20,17 @@ class Tile(NamedTuple):
 
 
 class Attend(NamedTuple):
-    """Of attention: rows of queries and keys at a time, programs that share the keys."""
+    """Of attention: rows of queries and keys at a time, programs that share the keys.
+
+    `described`: through tensor memory access, which leaves the registers to the sums of many rows.
+    """
 
     rows: int
     keys: int
     splits: int
     warps: int
     stages: int
+    described: bool = False
 
 
 # Measured on an H100 at the sizes of `base`: the action expert's 51 rows, and one row of the language model, for which
@@ -46,12 +50,15 @@ TOKEN = {
 SUFFIX_ATTENTION = Attend(rows=16, keys=64, splits=5, warps=4, stages=2)
 TOKEN_ATTENTION = Attend(rows=16, keys=64, splits=16, warps=4, stages=2)
 IMAGE_ATTENTION = Attend(rows=128, keys=64, splits=1, warps=8, stages=2)
-PREFIX_ATTENTION = Attend(rows=64, keys=64, splits=1, warps=4, stages=2)
+PREFIX_ATTENTION = Attend(rows=64, keys=64, splits=1, warps=4, stages=3, described=True)
 
 # All others fit into the 99 KiB on the chip that smaller GPUs give a program (an RTX 4090, 8.9; a 5090, 12.0; seen by
 # compiling for them). For the prefix they get another, which has not been measured.
-LARGE = 160 * 1024  # bytes that the prefix's takes on an H100
+LARGE = 225 * 1024  # bytes in which the prefix's has room on an H100
 SMALL_PREFIX_ATTENTION = Attend(rows=64, keys=32, splits=1, warps=8, stages=2)
+
+PROCESSORS = 132
+LEAST_DEPTH = 1024  # of a part of a large product
 
 
 def streaming(kind: str, rows: int, columns: int, depth: int) -> Tile:
@@ -70,11 +77,22 @@ def streaming(kind: str, rows: int, columns: int, depth: int) -> Tile:
     )
 
 
+def parts(rows: int, columns: int, depth: int) -> int:
+    """How many products, each over a part of its depth, a large product becomes: as many as fill the chip together.
+
+    Alone it would have to be cut into small tiles, which read every number more often. But what the parts leave is
+    written and read once more, so only deep ones are worth it.
+    """
+    if depth < 2 * columns:
+        return 1
+    most = min(PROCESSORS // (-(-rows // 256) * -(-columns // 128)), depth // LEAST_DEPTH)  # tiles of 256 x 128
+    return divisor(1 << max(most.bit_length() - 1, 0), depth)
+
+
 def attend(rows: int, keys: int, memory: int) -> Attend:
     """The tile of attention of so many rows (tokens x heads) to so many keys, in so many bytes on the chip."""
-    if rows > 2048:
-        return PREFIX_ATTENTION if memory >= LARGE else SMALL_PREFIX_ATTENTION
-    tile = SUFFIX_ATTENTION if rows > 64 else TOKEN_ATTENTION
+    many = PREFIX_ATTENTION if memory >= LARGE else SMALL_PREFIX_ATTENTION
+    tile = many if rows > 2048 else SUFFIX_ATTENTION if rows > 64 else TOKEN_ATTENTION
     return tile._replace(splits=min(tile.splits, -(-keys // tile.keys)))
 
 

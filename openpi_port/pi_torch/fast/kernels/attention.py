@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from openpi_port.pi_torch.fast import tiles
-from openpi_port.pi_torch.fast.kernels.shared import FORBIDDEN, LOG2E, early, memory, release, wait
+from openpi_port.pi_torch.fast.kernels.shared import FORBIDDEN, LOG2E, describable, early, memory, release, wait
 from openpi_port.pi_torch.fast.ops import Seen
 
 
@@ -22,22 +23,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     """
     size, keys, dim = k.shape
     rows = q.numel() // (size * dim)
-    tile = tiles.attend(size * rows, keys, memory(q.device))
+    tile, padded = tiles.attend(size * rows, keys, memory(q.device)), triton.next_power_of_2(dim)
     out = torch.empty_like(q)
     part, weight = out, out
     if tile.splits > 1:
         part = torch.empty((tile.splits, size * rows, dim), dtype=torch.float32, device=q.device)
         weight = torch.empty((tile.splits, size * rows), dtype=torch.float32, device=q.device)
+    described = tile.described and describable(q, dim)
+    sources, stride = (q, k, v), k.stride(0)
+    if described:
+        q3 = q.view(size, rows, dim)
+        sources = [
+            TensorDescriptor(t, t.shape, t.stride(), (1, block, padded))
+            for t, block in ((q3, tile.rows), (k, tile.keys), (v, tile.keys))
+        ]
     _attend[(triton.cdiv(rows, tile.rows), tile.splits, size)](
-        q, k, v, seen.past, seen.extra, part, weight, rows, seen.most, k.stride(0),
-        HEADS=q.shape[1] // dim, H=dim, PADDED=triton.next_power_of_2(dim), BM=tile.rows, BN=tile.keys,
-        SPLIT=tile.splits > 1, num_warps=tile.warps, num_stages=tile.stages, **early(q),
+        *sources, seen.past, seen.extra, part, weight, rows, seen.most, stride,
+        HEADS=q.shape[1] // dim, H=dim, PADDED=padded, BM=tile.rows, BN=tile.keys,
+        SPLIT=tile.splits > 1, DESCRIBED=described, num_warps=tile.warps, num_stages=tile.stages, **early(q),
     )  # fmt: skip
     if tile.splits > 1:
-        padded = {"PADDED": triton.next_power_of_2(dim), "PARTS": triton.next_power_of_2(tile.splits)}
         _join[(size * rows,)](
-            part, weight, out, size * rows, SPLITS=tile.splits, H=dim, **padded, num_warps=2, **early(q)
-        )
+            part, weight, out, size * rows, SPLITS=tile.splits, H=dim, PADDED=padded,
+            PARTS=triton.next_power_of_2(tile.splits), num_warps=2, **early(q),
+        )  # fmt: skip
     return out
 
 
@@ -45,13 +54,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 def _attend(
     q, k, v, past, extra, out, weight, R, most, stride,
     HEADS: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SPLIT: tl.constexpr, EARLY: tl.constexpr,
+    SPLIT: tl.constexpr, DESCRIBED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait(EARLY)
     sample, split, splits = tl.program_id(2).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     row, dim = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, PADDED)
     place = (sample * R + row)[:, None] * H + dim[None]
-    queries = tl.load(q + place, (row < R)[:, None] & (dim < H)[None], 0.0)
+    keep = (row < R)[:, None] & (dim < H)[None]
+    if DESCRIBED:
+        queries = q.load([tl.program_id(2), tl.program_id(0) * BM, 0]).reshape(BM, PADDED)
+    else:
+        queries = tl.load(q + place, keep, 0.0)
     visible = tl.load(past + sample)
     span = tl.cdiv(tl.cdiv(visible + most, splits), BN) * BN
     stop = tl.minimum(split * span + span, visible + most)
@@ -62,14 +75,18 @@ def _attend(
     acc = tl.zeros((BM, PADDED), tl.float32)
     for begin in range(split * span, stop, BN):
         key = begin + tl.arange(0, BN)
-        there = (key < stop)[:, None] & (dim < H)[None]
-        source = sample * stride + key[:, None] * H + dim[None]
-        scores = tl.dot(queries, tl.trans(tl.load(k + source, there, 0.0))) * LOG2E
+        if DESCRIBED:  # rows behind the last are zeros, those behind `stop` other keys
+            keys = k.load([tl.program_id(2), begin, 0]).reshape(BN, PADDED)
+            values = v.load([tl.program_id(2), begin, 0]).reshape(BN, PADDED)
+        else:
+            there = (key < stop)[:, None] & (dim < H)[None]
+            source = sample * stride + key[:, None] * H + dim[None]
+            keys, values = tl.load(k + source, there, 0.0), tl.load(v + source, there, 0.0)
+        scores = tl.dot(queries, tl.trans(keys)) * LOG2E
         scores = tl.where((key < stop)[None] & (key[None] < visible), scores, FORBIDDEN)
-        acc, top, total = _soften(scores, tl.load(v + source, there, 0.0), acc, top, total)
+        acc, top, total = _soften(scores, values, acc, top, total)
     release(EARLY)
     acc = acc / tl.maximum(total, 1e-30)[:, None]  # a span behind the last key is empty
-    keep = (row < R)[:, None] & (dim < H)[None]
     if SPLIT:
         first = split * tl.num_programs(2) * R
         tl.store(out + first * H + place, acc, keep)

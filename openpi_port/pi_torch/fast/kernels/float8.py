@@ -10,22 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openpi_port.pi_torch.fast.kernels.shared import EPSILON, gelu
+from openpi_port.pi_torch.fast.kernels.shared import EPSILON, gelu, shape_of, summed
+from openpi_port.pi_torch.fast.ops import Sum
 
 LARGEST: tl.constexpr = tl.constexpr(448.0)
 
 
-def rms_norm(x: Tensor, room: float) -> Tensor:
+def rms_norm(total: Sum, room: float) -> Tensor:
     """A row in registers."""
-    y = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    _rms_norm[(x.shape[0],)](x, y, ROOM=room, D=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+    y = torch.empty(total.x.shape, dtype=torch.float8_e4m3fn, device=total.x.device)
+    _rms_norm[(len(y),)](*total, y, len(y), ROOM=room, **shape_of(total))
     return y
 
 
 @triton.jit
-def _rms_norm(x, y, ROOM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm(x, parts, y, M, ROOM: tl.constexpr, PARTS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    v = tl.load(x + row * D + col, col < D, 0.0).to(tl.float32)
+    v = summed(x, parts, row, col, M, PARTS, D)
     normed = v * (tl.rsqrt(tl.sum(v * v) / D + EPSILON) * ROOM)
     tl.store(y + row * D + col, normed.to(y.dtype.element_ty), col < D)
 

@@ -10,40 +10,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openpi_port.pi_torch.fast.kernels.shared import EPSILON, gelu
-from openpi_port.pi_torch.fast.ops import Residual
+from openpi_port.pi_torch.fast.kernels.shared import EPSILON, gelu, shape_of, summed
+from openpi_port.pi_torch.fast.ops import Residual, Sum
 
 
-def layer_norm(x: Tensor, offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """One program per row."""
-    y = torch.empty_like(x)
-    _layer_norm[(x.shape[0],)](x, offset, scale, bias, y, D=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+def layer_norm(total: Sum, offset: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """One program per row, which adds up what is to be added to x."""
+    y = torch.empty_like(total.x)
+    _layer_norm[(len(y),)](*total, offset, scale, bias, y, len(y), **shape_of(total))
     return y
 
 
 @triton.jit
-def _layer_norm(x, offset, scale, bias, y, D: tl.constexpr, BLOCK: tl.constexpr):
+def _layer_norm(x, parts, offset, scale, bias, y, M, PARTS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = col < D
     gain, shift = tl.load(scale + col, inside, 0.0), tl.load(bias + col, inside, 0.0)
-    v = tl.load(x + row * D + col, inside, 0.0).to(tl.float32) + tl.load(offset + col, inside, 0.0)
+    v = tl.load(offset + col, inside, 0.0) + summed(x, parts, row, col, M, PARTS, D)
     centred = tl.where(inside, v - tl.sum(v) / D, 0.0)
     normed = centred * tl.rsqrt(tl.sum(centred * centred) / D + EPSILON)
     tl.store(y + row * D + col, (normed * gain + shift).to(y.dtype.element_ty), inside)
 
 
-def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """One program per row."""
-    y = torch.empty_like(x)
-    _rms_norm[(x.shape[0],)](x, scale, y, D=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]))
+def rms_norm(total: Sum, scale: Tensor) -> Tensor:
+    """One program per row, which adds up what is to be added to x."""
+    y = torch.empty_like(total.x)
+    _rms_norm[(len(y),)](*total, scale, y, len(y), **shape_of(total))
     return y
 
 
 @triton.jit
-def _rms_norm(x, scale, y, D: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm(x, parts, scale, y, M, PARTS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = col < D
-    gain, v = tl.load(scale + col, inside, 0.0), tl.load(x + row * D + col, inside, 0.0).to(tl.float32)
+    gain, v = tl.load(scale + col, inside, 0.0), summed(x, parts, row, col, M, PARTS, D)
     normed = v * tl.rsqrt(tl.sum(v * v) / D + EPSILON)
     tl.store(y + row * D + col, (normed * gain).to(y.dtype.element_ty), inside)
 
