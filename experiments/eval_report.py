@@ -113,7 +113,7 @@ def write(
     _write_video(out, pictures.rows([e for e in episodes if e.frames is not None]), [], task.fps, gif)
     for episode in episodes[:plots]:
         path = out / "episodes" / f"seed_{episode.seed:04d}.png"
-        pictures.plot_episode(path, episode, task, results["replan"])
+        pictures.plot_episode(path, episode, task)
     if trajectories:
         (out / TRAJECTORIES).mkdir(exist_ok=True)
     for episode in episodes if trajectories else ():

@@ -18,7 +18,7 @@ from small_policy import FAST, MODEL, make_checkpoint
 
 from experiments import compare, eval, eval_report, open_loop
 from openpi_port import Policy, UserError
-from openpi_port.sim import gl, pictures, rollout, wilson
+from openpi_port.sim import gl, pictures, rollout, simulation, wilson
 from openpi_port.sim.aloha import AlohaSim
 from openpi_port.sim.expert import Expert
 
@@ -194,6 +194,18 @@ def test_grid_and_videos(tmp_path):
         assert video.streams.video[0].average_rate == 25
     pictures.write_gif(tmp_path / "grid.gif", iter(frames), 25)
     assert (tmp_path / "grid.gif").read_bytes().startswith(b"GIF89a")
+
+
+def test_a_plot_shows_where_chunks_began(tmp_path, monkeypatch):
+    """Which with latency, or real-time chunking, is not every `replan` steps; an expert has none."""
+    drawn = []
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.append(figure.axes))
+    about = simulation.about("transfer_cube")
+    for borders in ((), (12, 37, 99)):  # the last after the end
+        pictures.plot_episode(tmp_path, dataclasses.replace(episode(60, False), borders=borders), about)
+        marks = sorted(line.get_xdata()[0] for line in drawn[-1][-1].lines if line.get_zorder() == 0)
+        assert marks == pytest.approx([step / about.fps for step in borders if step < 60])
+        assert ("a new chunk" in drawn[-1][0].get_title()) == bool(borders)
 
 
 @pytest.mark.parametrize(("count", "lengths"), [(0, []), (1, [1]), (3, [3]), (5, [5]), (7, [4, 3]), (16, [4] * 4)])

@@ -97,14 +97,13 @@ def write_gif(path: Path, frames: Iterator[np.ndarray], fps: int) -> None:
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0, optimize=True)
 
 
-def plot_episode(path: Path, episode: Episode, about: About, replan: int) -> None:
-    """Commands (lines) against what was measured (dashed), and the reward.
+def plot_episode(path: Path, episode: Episode, about: About) -> None:
+    """Commands (lines) against what was measured (dashed), and the reward; a thin line where another chunk began.
 
     Args:
       path: of the picture.
       episode: what to plot.
       about: its task.
-      replan: actions per chunk; a thin line marks where each begins.
     """
     count = len(about.panels)
     ratios = [*(1 + 0.35 * max(len(p.actions), len(p.states)) for p in about.panels), 1.2]
@@ -128,12 +127,13 @@ def plot_episode(path: Path, episode: Episode, about: About, replan: int) -> Non
         first = time[int(np.argmax(episode.rewards == about.success))]
         axes[-1].axvline(first, color=np.array(GOOD) / 255, lw=2)
     for axis in axes:
-        for start in time[::replan]:
-            axis.axvline(start, color="0.88", lw=0.6, zorder=0)
+        for step in {step for step in episode.borders if step < len(time)}:
+            axis.axvline(step / about.fps, color="0.88", lw=0.6, zorder=0)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0)
     word = "success" if episode.success else "diverged" if episode.diverged else "failure"
-    title = f"seed {episode.seed}: {word}   (lines: commands, dashed: measured, grey: a new chunk)"
+    chunks = ", grey: a new chunk" if episode.borders else ""
+    title = f"seed {episode.seed}: {word}   (lines: commands, dashed: measured{chunks})"
     axes[0].set_title(title, fontsize=10)
     _save(figure, path)
 
