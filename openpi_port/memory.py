@@ -167,10 +167,10 @@ def settle(config: Train, shape: tuple[int, int], room: int) -> Train:
 def _ways(config: Train, shape: tuple[int, int]) -> list[Train]:
     """The run with other settings of what takes memory, the fastest first."""
     here, found = config.batch_size // math.prod(shape), []
-    several = config.backend == "flax" or shape[1] == 1  # torch splits batches where states are whole
-    counts = [n for n in (1, 2, 4, 8, 16) if here % n == 0 and n >= config.microbatches and (n == 1 or several)]
-    counts = counts or [config.microbatches]
+    counts = [n for n in (1, 2, 4, 8, 16) if here % n == 0 and n >= config.microbatches] or [config.microbatches]
     fine = 4 if config.backend == "flax" else 8  # in more parts than that, products are slower than computed again
+    if config.backend == "torch" and shape[1] > 1:
+        fine = counts[0]  # a state that is split is gathered for every part
     few, many = ([n for n in counts if (n <= fine) == wanted] for wanted in (True, False))
     rest = itertools.chain((("dots", n) for n in few), (("full", n) for n in counts), (("dots", n) for n in many))
     # XLA computes quicker again than it reads what "none" would keep.

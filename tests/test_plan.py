@@ -128,6 +128,11 @@ def test_auto_is_the_fastest_that_fits():
     least = memory.settle(auto, (1, 1), 10 * GIB)  # which a run then refuses
     assert memory.plan(least).total == min(memory.plan(w).total for w in memory._ways(auto, (1, 1)))
     assert settled(10, base("torch", "full", 2, "auto")) == ("full", 2, "float32")  # what is given stays
+    split = {
+        gib: memory.settle(dataclasses.replace(auto, batch_size=64), (1, 2), gib * GIB) for gib in (300, 90, 45, 38)
+    }
+    ways = [(run.compute.remat, run.microbatches) for run in split.values()]
+    assert ways == [("none", 1), ("dots", 1), ("full", 1), ("full", 2)]  # each part gathers the weights again
     for remat in ("auto", "full"):  # over devices the sum of gradients is of half the size
         two = memory.settle(base("flax", remat, gradients="auto", batch_size=64), (2, 1), 140 * GIB)
         assert (two.microbatches, two.compute.gradients) == (1, "bfloat16")

@@ -102,7 +102,7 @@ def _try_two(backend: str, directory: Path, meshes_: list[str], devices: int) ->
     ("backend", "wanted"),
     [
         ("flax", ["data=2,fsdp=4", "data=8,fsdp=1"]),
-        ("torch", ["data=2,fsdp=1,microbatches=2", "data=1,fsdp=2"]),
+        ("torch", ["data=2,fsdp=1,microbatches=2", "data=1,fsdp=2,microbatches=2"]),
     ],
 )
 def test_the_curve_of_one_device(tmp_path, backend, wanted):

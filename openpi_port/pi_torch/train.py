@@ -57,11 +57,6 @@ class Trainer:
         self.step = 0
         compute = attention.resolve(config.compute, self._layout.device)
         split = self._layout.shape[1] > 1
-        if config.microbatches > 1 and split:
-            raise UserError(
-                f"config.microbatches={config.microbatches}: torch doesn't with a state that is split "
-                f"(config.mesh.fsdp={config.mesh.fsdp}); use 1, or flax"
-            )
         self._keys = batches.training(config.model, insulate=config.insulate)
         module = build(config.model, compute)
         for name, parameter in module.named_parameters():
@@ -93,7 +88,7 @@ class Trainer:
             for n, p in trained.items()
         ]
         self._replayed = Replayed(self._backward, self._gradients.stay, stream) if how == "graph" else None
-        self._shares = parts * (devices.count() if sent else 1)
+        self._shares = parts * (devices.count() if sent else 1)  # of the gradient, which are added up
 
     def update(self, batch: Batch) -> dict[str, Any]:
         """One optimizer step on this process's part of a batch; returns scalars that are still being computed.
