@@ -65,14 +65,17 @@ def fetch(path: str | Path) -> Path:
         return Path(path).expanduser()
     if url.startswith("file://"):
         return Path(url2pathname(urlsplit(url).path))
-    return _hub(url) if url.startswith("hf://") else _fsspec(url)
+    place, at, revision = url.partition("@") if url.startswith("hf://") else (url, "", "")
+    place = place.rstrip("/")
+    if place.endswith("/params") and place.count("/") > 3:  # as openpi's configs say it: assets/ lie beside
+        return fetch(place.removesuffix("/params") + at + revision) / "params"
+    return _hub(place, revision) if url.startswith("hf://") else _fsspec(place)
 
 
-def _hub(url: str) -> Path:
+def _hub(url: str, revision: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    name, _, revision = url.removeprefix("hf://").partition("@")
-    parts = name.strip("/").split("/")
+    parts = url.removeprefix("hf://").split("/")
     if len(parts) < 2:
         raise UserError(f"{url}: expected hf://user/name, maybe with /folder and @revision")
     repo, inside = "/".join(parts[:2]), "/".join(parts[2:])
@@ -99,7 +102,6 @@ def _hub(url: str) -> Path:
 
 
 def _fsspec(url: str) -> Path:
-    url = url.rstrip("/")
     target = cache() / hashlib.sha256(url.encode()).hexdigest()[:16] / url.rpartition("/")[2]
     if target.exists():
         return target
@@ -192,7 +194,8 @@ def _listed(url: str) -> tuple[Any, dict[str, dict[str, Any]]]:
         system.invalidate_cache()  # a listing that this process made earlier
         found = _found(system, path)
     below = {name.removeprefix(path).lstrip("/") or ALONE: info for name, info in found.items()}
-    wanted = {name: info for name, info in below.items() if any(fnmatch.fnmatch(name, p) for p in (ALONE, *WANTED))}
+    patterns = ["*"] if url.endswith("/params") else [ALONE, *WANTED]
+    wanted = {name: info for name, info in below.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
     if not wanted:
         raise UserError(f"{url}: {'no checkpoint' if below else 'nothing'} there")
     return system, wanted
@@ -234,11 +237,14 @@ def _found(system: Any, path: str) -> dict[str, dict[str, Any]]:
 
 
 def _require_host(address: str) -> None:
-    """Raises OSError where a host isn't there, at once; gcsfs would try for half a minute, without a word."""
+    """Raises ConnectionError where a host isn't there, at once; gcsfs would try for half a minute, without a word."""
     if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY")):
         return  # which alone may know the host
     host = urlsplit(address if "://" in address else f"http://{address}")
-    socket.create_connection((host.hostname, host.port or 443), PATIENCE_S).close()
+    try:
+        socket.create_connection((host.hostname, host.port or 443), PATIENCE_S).close()
+    except OSError as e:
+        raise ConnectionError(f"{host.hostname} can't be reached ({e.strerror or e})") from None
 
 
 def _drop_changed(part: Path, note: Path, listing: Mapping[str, list[Any]]) -> None:
