@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -131,3 +132,13 @@ def test_another_robots_statistics_are_noticed(tmp_path, capsys):
 def test_whoever_names_no_camera_is_told_which_there_are():
     with pytest.raises(UserError, match=r"names no camera: --config\.data\.cameras\.base_0_rgb=.* has observation\.im"):
         material_of(cameras={})
+
+
+@pytest.mark.parametrize("given", ["", "somebody", "somebody/toy/meta", "somebody/toy/data/chunk-000"])
+def test_directories_beside_a_data_set(tmp_path, given):
+    (tmp_path / "somebody").mkdir()
+    shutil.copytree(ASSETS / SHIPPED, tmp_path / "somebody" / "toy", ignore=shutil.ignore_patterns("*.mp4"))
+    with pytest.raises(UserError, match="no data set that is known") as error:
+        numbers(repo_id=str(tmp_path / given))
+    assert ("did you mean" in str(error.value)) == (not given.endswith("chunk-000"))
+    assert given.endswith("chunk-000") or str(tmp_path / "somebody" / "toy") + "?" in str(error.value)

@@ -101,8 +101,11 @@ def find(data: Data) -> tuple[Metadata, Open]:
         described = aloha_hdf5.load_metadata(root)
         return described, partial(aloha_hdf5.AlohaHdf5Dataset, described)
     if not (root / "meta").is_dir():
+        near = [path.parent.parent for pattern in ("..", "*", "*/*") for path in root.glob(f"{pattern}/meta/info.json")]
+        meant = f"; did you mean {', '.join(str(path.resolve()) for path in sorted(near)[:3])}?" if near else ""
         raise UserError(
-            f"{root}: no data set that is known: LeRobot has meta/info.json, RLDS features.json, ALOHA *.hdf5 files"
+            f"{root}: no data set that is known: LeRobot has meta/info.json, RLDS features.json and dataset_info.json, "
+            f"ALOHA *.hdf5 files{meant}"
         )
     described = lerobot.load_metadata(root)
     return described, partial(lerobot.LeRobotDataset, described)
