@@ -242,6 +242,12 @@ def test_embedded_images_and_scalar_columns(tmp_path):
         (lambda r: (r / "meta/tasks.parquet").unlink(), r"tasks\.parquet: parquet file is missing"),
         (lambda r: (r / EPISODES).unlink(), r"meta/episodes: no parquet file"),
         (
+            lambda r: pq.write_table(
+                pq.read_table(r / "meta/tasks.parquet").drop(["task_index"]), r / "meta/tasks.parquet"
+            ),
+            r"tasks\.parquet: no column 'task_index'",
+        ),
+        (
             lambda r: edit_column(r, "action", lambda v: [*v[:17], [0.0, float("nan")], *v[18:]]),
             r"action is nan in dimension 1 at episode 1, frame 3",
         ),

@@ -229,11 +229,10 @@ def _read_v2(root: Path, info: dict[str, Any], videos: Mapping[str, str]) -> tup
 
 def _read_v3(root: Path, info: dict[str, Any], videos: Mapping[str, str]) -> tuple[dict[int, str], tuple[Episode, ...]]:
     path = root / "meta" / "tasks.parquet"
-    table = read_parquet(path)
-    with _as_written(path):
-        # LeRobot writes a pandas frame whose index is the text; pandas names an unnamed index like this.
-        text = "task" if "task" in table.column_names else "__index_level_0__"
-        tasks = dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
+    # LeRobot writes a pandas frame whose index is the text; pandas names an unnamed index like this.
+    text = "task" if "task" in read_parquet(path).column_names else "__index_level_0__"
+    table = read_parquet(path, ["task_index", text])
+    tasks = dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
 
     files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     if not files:
