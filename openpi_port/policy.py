@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from openpi_port import backends, grammar, loading, normalize, observation, robots, transforms
 from openpi_port import batch as batches
@@ -310,7 +311,8 @@ class Policy:
             sample["noise"] = np.zeros(self.noise_shape, np.float32)  # leaves the count of calls alone
         else:
             sample |= {"token_ar_mask": np.zeros(length, np.int32), "token_loss_mask": np.zeros(length, bool)}
-        for batch_size in sorted({1 << (n - 1).bit_length() for n in batch_sizes}):
+        sizes = sorted({1 << (n - 1).bit_length() for n in batch_sizes})
+        for batch_size in tqdm(sizes, "warming up", leave=False, delay=2):
             for prompt in self._prompt_lengths:
                 seen = {"tokenized_prompt_mask": np.arange(length) < prompt}
                 self.infer_prepared([{**sample, **seen}] * batch_size)

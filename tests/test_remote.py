@@ -59,6 +59,7 @@ def test_what_openpi_publishes_is_fetched_once_and_without_credentials(storage, 
     assert len(storage.asked) == count
     assert remote.fetch(URL + "/params") == path / "params"  # which is what openpi's configs name
     assert len(storage.asked) == count
+    assert (remote.fetch(f"{URL}/assets/golden_robot") / "norm_stats.json").exists()
     norm_stats = remote.fetch(f"{URL}/assets/golden_robot/norm_stats.json")
     assert json.loads(norm_stats.read_text()) == json.loads((path / "assets/golden_robot/norm_stats.json").read_text())
 
