@@ -63,9 +63,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def _resolve(argv: list[str]) -> list[str]:
     """Replaces a bare config name by its path, and adds the size where none is given."""
     argv = [part for i, arg in enumerate(argv) for part in _join(argv, i, arg)]
-    at = next((i for i, arg in enumerate(argv) if arg.startswith("--config=")), None)
-    if at is None:
+    given = [i for i, arg in enumerate(argv) if arg.startswith("--config=")]
+    if len(given) > 1:
+        raise UserError(f"{' '.join(argv[i] for i in given)}: one config at a time")
+    if not given:
         return argv
+    (at,) = given
     name, _, size = argv[at].removeprefix("--config=").partition(":")
     path = Path(name) if name.endswith(".py") else CONFIGS / f"{name}.py"
     if not path.exists():

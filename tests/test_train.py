@@ -114,6 +114,7 @@ def start(*args: str) -> subprocess.Popen:
         (["--config=pi0_aloha:debug", "--resume", "--config.out=/nowhere"], "no checkpoint to resume"),
         (["--config=pi0_aloha:debug", "--config.out=/proc/no"], "/proc/no: No such file or directory"),
         ([], "--config= names no run: NAME[:SIZE] of configs/; known: pi05_aloha"),
+        (["--config=pi0_aloha:debug", "--config", "pi05_aloha"], "--config=pi05_aloha: one config at a time"),
     ],
 )
 def test_one_line_for_a_mistake(args, words):
