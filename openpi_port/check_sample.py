@@ -23,7 +23,7 @@ def as_uint8_image(image: Any, name: str) -> np.ndarray:
     Raises:
       UserError: another shape, or float values outside [0, 1].
     """
-    image = _array(image, name)
+    image = as_array(image, name)
     if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]) or not image.size:
         raise UserError(f"{name}: shape {list(image.shape)} is no image; expected [H, W, 3] or [3, H, W]")
     if np.issubdtype(image.dtype, np.floating):
@@ -47,7 +47,7 @@ def read_numbers(sample: Mapping[str, Any], names: str, where: str) -> np.ndarra
         if key not in sample:
             have = ", ".join(sorted(k for k, v in sample.items() if np.ndim(v) in (1, 2)))
             raise UserError(f"{where}: no {key!r}; there is {have or 'nothing like it'}")
-        x = _array(sample[key], f"{where}: {key}")
+        x = as_array(sample[key], f"{where}: {key}")
         if x.dtype.kind not in "fiub" or x.ndim not in (0, 1, 2):
             raise UserError(f"{where}: {key} is {x.dtype} of shape {list(x.shape)}, expected numbers [J] or [A, J]")
         x = x.astype(np.float64 if x.dtype == np.float64 else np.float32)
@@ -61,7 +61,8 @@ def read_numbers(sample: Mapping[str, Any], names: str, where: str) -> np.ndarra
     return np.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
-def _array(value: Any, name: str) -> np.ndarray:
+def as_array(value: Any, name: str) -> np.ndarray:
+    """`np.asarray`, whose refusal is a UserError that says of what."""
     try:
         return np.asarray(value)
     except ValueError as error:  # lists of different lengths

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from openpi_port import backends, grammar, loading, normalize, observation, robots, transforms
 from openpi_port import batch as batches
+from openpi_port.check_sample import as_array
 from openpi_port.config import Data, Dtype, Pi0Fast
 from openpi_port.errors import UserError
 from openpi_port.realtime import MAX_GUIDANCE, Continuation
@@ -204,7 +205,7 @@ class Policy:
         """
         samples = [self.prepare(o) for o in observations]
         if noise is not None:
-            noise = np.asarray(noise)
+            noise = as_array(noise, "noise")
             if len(noise) != len(samples):
                 raise UserError(f"noise for {len(noise)} observations, there are {len(samples)}")
             samples = [{**s, "noise": self._checked(n)} for s, n in zip(samples, noise, strict=True)]
@@ -223,7 +224,7 @@ class Policy:
             sample = transforms.forward(steps, {**sample, "actions": held[0]})
             sample |= self._continuation.hold(sample.pop("actions"), held[1])
         if observation_.get("noise") is not None:
-            sample["noise"] = self._checked(np.asarray(observation_["noise"]))
+            sample["noise"] = self._checked(as_array(observation_["noise"], "noise"))
         return sample
 
     def infer_prepared(self, samples: Sequence[transforms.Sample]) -> list[Result]:

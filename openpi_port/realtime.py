@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from openpi_port.check_sample import as_array
 from openpi_port.errors import UserError
 
 MAX_GUIDANCE = 5.0  # the first paper's choice of beta
@@ -134,7 +135,7 @@ class Continuation:
             return None
         if previous is None or delay is None:
             raise UserError("observation: previous_actions and delay come together")
-        previous, number = np.asarray(previous), np.asarray(delay)
+        previous, number = as_array(previous, "previous_actions"), as_array(delay, "delay")
         if previous.dtype.kind not in "fiu" or previous.ndim != 2 or previous.shape[1] != self.action_dim:
             raise UserError(
                 f"previous_actions are numbers [N, {self.action_dim}], got {previous.dtype} {list(previous.shape)}"

@@ -148,6 +148,8 @@ def without(key):
         (lambda o: {**o, "images": {**o["images"], "cam_high": np.zeros((0, 8, 3))}}, r"\[0, 8, 3\] is no image"),
         (lambda o: {**o, "prompt": 3}, "prompt is text"),
         (lambda o: {**o, "noise": np.zeros((4, 14), np.float32)}, "noise is finite"),
+        (lambda o: {**o, "noise": [[0.0], [0.0, 1.0]]}, "noise is no array"),
+        (lambda o: {**o, "previous_actions": [[0.0], [0.0, 1.0]], "delay": 1}, "previous_actions is no array"),
         (lambda o: {**o, "images": {**o["images"], "cam_high": np.zeros((8, 8))}}, "no image"),
         (lambda o: {**o, b"x": 1}, "names are text"),
         (lambda o: {**o, "images/cam_high": 1}, "two values"),
