@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from configs import pi0_aloha
 from openpi_port import normalize
@@ -15,6 +17,7 @@ from openpi_port.config import Data, Train
 from openpi_port.data import dimensions, material
 from openpi_port.data.datasets import open_datasets
 from openpi_port.data.lerobot_meta import ASSETS, find_local, resolve
+from openpi_port.data.split import split_episodes
 from openpi_port.errors import UserError
 from openpi_port.fields import build
 from openpi_port.normalize import Stats
@@ -142,3 +145,12 @@ def test_directories_beside_a_data_set(tmp_path, given):
         numbers(repo_id=str(tmp_path / given))
     assert ("did you mean" in str(error.value)) == (not given.endswith("chunk-000"))
     assert given.endswith("chunk-000") or str(tmp_path / "somebody" / "toy") + "?" in str(error.value)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 60), st.floats(0, 0.99), st.integers(0, 5))
+def test_split(n, fraction, seed):
+    training, validation = split_episodes(n, fraction, seed)
+    assert sorted(training + validation) == list(range(n)) and training
+    assert bool(validation) == (fraction > 0 and n > 1)
+    assert split_episodes(n, fraction, seed) == (training, validation)

@@ -1,4 +1,4 @@
-"""The reader: real v2.1 and v3.0 data against LeRobot's own values, every fault as one line, split and statistics."""
+"""The reader: real v2.1 and v3.0 data against LeRobot's own values, every fault as one line; statistics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from PIL import Image
 from openpi_port.data.frame_cache import FrameCache
 from openpi_port.data.lerobot import LeRobotDataset, load_metadata, resolve
 from openpi_port.data.lerobot_writer import Description, create
-from openpi_port.data.split import split_episodes
 from openpi_port.data.stats import compute
 from openpi_port.errors import UserError
 from openpi_port.images import resize_with_pad
@@ -304,6 +303,22 @@ def test_unknown_names(made, changes, message):
         open_toy(made, **changes)
 
 
+def test_all_episodes_with_the_same_trouble_are_named(toy):
+    edit_column(toy, "action", lambda v: [[np.nan, 0.0], *v[1:15], [0.0, np.inf], *v[16:]])
+    with pytest.raises(UserError, match=r"action is nan in dimension 0 at episode 0, .*so with 2 episodes: \(0,1\)$"):
+        open_toy(toy)
+    with pytest.raises(
+        UserError, match=r"action is inf in dimension 1 at episode 1, frame 1; .*\(config\.data\.skip\)$"
+    ):
+        open_toy(toy, episodes=[2, 1])
+    assert len(open_toy(toy, episodes=[2])) == LENGTHS[2]
+    (toy / VIDEO).unlink()
+    with pytest.raises(UserError, match=r"file-000\.mp4: video file is missing; .* with 2 episodes: \(0,2\)$"):
+        LeRobotDataset(
+            toy, cameras={"base_0_rgb": TOP}, horizon=2, state="timestamp", action="frame_index", episodes=[2, 0]
+        )
+
+
 def test_lerobots_v2_descriptions_with_something_missing(shared, tmp_path):
     root = tmp_path / "g1"
     shutil.copytree(shared / "data" / "g1_lerobot_v21" / "meta", root / "meta")
@@ -351,16 +366,7 @@ def test_video_shorter_than_its_episodes(toy):
         open_toy(toy)[sum(LENGTHS) - 1]
 
 
-# Split and statistics
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 60), st.floats(0, 0.99), st.integers(0, 5))
-def test_split(n, fraction, seed):
-    training, validation = split_episodes(n, fraction, seed)
-    assert sorted(training + validation) == list(range(n)) and training
-    assert bool(validation) == (fraction > 0 and n > 1)
-    assert split_episodes(n, fraction, seed) == (training, validation)
+# Statistics
 
 
 def test_stats_are_those_of_what_is_trained_on(made):

@@ -26,6 +26,7 @@ __all__ = ["Episode", "LeRobotDataset", "Metadata", "load_metadata", "resolve"]
 
 # A recorded time may be off its grid by this share of a frame: the nearest frame is then beyond doubt.
 TOLERANCE = 0.25
+SHOWN = 100  # numbers of episodes in a message
 
 
 class LeRobotDataset(Frames):
@@ -121,11 +122,20 @@ class LeRobotDataset(Frames):
                 with np.errstate(over="ignore"):  # becomes infinite, and is told below
                     for key, column in columns.items():
                         self._columns[key][place] = column[first : last + 1]
-        for key, values in self._columns.items():
-            if len(rows := np.flatnonzero(~np.isfinite(values).all(axis=1))):
-                number = self._row_episode[rows[0]]
-                episode, place = self.episodes[number], slice(self._starts[number], self._starts[number + 1])
-                finite(values[place], key, episode.data, episode.index)
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Names the first value that is no number, and all episodes that have some."""
+        bad = [np.flatnonzero(~np.isfinite(values).all(axis=1)) for values in self._columns.values()]
+        numbers = np.unique(self._row_episode[np.concatenate(bad)])
+        if not len(numbers):
+            return
+        first, rows = self.episodes[numbers[0]], self.rows(numbers[0])
+        try:
+            for key, values in self._columns.items():
+                finite(values[rows.start : rows.stop], key, first.data, first.index)
+        except UserError as error:
+            raise UserError(f"{error}{_all_of([self.episodes[n].index for n in numbers])}") from None
 
     def _check_times(self) -> None:
         """Frame k of an episode must be at k / fps, or chunks of actions would not be what they say."""
@@ -145,12 +155,19 @@ class LeRobotDataset(Frames):
 
     def _check_files(self) -> None:
         """A missing video should be known before training, not when a sample happens to fall on it."""
-        for path in {e.videos[k][0] for e in self.episodes for k in self.camera_keys if k in e.videos}:
-            if not path.is_file():
-                raise UserError(
-                    f"{path}: video file is missing; download the data set again, or leave the episode out "
-                    "(config.data.skip)"
-                )
+        there: dict[Path, bool] = {}
+        lacking: dict[int, Path] = {}
+        for episode in self.episodes:
+            for path in (episode.videos[key][0] for key in self.camera_keys if key in episode.videos):
+                if path not in there:
+                    there[path] = path.is_file()
+                if not there[path]:
+                    lacking.setdefault(episode.index, path)
+        if lacking:
+            raise UserError(
+                f"{lacking[min(lacking)]}: video file is missing; download the data set again, or leave the episode "
+                f"out (config.data.skip){_all_of(sorted(lacking))}"
+            )
 
     def _about(self, index: int) -> dict[str, Any]:
         """The task, and the time since the episode's start, which `_check_times` has shown to be frame / fps."""
@@ -194,6 +211,14 @@ class LeRobotDataset(Frames):
             frame = nearest_frame(video.index.times, seconds, tolerance, path)
             image = video.read(frame, None if cache is None else passed)
         return self._keep(entry, frame, image)
+
+
+def _all_of(indexes: Sequence[int]) -> str:
+    """Words that go behind the first of several episodes with the same trouble."""
+    if len(indexes) == 1:
+        return ""
+    shown = ",".join(map(str, indexes[:SHOWN])) + ",..." * (len(indexes) > SHOWN)
+    return f"; it is so with {len(indexes)} episodes: ({shown})"
 
 
 def _size(feature: Mapping[str, Any], root: Path, key: str) -> int:
