@@ -60,6 +60,8 @@ def test_tiles_of_a_smaller_gpu():
     """On an RTX 4090 the prefix's attention has no room for an H100's tile (it raised); all others are the same."""
     large, small = ([tiles.attend(rows, 816, kib * 1024) for rows in (8, 408, 6528)] for kib in (227, 99))
     assert large[:2] == small[:2] and large[2] == tiles.PREFIX_ATTENTION and small[2].keys < large[2].keys
+    assert not any(tile.described for tile in (*small, tiles.attend_all(1, 16, 256, 99 * 1024)))
+    assert [tiles.attend_all(count, 16, 256, tiles.LARGE).rows for count in (1, 2, 3)] == [64, 64, 128]
 
 
 def test_which_products_are_several():

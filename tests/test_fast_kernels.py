@@ -190,10 +190,11 @@ def test_attend(make, monkeypatch, splits, limited, described):
     close(got, ops.attend(*exact(q, k, v), seen))
 
 
+@pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("rows", [16, 32])
-def test_attend_all(make, monkeypatch, rows):
+def test_attend_all(make, monkeypatch, rows, described):
     """Heads of a width that is no power of two, and a number of rows that is none."""
-    monkeypatch.setattr(tiles, "IMAGE_ATTENTION", tiles.Attend(rows, 16, 1, 4, 2))
+    monkeypatch.setattr(tiles, "attend_all", lambda *_: tiles.Attend(rows, 16, 1, 4, 2, described))
     qkv = make.x(2 * 35, 3 * 2 * 24)
     close(kernels.attend_all(qkv, 2, 2), ops.attend_all(*exact(qkv), 2, 2))
 

@@ -50,11 +50,12 @@ TOKEN = {
 SUFFIX_ATTENTION = Attend(rows=16, keys=64, splits=5, warps=4, stages=2)
 TOKEN_ATTENTION = Attend(rows=16, keys=64, splits=16, warps=4, stages=2)
 IMAGE_ATTENTION = Attend(rows=128, keys=64, splits=1, warps=8, stages=2)
+FEW_IMAGES_ATTENTION = Attend(rows=64, keys=64, splits=1, warps=4, stages=3, described=True)
 PREFIX_ATTENTION = Attend(rows=64, keys=64, splits=1, warps=4, stages=3, described=True)
 
-# All others fit into the 99 KiB on the chip that smaller GPUs give a program (an RTX 4090, 8.9; a 5090, 12.0; seen by
-# compiling for them). For the prefix they get another, which has not been measured.
-LARGE = 225 * 1024  # bytes in which the prefix's has room on an H100
+# All that are not described fit into the 99 KiB on the chip that smaller GPUs give a program (an RTX 4090, 8.9; a 5090,
+# 12.0; seen by compiling for them), where the described have no room. The small one has not been measured.
+LARGE = 225 * 1024  # bytes in which the described have room, on an H100
 SMALL_PREFIX_ATTENTION = Attend(rows=64, keys=32, splits=1, warps=8, stages=2)
 
 PROCESSORS = 132
@@ -94,6 +95,12 @@ def attend(rows: int, keys: int, memory: int) -> Attend:
     many = PREFIX_ATTENTION if memory >= LARGE else SMALL_PREFIX_ATTENTION
     tile = many if rows > 2048 else SUFFIX_ATTENTION if rows > 64 else TOKEN_ATTENTION
     return tile._replace(splits=min(tile.splits, -(-keys // tile.keys)))
+
+
+def attend_all(samples: int, heads: int, rows: int, memory: int) -> Attend:
+    """The tile of the attention of images: the smaller where the chip has room for all its programs side by side."""
+    fits = samples * heads * -(-rows // FEW_IMAGES_ATTENTION.rows) <= PROCESSORS and memory >= LARGE
+    return FEW_IMAGES_ATTENTION if fits else IMAGE_ATTENTION
 
 
 def divisor(wanted: int, size: int) -> int:

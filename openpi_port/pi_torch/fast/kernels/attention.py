@@ -124,10 +124,14 @@ def _join(
 def attend_all(qkv: Tensor, size: int, heads: int) -> Tensor:
     """A program: some rows of one head of one sample, and all its keys."""
     rows, width = qkv.shape[0] // size, qkv.shape[1] // 3
-    dim, tile = width // heads, tiles.IMAGE_ATTENTION
+    dim, tile = width // heads, tiles.attend_all(size, heads, rows, memory(qkv.device))
+    padded = triton.next_power_of_2(dim)
     out = torch.empty((qkv.shape[0], width), dtype=qkv.dtype, device=qkv.device)
+    source = None
+    if tile.described and describable(qkv, width):
+        source = TensorDescriptor(qkv, qkv.shape, qkv.stride(), (tile.keys, padded))
     _attend_all[(triton.cdiv(rows, tile.rows), heads, size)](
-        qkv, out, rows, D=width, H=dim, PADDED=triton.next_power_of_2(dim), BM=tile.rows, BN=tile.keys,
+        qkv, source, out, rows, D=width, H=dim, PADDED=padded, BM=tile.rows, BN=tile.keys,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
@@ -135,21 +139,27 @@ def attend_all(qkv: Tensor, size: int, heads: int) -> Tensor:
 
 @triton.jit
 def _attend_all(
-    qkv, out, T, D: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    qkv, source, out, T, D: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     row, dim = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, PADDED)
     inside, first = (dim < H)[None], tl.program_id(2).to(tl.int64) * T
-    start = qkv + first * 3 * D + tl.program_id(1) * H
+    head = tl.program_id(1) * H
+    start = qkv + first * 3 * D + head
     queries = tl.load(start + row[:, None] * 3 * D + dim[None], (row < T)[:, None] & inside, 0.0)
     top = tl.full((BM,), FORBIDDEN, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, PADDED), tl.float32)
     for begin in range(0, T, BN):
         key = begin + tl.arange(0, BN)
-        there = (key < T)[:, None] & inside
-        source = start + D + key[:, None] * 3 * D + dim[None]
-        scores = tl.dot(queries, tl.trans(tl.load(source, there, 0.0))) * LOG2E
+        if source is not None:  # behind the channels of a head are others', which queries have zeros for
+            at = tl.program_id(2) * T + begin
+            keys, values = source.load([at, D + head]), source.load([at, 2 * D + head])
+        else:
+            there = (key < T)[:, None] & inside
+            place = start + D + key[:, None] * 3 * D + dim[None]
+            keys, values = tl.load(place, there, 0.0), tl.load(place + D, there, 0.0)
+        scores = tl.dot(queries, tl.trans(keys)) * LOG2E
         scores = tl.where((key < T)[None], scores, FORBIDDEN)
-        acc, top, total = _soften(scores, tl.load(source + D, there, 0.0), acc, top, total)
-    place = (first + row)[:, None] * D + tl.program_id(1) * H + dim[None]
+        acc, top, total = _soften(scores, values, acc, top, total)
+    place = (first + row)[:, None] * D + head + dim[None]
     tl.store(out + place, (acc / total[:, None]).to(out.dtype.element_ty), (row < T)[:, None] & inside)
