@@ -75,10 +75,16 @@ def test_plan_of_two_devices(microbatches, shape, peak):
 
 @pytest.mark.parametrize(
     ("batch_size", "shape", "microbatches", "peak"),
-    [(32, (1, 1), 4, 75.1), (32, (1, 1), 2, 88.2), (512, (8, 4), 1, 40.6), (32, (1, 8), 1, 13.8)],
+    [
+        (32, (1, 1), 4, 75.1),
+        (32, (1, 1), 2, 88.2),
+        (512, (8, 4), 1, 40.6),
+        (32, (1, 8), 1, 13.8),
+        (32, (1, 4), 1, 27.4),
+    ],
 )
 def test_plan_of_tpus(batch_size, shape, microbatches, peak):
-    """GiB of a v5p or v5e chip that the compiler counts; nothing was run. docs/performance.md has the versions."""
+    """GiB of a v5p, v5e or v6e chip that the compiler counts; nothing was run. docs/performance.md has the versions."""
     config = memory.written(base("flax", "dots", microbatches, "bfloat16", batch_size=batch_size), "tpu")
     assert config.compute.compile == "scan" and not memory.unrolled(config)
     assert memory.plan(config, shape).total / GIB == pytest.approx(peak, rel=0.1)
