@@ -16,7 +16,6 @@ episodes that are finished.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import signal
@@ -33,7 +32,7 @@ from experiments import eval_report, flags, policy_flags
 from openpi_port.errors import UserError, near
 from openpi_port.serving.client import Client
 from openpi_port.sim import gl, latency, pictures, rollout, simulation
-from openpi_port.whole import refuse_existing
+from openpi_port.whole import free, refuse_existing
 
 INSTRUCTIONS, DATASET = "aloha_instructions", "dataset"
 # Environments and their tasks; LIBERO's are many, and their package need not be here to name ALOHA's.
@@ -195,12 +194,6 @@ def directory(name: str) -> Path:
     if source := policy_flags.CHECKPOINT.value:
         name = "_".join(Path(source).parts[-2:])
     return free(Path("eval") / ENV.value / name)
-
-
-def free(path: Path) -> Path:
-    """The path, or with _2, _3, ... behind it where something is there."""
-    others = (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))
-    return next(p for p in itertools.chain([path], others) if not p.exists())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,12 @@ def refuse_existing(path: Path) -> None:
     """Raises UserError where something is in the way of a new directory."""
     if path.exists() or path.is_symlink():
         raise UserError(f"{path} exists already and is not overwritten: remove it or choose another")
+
+
+def free(path: Path) -> Path:
+    """The path, or with _2, _3, ... behind it where something is there."""
+    others = (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))
+    return next(p for p in itertools.chain([path], others) if not p.exists())
 
 
 @contextlib.contextmanager

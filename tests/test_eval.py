@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from small_policy import FAST, MODEL, make_checkpoint
 
-from experiments import compare, eval, eval_report, open_loop
+from experiments import compare, eval_report, open_loop
 from openpi_port import Policy, UserError
 from openpi_port.sim import gl, pictures, rollout, simulation, wilson
 from openpi_port.sim.aloha import AlohaSim
@@ -345,12 +345,6 @@ def test_open_loop_on_the_data_set_that_ships(tmp_path):
     assert numbers["dimensions"][0] == "0 left_arm_waist" and "spread" in done.stdout
     again = command(f"--checkpoint={path}", "--env=dataset", f"--out={out}")
     assert again.returncode == 2 and "out exists already and is not overwritten" in again.stderr
-
-
-def test_results_go_where_no_others_are(tmp_path):
-    for name in ("run_4.0", "run_4.0_2", "run_4.0_3"):
-        assert eval.free(tmp_path / "run_4.0") == tmp_path / name
-        (tmp_path / name).mkdir()
 
 
 PI05 = dataclasses.replace(MODEL, state_in="prompt", time_in="adarms", max_token_len=120)

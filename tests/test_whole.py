@@ -70,3 +70,9 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(OSError, match="broken"):
         guarded(program)
+
+
+def test_free(tmp_path):
+    for name in ("run_4.0", "run_4.0_2", "run_4.0_3"):
+        assert whole.free(tmp_path / "run_4.0") == tmp_path / name
+        (tmp_path / name).mkdir()
