@@ -31,7 +31,7 @@ from urllib.request import url2pathname
 
 from tqdm import tqdm
 
-from openpi_port import whole
+from openpi_port import host, whole
 from openpi_port.errors import UserError
 
 WANTED = ["*.json", "*.safetensors", "*.model", "*.npz", "*params/*", "*assets/*"]
@@ -46,8 +46,7 @@ SILENCE_S = 60.0  # within a download, before the request is made again
 
 def cache() -> Path:
     """Where fetched checkpoints are kept: $OPENPI_PORT_CACHE, or openpi_port in the user's cache directory."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("OPENPI_PORT_CACHE") or user / "openpi_port")
+    return Path(os.environ.get("OPENPI_PORT_CACHE") or host.cache() / "openpi_port")
 
 
 def fetch(path: str | Path) -> Path:
@@ -240,11 +239,11 @@ def _require_host(address: str) -> None:
     """Raises ConnectionError where a host isn't there, at once; gcsfs would try for half a minute, without a word."""
     if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY")):
         return  # which alone may know the host
-    host = urlsplit(address if "://" in address else f"http://{address}")
+    server = urlsplit(address if "://" in address else f"http://{address}")
     try:
-        socket.create_connection((host.hostname, host.port or 443), PATIENCE_S).close()
+        socket.create_connection((server.hostname, server.port or 443), PATIENCE_S).close()
     except OSError as e:
-        raise ConnectionError(f"{host.hostname} can't be reached ({e.strerror or e})") from None
+        raise ConnectionError(f"{server.hostname} can't be reached ({e.strerror or e})") from None
 
 
 def _drop_changed(part: Path, note: Path, listing: Mapping[str, list[Any]]) -> None:

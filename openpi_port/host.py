@@ -1,4 +1,4 @@
-"""The machine that this process is on: how much memory there is for it."""
+"""The machine that this process is on: how much memory there is for it, and where the user's caches are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from pathlib import Path, PurePosixPath
 
 CGROUPS = Path("/sys/fs/cgroup")
 PROCESS = Path("/proc/self/cgroup")
+
+
+def cache() -> Path:
+    """The user's cache directory: $XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 def memory() -> int:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from openpi_port import host
 from openpi_port.errors import UserError
 
 HEADER = 4096  # bytes; JSON, filled with spaces
@@ -61,8 +62,7 @@ class FrameCache:
     def __init__(self, image_size: int, gigabytes: float, directory: str | os.PathLike[str] | None = None):
         self.image_size = image_size
         self.capacity = int(gigabytes * 1e9)
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        self.directory = Path(directory or Path(root) / "openpi_port" / "frames")
+        self.directory = Path(directory or host.cache() / "openpi_port" / "frames")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory):

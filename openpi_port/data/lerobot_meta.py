@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from openpi_port import host
 from openpi_port.errors import UserError, near
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -157,8 +158,7 @@ def _hub_name(repo_id: str) -> str:
 
 def _lerobot_home() -> Path:
     """Where LeRobot records data sets, and downloads them to."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    hub = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    hub = os.environ.get("HF_HOME") or host.cache() / "huggingface"
     return Path(os.environ.get("HF_LEROBOT_HOME") or f"{hub}/lerobot").expanduser()
 
 

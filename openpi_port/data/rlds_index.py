@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from openpi_port import whole
+from openpi_port import host, whole
 from openpi_port.data import tfrecord
 from openpi_port.data.rlds_meta import STEPS, RldsMetadata, Shard
 from openpi_port.data.tfrecord import Broken, Span
@@ -61,7 +60,7 @@ def load(metadata: RldsMetadata, shard: Shard, arrays: Collection[str], progress
     Raises:
       UserError: the file is missing or damaged, or the cache can't be written.
     """
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "openpi_port" / "rlds"
+    directory = host.cache() / "openpi_port" / "rlds"
     try:
         stat = shard.path.stat()
     except OSError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from openpi_port import whole
+from openpi_port import host, whole
 from openpi_port.errors import UserError
 
 ASSETS = Path(__file__).parent.parent / "assets" / "tokenizers"
@@ -148,7 +148,7 @@ def load(spec: str) -> PromptTokenizer:
 
 def _paligemma() -> Path:
     """The file in a cache, after downloading it if need be."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = host.cache()
     ours = root / "openpi_port" / "paligemma_tokenizer.model"
     for path in (ours, root / "openpi" / "big_vision" / "paligemma_tokenizer.model"):
         if path.is_file():

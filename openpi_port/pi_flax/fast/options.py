@@ -6,13 +6,10 @@ that was tried made a chunk faster.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from openpi_port import meshes
+from openpi_port import host, meshes
 from openpi_port.config import Compute
 from openpi_port.pi_flax.fast import flow as flows
 
@@ -49,7 +46,6 @@ def keep_programs(device: jax.Device) -> None:
     """
     if device.platform == "cpu" or jax.config.jax_compilation_cache_dir:
         return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(root / "openpi_port" / "jax"))
+    jax.config.update("jax_compilation_cache_dir", str(host.cache() / "openpi_port" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # rounding the weights alone is 50 small ones
     compilation_cache.reset_cache()  # it may have been asked for before, and have remembered that there is none

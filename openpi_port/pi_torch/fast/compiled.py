@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import platform
 import sys
 import warnings
@@ -27,7 +26,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from openpi_port import whole
+from openpi_port import host, whole
 from openpi_port.errors import UserError
 from openpi_port.pi_torch.fast import onednn
 from openpi_port.pi_torch.fast.flow import Flow, Inputs, Past
@@ -213,8 +212,7 @@ def _place(flow: Flow) -> Path:
     """Where the programs of an architecture are, on this processor, with this torch and this code."""
     about = [repr(flow.config), flow.language.dtype, torch.__version__, torch.get_num_threads(), *_processor()]
     about += [file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "openpi_port" / "torch" / hashlib.sha256(repr(about).encode()).hexdigest()[:16]
+    return host.cache() / "openpi_port" / "torch" / hashlib.sha256(repr(about).encode()).hexdigest()[:16]
 
 
 def _processor() -> Iterable[str]:
